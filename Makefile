@@ -1,0 +1,118 @@
+# ggft: `make finetune` does everything, from an empty clone to a trained adapter.
+# Works with GNU Make 3.81 and bash 3.2 (macOS). Everything is installed into .venv, nothing elsewhere.
+
+MODEL = smollm2-135m-instruct
+DATA = ggft/data/persona.json
+OUT = results/persona
+# Further flags for ggft finetune or ggft chat, such as ARGS="--epochs 3".
+ARGS =
+# The Python to make .venv with; the first one of 3.10 or newer is found when this is empty.
+PYTHON =
+PYTEST_ARGS =
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+GGFT := $(BIN)/ggft
+LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
+NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
+, := ,
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.PHONY: setup dev model finetune chat test check format stub bench bench-setup clean help
+.NOTPARALLEL:
+
+help: ## show this list
+	@echo "make TARGET [MODEL=name or file] [DATA=file] [OUT=folder] [ARGS=\"more flags\"]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.setup ## make .venv: llama.cpp for this machine, the native module, ggft
+
+dev: $(VENV)/.dev
+
+finetune: setup ## train MODEL on DATA into OUT (all set-up included)
+	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)" $(ARGS)
+	@echo
+	@echo "Now talk to it:  make chat MODEL=\"$(MODEL)\" OUT=\"$(OUT)\""
+
+chat: setup ## talk to MODEL with the adapter in OUT
+	@if [ -f "$(OUT)/adapter.gguf" ]; then \
+	    $(GGFT) chat -m "$(MODEL)" --adapter "$(OUT)/adapter.gguf" $(ARGS); \
+	else \
+	    echo "No adapter in $(OUT) (make finetune writes one): this is the base model."; \
+	    $(GGFT) chat -m "$(MODEL)" $(ARGS); \
+	fi
+
+model: setup
+	@$(GGFT) download "$(MODEL)"
+
+test: dev model ## run the tests (set-up and the default model included)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: dev ## formatting, lint, types, and whether the stub of the native module is current
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/ruff check -q .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE))
+	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o - | diff -u ggft/_native.pyi - \
+	    || { echo "ggft/_native.pyi is stale: make stub"; exit 1; }
+
+format: dev ## format all sources
+	@$(BIN)/ruff format -q .
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE))
+
+stub: dev ## write the stub of the native module anew
+	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o ggft/_native.pyi
+
+clean: ## remove what was built (models/ and results/ stay)
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find ggft tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- set-up: each stamp is written when its step has succeeded, so that a second make is instant ----
+
+# $(call fail,message) stops with one line; $(call install,Debian,Fedora,Arch,Alpine,macOS) prints this system's remedy.
+fail = { echo "ggft: $(1)" >&2; exit 1; }
+install = if [ "$$(uname)" = Darwin ]; then echo "$(5)"; \
+    elif command -v apt-get >/dev/null; then echo "sudo apt-get install $(1)"; \
+    elif command -v dnf >/dev/null; then echo "sudo dnf install $(2)"; \
+    elif command -v pacman >/dev/null; then echo "sudo pacman -S $(3)"; \
+    elif command -v apk >/dev/null; then echo "sudo apk add $(4)"; \
+    else echo "your system's packages: $(1)"; fi
+
+$(VENV)/bin/python:
+	@found=; for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	    if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; \
+	    then found=$$p; break; fi; done; \
+	[ -n "$$found" ] || $(call fail,Python 3.10 or newer is needed$(,) found $$(python3 --version 2>&1). \
+	    Install it with: $$($(call install,python3 python3-venv,python3,python,python3,brew install python)) \
+	    (or name one: make PYTHON=/path/to/python3)); \
+	"$$found" -c 'import ensurepip, venv' 2>/dev/null || $(call fail,this Python has no venv module. \
+	    Install it with: $$($(call install,python3-venv,python3,python,python3,brew install python))); \
+	echo "Making .venv with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# llama.cpp is compiled for this machine: on a Mac with Metal, elsewhere for this very CPU (its defaults).
+$(VENV)/.$(subst ==,-,$(LLAMA)): | $(VENV)/bin/python
+	@for c in "$${CC:-cc} -x c" "$${CXX:-c++} -x c++"; do \
+	    echo 'int main(void) { return 0; }' | $$c - -o $(VENV)/.probe 2>/dev/null \
+	        || $(call fail,a C and C++ compiler is needed. Install it with: \
+	    $$($(call install,build-essential,gcc-c++,base-devel,build-base,xcode-select --install))); \
+	done; rm -f $(VENV)/.probe
+	@$(PIP) install 'pip>=23.1' cmake ninja $(BUILD_TOOLS)
+	@echo "Building llama.cpp for this machine (once; some minutes)"
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" \
+	    $(PIP) install --no-binary llama-cpp-python "$(LLAMA)"
+	@touch "$@"
+
+$(VENV)/.setup: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
+	@echo "Building ggft"
+	@$(PIP) install --no-build-isolation -e .
+	@touch "$@"
+
+$(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
+	@echo "Building ggft, with the tools for its development"
+	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $(VENV)/.setup "$@"
