@@ -1,0 +1,1 @@
+"""Tests of ggft; `reference` and `models` are their common ground."""
