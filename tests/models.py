@@ -1,0 +1,385 @@
+"""Random tiny llama GGUFs of any tensor type, with a small real vocabulary.
+
+`write_model` returns the path with the float64 weights *as stored* (quantized, then dequantized),
+so that `tests.reference` and the engine start from the same numbers. The writer is deliberately
+not ggft's own: it is the independent side of the file tests. Quantization is ggml's, through
+ctypes; dequantization is gguf-py's NumPy, where it knows the type.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.reference import LINEARS, Array, Decoder, Lora, Rope, Shape
+
+
+class GGMLType(NamedTuple):
+    """A tensor type's number in files, and its block: elements and bytes."""
+
+    number: int
+    block: int
+    block_bytes: int
+
+
+TYPES = {
+    "F32": GGMLType(0, 1, 4),
+    "F16": GGMLType(1, 1, 2),
+    "Q4_0": GGMLType(2, 32, 18),
+    "Q4_1": GGMLType(3, 32, 20),
+    "Q5_0": GGMLType(6, 32, 22),
+    "Q5_1": GGMLType(7, 32, 24),
+    "Q8_0": GGMLType(8, 32, 34),
+    "Q2_K": GGMLType(10, 256, 84),
+    "Q3_K": GGMLType(11, 256, 110),
+    "Q4_K": GGMLType(12, 256, 144),
+    "Q5_K": GGMLType(13, 256, 176),
+    "Q6_K": GGMLType(14, 256, 210),
+    "IQ2_XXS": GGMLType(16, 256, 66),
+    "IQ2_XS": GGMLType(17, 256, 74),
+    "IQ3_XXS": GGMLType(18, 256, 98),
+    "IQ1_S": GGMLType(19, 256, 50),
+    "IQ4_NL": GGMLType(20, 32, 18),
+    "IQ3_S": GGMLType(21, 256, 110),
+    "IQ2_S": GGMLType(22, 256, 82),
+    "IQ4_XS": GGMLType(23, 256, 136),
+    "IQ1_M": GGMLType(29, 256, 56),
+    "BF16": GGMLType(30, 1, 2),
+    "TQ1_0": GGMLType(34, 256, 54),
+    "TQ2_0": GGMLType(35, 256, 66),
+    "MXFP4": GGMLType(39, 32, 17),
+    "NVFP4": GGMLType(40, 64, 36),
+    "Q1_0": GGMLType(41, 128, 18),
+    "Q2_0": GGMLType(42, 64, 18),
+}
+"""Every type that ggml 0.25 can quantize to. Source: ggml.h, ggml-common.h."""
+
+ALIGNMENT = 32
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PIECES = ["▁", *"abcdefghijklmnopqrstuvwxyz.,:!?", "▁t", "he", "▁the", "in", "er", "▁a", "▁s", "on"]
+MERGES = ["Ġ t", "h e", "Ġt he", "i n", "e r", "Ġ a", "Ġ s", "o n", "r e", "Ġ w", "o r", "l d"]
+
+
+# ---- ggml through ctypes --------------------------------------------------------------------
+
+
+@functools.cache
+def ggml_base() -> ctypes.CDLL:
+    """Load the ggml that llama-cpp-python carries, without importing llama_cpp."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("llama-cpp-python is not installed")
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base.{suffix}"))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return library
+
+
+class _TypeTraits(ctypes.Structure):
+    """The head of `struct ggml_type_traits` in ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+def quantize(values: Array, type_name: str) -> bytes:
+    """Return `values` (rows, columns) in blocks of `type_name`, as ggml quantizes them."""
+    info = TYPES[type_name]
+    rows, columns = values.shape
+    if columns % info.block:
+        raise ValueError(f"{columns} columns are no multiple of {type_name}'s {info.block}")
+    source = np.ascontiguousarray(values, np.float32)
+    if type_name == "F32":
+        return source.tobytes()
+    out = np.empty(rows * columns // info.block * info.block_bytes, np.uint8)
+    importance = np.ones(columns, np.float32)
+    written = ggml_base().ggml_quantize_chunk(
+        info.number, source.ctypes.data, out.ctypes.data, 0, rows, columns, importance.ctypes.data
+    )
+    assert written == out.nbytes
+    return out.tobytes()
+
+
+def dequantize(data: bytes, type_name: str, shape: tuple[int, ...]) -> Array:
+    """Return the float64 values of blocks: gguf-py's where it knows the type, else ggml's."""
+    import gguf
+
+    info = TYPES[type_name]
+    raw = np.frombuffer(data, np.uint8)
+    if type_name == "F32":
+        return raw.view(np.float32).reshape(shape).astype(np.float64)
+    try:
+        known = gguf.GGMLQuantizationType(info.number)
+        return np.asarray(gguf.quants.dequantize(raw, known).reshape(shape), np.float64)
+    except (ValueError, NotImplementedError, KeyError):
+        out = np.empty(math.prod(shape), np.float32)
+        to_float = ggml_base().ggml_get_type_traits(info.number).contents.to_float
+        to_float(raw.ctypes.data, out.ctypes.data, out.size)
+        return out.reshape(shape).astype(np.float64)
+
+
+# ---- a GGUF writer --------------------------------------------------------------------------
+
+
+class Tensor(NamedTuple):
+    """A tensor to write; `shape` in NumPy order (rows, columns)."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """Return type and payload: bool, int (u32), float (f32), str, or a list of one of these."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _string(value)
+    if isinstance(value[0], str):
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+    kind, code = (6, "f") if isinstance(value[0], float) else (5, "i")
+    return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+    """Write a GGUF v3. Source: ggml's docs/gguf.md."""
+    tensors = list(tensors)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    offset = 0
+    for t in tensors:
+        ne = t.shape[::-1]
+        head += _string(t.name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne)
+        head += struct.pack("<IQ", TYPES[t.type_name].number, offset)
+        offset += len(t.data) + -len(t.data) % ALIGNMENT
+    with path.open("wb") as file:
+        file.write(head + bytes(-len(head) % ALIGNMENT))
+        for t in tensors:
+            file.write(t.data + bytes(-len(t.data) % ALIGNMENT))
+
+
+# ---- the tiny model -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to write.
+
+    Args:
+        types: Base type of all matrices, or of some by the short name of a tensor (`attn_q`,
+            `token_embd`, `output`; `*` for the rest). None picks sizes for `type_name`.
+        head_size: D; None is n_embd / n_head.
+        rope_freqs: Add a `rope_freqs.weight` as Llama 3 has.
+        rope_scaling: Linear position factor (2 halves the positions); 1 is none.
+        bias: Biases on all seven linears.
+        vocab: "spm" or "bpe".
+        chat_template: Jinja text, or None for no template.
+    """
+
+    types: str | Mapping[str, str] = "F32"
+    n_layer: int = 2
+    n_embd: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    head_size: int | None = None
+    n_ff: int = 96
+    n_ctx: int = 512
+    eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: float = 1.0
+    rope_freqs: bool = False
+    tied: bool = False
+    bias: bool = False
+    vocab: str = "bpe"
+    chat_template: str | None = None
+    seed: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def type_of(self, tensor: str) -> str:
+        """Return the type of a tensor by its full name (`blk.0.attn_q.weight`)."""
+        if isinstance(self.types, str):
+            return self.types
+        short = tensor.removesuffix(".weight").split(".")[-1]
+        return self.types.get(short, self.types.get("*", "F32"))
+
+    @property
+    def d(self) -> int:
+        """Head size."""
+        return self.head_size or self.n_embd // self.n_head
+
+
+def spec_for(type_name: str, **changes: Any) -> Spec:
+    """Return the smallest Spec whose rows are whole blocks of `type_name`."""
+    sizes: dict[str, Any] = {"types": type_name}
+    if TYPES[type_name].block > 32:
+        sizes |= {"n_embd": 256, "n_ff": 256}
+    return Spec(**{**sizes, **changes})
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A written model and its float64 weights."""
+
+    path: Path
+    spec: Spec
+    shape: Shape
+    weights: dict[str, Array]
+
+    def decoder(self, lora: dict[str, Lora] | None = None) -> Decoder:
+        """Return the reference decoder of this model."""
+        return Decoder(self.shape, self.weights, lora or {})
+
+
+def vocabulary(kind: str) -> dict[str, Any]:
+    """Return tokenizer metadata: every byte, a few letters and merges, the special tokens."""
+    if kind == "spm":
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
+        return {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(PIECES))],
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(PIECES),
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.add_bos_token": True,
+        }
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merged = [m.replace(" ", "") for m in MERGES]
+    tokens = special + [byte_symbol(i) for i in range(256)] + merged
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def byte_symbol(byte: int) -> str:
+    """Return GPT-2's printable stand-in of a byte. Source: GPT-2, encoder.py."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
+
+
+def matrix_shapes(spec: Spec) -> dict[str, tuple[int, int]]:
+    """Return (C_out, C_in) of the seven linears."""
+    q, kv = spec.n_head * spec.d, spec.n_head_kv * spec.d
+    c, f = spec.n_embd, spec.n_ff
+    return dict(
+        zip(LINEARS, [(q, c), (kv, c), (kv, c), (c, q), (f, c), (f, c), (c, f)], strict=True)
+    )
+
+
+def _random_weights(spec: Spec, n_vocab: int) -> dict[str, Array]:
+    """Return float32-scale weights whose activations and logits are O(1)."""
+    rng = np.random.default_rng(spec.seed)
+    weights = {"token_embd.weight": rng.normal(size=(n_vocab, spec.n_embd))}
+    norms = ["output_norm"]
+    for i in range(spec.n_layer):
+        norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
+        for name, (n_out, n_in) in matrix_shapes(spec).items():
+            weights[f"blk.{i}.{name}.weight"] = rng.normal(size=(n_out, n_in)) / math.sqrt(n_in)
+            if spec.bias:
+                weights[f"blk.{i}.{name}.bias"] = 0.3 * rng.normal(size=n_out)
+    scale = 1 / math.sqrt(spec.n_embd) if spec.tied else 1.0
+    for name in norms:
+        # A tied output sees O(1) embeddings: its norm is scaled so that logits stay O(1), too.
+        size = scale if name == "output_norm" else 1.0
+        weights[f"{name}.weight"] = size * (1 + 0.2 * rng.normal(size=spec.n_embd))
+    if not spec.tied:
+        shape = (n_vocab, spec.n_embd)
+        weights["output.weight"] = rng.normal(size=shape) / math.sqrt(spec.n_embd)
+    if spec.rope_freqs:
+        weights["rope_freqs.weight"] = rng.uniform(1, 8, size=spec.d // 2)
+    return weights
+
+
+def write_model(path: Path, spec: Spec | None = None) -> Tiny:
+    """Write a random llama to `path`; return it with the weights as stored."""
+    spec = spec or Spec()
+    vocab = vocabulary(spec.vocab)
+    n_vocab = len(vocab["tokenizer.ggml.tokens"])
+    metadata = {
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "general.alignment": ALIGNMENT,
+        "general.quantization_version": 2,
+        "llama.block_count": spec.n_layer,
+        "llama.context_length": spec.n_ctx,
+        "llama.embedding_length": spec.n_embd,
+        "llama.feed_forward_length": spec.n_ff,
+        "llama.attention.head_count": spec.n_head,
+        "llama.attention.head_count_kv": spec.n_head_kv,
+        "llama.attention.key_length": spec.d,
+        "llama.attention.value_length": spec.d,
+        "llama.attention.layer_norm_rms_epsilon": spec.eps,
+        "llama.rope.dimension_count": spec.d,
+        "llama.rope.freq_base": spec.rope_base,
+        "llama.vocab_size": n_vocab,
+        **vocab,
+    }
+    if spec.rope_scaling != 1.0:
+        metadata["llama.rope.scaling.type"] = "linear"
+        metadata["llama.rope.scaling.factor"] = spec.rope_scaling
+    if spec.chat_template is not None:
+        metadata["tokenizer.chat_template"] = spec.chat_template
+    tensors, stored = [], {}
+    for name, values in _random_weights(spec, n_vocab).items():
+        type_name = spec.type_of(name) if values.ndim == 2 else "F32"
+        data = quantize(np.atleast_2d(values), type_name)
+        tensors.append(Tensor(name, type_name, values.shape, data))
+        stored[name] = dequantize(data, type_name, values.shape)
+    write_gguf(path, {**metadata, **spec.extra}, tensors)
+    factors = stored.get("rope_freqs.weight")
+    rope = Rope(spec.d, spec.rope_base, 1 / spec.rope_scaling, factors)
+    eps = float(np.float32(spec.eps))
+    shape = Shape(spec.n_layer, spec.n_head, spec.n_head_kv, n_vocab, rope, eps)
+    return Tiny(path, spec, shape, stored)
