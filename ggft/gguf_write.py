@@ -74,9 +74,9 @@ def atomic_output(
         ) from None
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise ResourceError(
             f"writing failed: {error.strerror}",
@@ -143,7 +143,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file or folder on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
