@@ -1,0 +1,201 @@
+"""Pack examples into rows, shuffle them, and cut them into micro-batches.
+
+Everything follows from (seed, epoch): the same call gives the same batches, and a position
+(epoch, index) is all that a checkpoint needs to go on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    IntArray = npt.NDArray[np.int32]
+    BoolArray = npt.NDArray[np.bool_]
+
+ROW_MULTIPLE = 32  # rows are padded to this, so that few graph shapes occur
+
+
+class Examples(Protocol):
+    """A sequence of tokenized examples: a list wrapped by `TokenList`, or a `TokenStore`."""
+
+    lengths: IntArray
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        ...
+
+
+class Batch(TypedDict):
+    """A micro-batch; all arrays are int32 of shape (B, T).
+
+    `segments` numbers the examples within a row, −1 is padding; `positions` restart at each;
+    `targets` holds the token to be predicted at this position, −1 where none is learned.
+    """
+
+    tokens: IntArray
+    positions: IntArray
+    segments: IntArray
+    targets: IntArray
+
+
+def pack(lengths: Sequence[int], n_tokens: int) -> list[list[int]]:
+    """Distribute examples over rows of `n_tokens`, best fit, the longer half-rows first.
+
+    Examples longer than half a row go first, in descending order; the others fill the gaps in
+    the order given, each into the fullest row that has room. Every example is in exactly one row.
+
+    Args:
+        lengths: Tokens of each example, each ≤ n_tokens.
+        n_tokens: Room of a row.
+
+    Returns:
+        Rows as lists of indexes into `lengths`.
+    """
+    big = sorted((i for i, n in enumerate(lengths) if 2 * n > n_tokens), key=lambda i: -lengths[i])
+    small = [i for i, n in enumerate(lengths) if 2 * n <= n_tokens]
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, row), ascending
+    for i in [*big, *small]:
+        n = lengths[i]
+        if n > n_tokens:
+            raise ValueError(f"example {i} has {n} tokens, a row {n_tokens}")
+        at = bisect_left(free, (n, -1))
+        if at == len(free):
+            rows.append([i])
+            room, row = n_tokens - n, len(rows) - 1
+        else:
+            room, row = free.pop(at)
+            rows[row].append(i)
+            room -= n
+        if room > 1:
+            insort(free, (room, row))
+    return rows
+
+
+class Batches:
+    """Micro-batches of an epoch.
+
+    Args:
+        examples: The tokenized examples.
+        rows: Rows per micro-batch, B.
+        n_tokens: Longest row, T; no example may be longer.
+        packing: Whether several examples share a row. Without, each has its own row, and rows
+            are padded to the micro-batch's longest.
+        shuffle: Whether the order changes with the epoch; without, it is that of the data.
+        seed: Seed of the order.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        rows: int,
+        n_tokens: int,
+        packing: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.examples = examples
+        self.rows = rows
+        self.n_tokens = n_tokens
+        self.packing = packing
+        self.shuffle = shuffle
+        self.seed = seed
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    def n_batches(self, epoch: int) -> int:
+        """Return the number of micro-batches of an epoch; the last may have fewer rows."""
+        return -(-len(self._rows(epoch)) // self.rows)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the micro-batches of an epoch from number `start` on."""
+        rows = self._rows(epoch)
+        for at in range(start * self.rows, len(rows), self.rows):
+            yield self._batch(rows[at : at + self.rows])
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        import numpy as np
+
+        epoch = epoch if self.shuffle else 0
+        if self._planned is not None and self._planned[0] == epoch:
+            return self._planned[1]
+        lengths = self.examples.lengths
+        order = np.arange(len(lengths))
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.shuffle:
+            rng.shuffle(order)
+        indexes = order.tolist()
+        rows = [[i] for i in indexes]
+        if self.packing:
+            packed = pack(lengths[order].tolist(), self.n_tokens)
+            rows = [[indexes[i] for i in row] for row in packed]
+            if self.shuffle:
+                rows = [rows[i] for i in rng.permutation(len(rows))]
+        self._planned = (epoch, rows)
+        return rows
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        import numpy as np
+
+        lengths = self.examples.lengths
+        longest = max(int(lengths[row].sum()) for row in rows)
+        width = min(self.n_tokens, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
+        shape = (len(rows), width)
+        tokens = np.zeros(shape, np.int32)
+        positions = np.zeros(shape, np.int32)
+        segments = np.full(shape, -1, np.int32)
+        targets = np.full(shape, -1, np.int32)
+        for b, row in enumerate(rows):
+            at = 0
+            for s, index in enumerate(row):
+                ids, trained = self.examples.get(index)
+                n = len(ids)
+                tokens[b, at : at + n] = ids
+                positions[b, at : at + n] = np.arange(n)
+                segments[b, at : at + n] = s
+                targets[b, at : at + n - 1] = np.where(trained[1:], ids[1:], -1)
+                at += n
+        return {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets}
+
+
+class TokenStore:
+    """Tokenized examples in flat arrays: 5 bytes a token, whatever their number."""
+
+    def __init__(self) -> None:
+        from array import array
+
+        self._ids = array("i")
+        self._trained = bytearray()
+        self._ends = array("q", [0])
+
+    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
+        """Append an example."""
+        self._ids.extend(ids)
+        self._trained += bytes(trained)
+        self._ends.append(len(self._ids))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._ends) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each example, (N,)."""
+        import numpy as np
+
+        return np.diff(np.frombuffer(self._ends, np.int64)).astype(np.int32)
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        import numpy as np
+
+        span = slice(self._ends[index], self._ends[index + 1])
+        return (
+            np.frombuffer(self._ids, np.int32)[span],
+            np.frombuffer(self._trained, np.bool_)[span],
+        )
