@@ -16,6 +16,7 @@ import sys
 from array import array
 from pathlib import Path
 
+from ggft.cursor import Cursor
 from ggft.errors import InputError
 from ggft.file_kinds import GGUF_MAGIC, HEAD_BYTES, identify, require_regular_file
 from ggft.gguf_types import (
@@ -26,7 +27,6 @@ from ggft.gguf_types import (
     VALUE_CODES,
     GGMLType,
     GGUFFile,
-    StringArray,
     TensorInfo,
     Value,
     ValueType,
@@ -42,120 +42,7 @@ MAX_SIZE = (1 << 63) - 1
 _MIN_KV_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8
 
-_READ_BYTES = 1 << 20
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-
-
-class _Cursor:
-    """Reads a header front to back; every read is checked against the size of the file."""
-
-    def __init__(self, path: Path, file_bytes: int, descriptor: int) -> None:
-        self.path = path
-        self.file_bytes = file_bytes
-        self.pos = 0
-        self._descriptor = descriptor
-        self._loaded = bytearray()
-
-    def fail(
-        self,
-        message: str,
-        *,
-        offset: int | None = None,
-        found: object = None,
-        expected: object = None,
-        hint: str | None = None,
-    ) -> InputError:
-        """Return the error for something wrong at `offset`, by default here."""
-        return InputError(
-            message,
-            path=self.path,
-            offset=self.pos if offset is None else offset,
-            found=found,
-            expected=expected,
-            hint=hint,
-        )
-
-    def _load(self, end: int) -> None:
-        """Have all bytes before `end` in memory."""
-        wanted = min(self.file_bytes, max(end, 2 * len(self._loaded), _READ_BYTES))
-        while len(self._loaded) < wanted:
-            at = len(self._loaded)
-            chunk = os.pread(self._descriptor, min(wanted - at, 1 << 26), at)
-            if not chunk:
-                raise self.fail(
-                    "the file became shorter while it was read",
-                    offset=at,
-                    found=f"{at} bytes",
-                    expected=f"{self.file_bytes} bytes",
-                )
-            self._loaded += chunk
-
-    def need(self, n_bytes: int, what: str) -> None:
-        """Refuse the file unless `n_bytes` more bytes are there."""
-        left = self.file_bytes - self.pos
-        if n_bytes > left:
-            raise self.fail(
-                f"the file ends inside {what}",
-                found=f"{left} bytes left",
-                expected=f"{n_bytes} bytes",
-                hint="the file is cut off or damaged; download it again",
-            )
-        if self.pos + n_bytes > len(self._loaded):
-            self._load(self.pos + n_bytes)
-
-    def take(self, n_bytes: int, what: str) -> bytes:
-        """Read bytes."""
-        self.need(n_bytes, what)
-        data = bytes(self._loaded[self.pos : self.pos + n_bytes])
-        self.pos += n_bytes
-        return data
-
-    def u32(self, what: str) -> int:
-        """Read an unsigned 32-bit number."""
-        self.need(4, what)
-        (value,) = _U32.unpack_from(self._loaded, self.pos)
-        self.pos += 4
-        return int(value)
-
-    def u64(self, what: str) -> int:
-        """Read an unsigned 64-bit number."""
-        self.need(8, what)
-        (value,) = _U64.unpack_from(self._loaded, self.pos)
-        self.pos += 8
-        return int(value)
-
-    def string(self, what: str, limit: int) -> bytes:
-        """Read a length and as many bytes."""
-        at = self.pos
-        length = self.u64(f"the length of {what}")
-        if length > limit:
-            raise self.fail(
-                f"{what} is too long", offset=at, found=f"{length} bytes", expected=f"≤ {limit}"
-            )
-        return self.take(length, what)
-
-    def strings(self, count: int, what: str) -> StringArray:
-        """Read an array of strings without decoding it."""
-        start = self.pos
-        ends = array("Q")
-        append = ends.append
-        unpack = _U64.unpack_from
-        loaded = self._loaded
-        pos = start
-        for i in range(count):
-            if pos + 8 > len(loaded):
-                self.pos = pos
-                self.need(8, f"string {i} of {what}")
-            (length,) = unpack(loaded, pos)
-            pos += 8 + length
-            if pos > len(loaded):
-                self.pos = pos - length
-                self.need(length, f"string {i} of {what}")
-            append(pos - start)
-        self.pos = pos
-        return StringArray(bytes(loaded[start:pos]), ends)
 
 
 def read_header(path: Path) -> GGUFFile:
@@ -170,14 +57,14 @@ def read_header(path: Path) -> GGUFFile:
     except OSError as error:
         raise InputError(f"cannot open the file: {error.strerror}", path=path) from None
     try:
-        return _parse(_Cursor(path, file_bytes, descriptor))
+        return _parse(Cursor(path, file_bytes, descriptor))
     except OSError as error:
         raise InputError(f"cannot read the file: {error.strerror}", path=path) from None
     finally:
         os.close(descriptor)
 
 
-def _parse(cursor: _Cursor) -> GGUFFile:
+def _parse(cursor: Cursor) -> GGUFFile:
     """Parse a header in file order: counts, metadata, tensor entries."""
     version, n_tensors, n_kv = _parse_counts(cursor)
     metadata: dict[str, Value] = {}
@@ -210,7 +97,7 @@ def _parse(cursor: _Cursor) -> GGUFFile:
     )
 
 
-def _parse_counts(cursor: _Cursor) -> tuple[int, int, int]:
+def _parse_counts(cursor: Cursor) -> tuple[int, int, int]:
     """Parse magic, version and counts; return version, n_tensors, n_kv."""
     head = cursor.take(min(HEAD_BYTES, cursor.file_bytes), "the header")
     cursor.pos = 0
@@ -250,7 +137,7 @@ def _parse_counts(cursor: _Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_kv
 
 
-def _parse_key(cursor: _Cursor, index: int, seen: dict[str, Value]) -> str:
+def _parse_key(cursor: Cursor, index: int, seen: dict[str, Value]) -> str:
     """Parse a metadata key."""
     at = cursor.pos
     raw = cursor.string(f"metadata key {index}", MAX_KEY_BYTES)
@@ -271,7 +158,7 @@ def _parse_key(cursor: _Cursor, index: int, seen: dict[str, Value]) -> str:
     return key
 
 
-def _value_type(cursor: _Cursor, key: str) -> ValueType:
+def _value_type(cursor: Cursor, key: str) -> ValueType:
     """Parse the type of a value or of an array's elements."""
     at = cursor.pos
     number = cursor.u32(f"the type of {key!a}")
@@ -283,7 +170,7 @@ def _value_type(cursor: _Cursor, key: str) -> ValueType:
         ) from None
 
 
-def _parse_value(cursor: _Cursor, key: str) -> tuple[int, ValueType, Value]:
+def _parse_value(cursor: Cursor, key: str) -> tuple[int, ValueType, Value]:
     """Parse a value; return where it starts, its (element) type, and itself."""
     value_type = _value_type(cursor, key)
     if value_type is not ValueType.ARRAY:
@@ -321,7 +208,7 @@ def _parse_value(cursor: _Cursor, key: str) -> tuple[int, ValueType, Value]:
 
 
 def _alignment(
-    cursor: _Cursor,
+    cursor: Cursor,
     metadata: dict[str, Value],
     types: dict[str, ValueType],
     value_offsets: dict[str, int],
@@ -347,7 +234,7 @@ def _alignment(
 
 
 def _parse_tensors(
-    cursor: _Cursor, n_tensors: int
+    cursor: Cursor, n_tensors: int
 ) -> list[tuple[str, GGMLType, tuple[int, ...], int, int]]:
     """Parse tensor entries: name, type, shape, offset within the data, position of the entry."""
     entries = []
@@ -374,7 +261,7 @@ def _parse_tensors(
     return entries
 
 
-def _parse_shape(cursor: _Cursor, name: str) -> tuple[int, ...]:
+def _parse_shape(cursor: Cursor, name: str) -> tuple[int, ...]:
     """Parse the dimensions of a tensor; a scalar gets the shape (1,)."""
     at = cursor.pos
     n_dims = cursor.u32(f"the dimensions of {name!a}")
@@ -400,7 +287,7 @@ def _parse_shape(cursor: _Cursor, name: str) -> tuple[int, ...]:
     return shape or (1,)
 
 
-def _parse_tensor_type(cursor: _Cursor, name: str, shape: tuple[int, ...]) -> GGMLType:
+def _parse_tensor_type(cursor: Cursor, name: str, shape: tuple[int, ...]) -> GGMLType:
     """Parse the type of a tensor and check its rows against the type's block."""
     at = cursor.pos
     number = cursor.u32(f"the type of {name!a}")
@@ -425,7 +312,7 @@ def _parse_tensor_type(cursor: _Cursor, name: str, shape: tuple[int, ...]) -> GG
 
 
 def _place_tensors(
-    cursor: _Cursor,
+    cursor: Cursor,
     entries: list[tuple[str, GGMLType, tuple[int, ...], int, int]],
     data_offset: int,
     alignment: int,
