@@ -23,7 +23,10 @@ ROW_MULTIPLE = 32  # rows are padded to this, so that few graph shapes occur
 class Examples(Protocol):
     """A sequence of tokenized examples: a list wrapped by `TokenList`, or a `TokenStore`."""
 
-    lengths: IntArray
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each example, (N,)."""
+        ...
 
     def get(self, index: int) -> tuple[IntArray, BoolArray]:
         """Return ids and trained mask of an example."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, STATE = "adapter.gguf", "optimizer.gguf", "state.json"
+LOCK = ".lock"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -68,8 +69,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     except ImportError:  # no such locks on this system
         yield
         return
-    path = folder / ".lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,10 +124,11 @@ def save(
         flush(temporary)
         _replace_folder(temporary, final)
         flush(folder)
-    except OSError as error:
+    except (OSError, ResourceError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.message if isinstance(error, ResourceError) else error.strerror
         raise ResourceError(
-            f"the checkpoint cannot be written: {error.strerror or error}",
+            f"the checkpoint cannot be written: {reason}",
             path=final,
             hint="older checkpoints are intact; make room and continue with --resume",
         ) from None

@@ -1,0 +1,289 @@
+"""Predict a run's memory from the model's header, and choose settings that fit the budget.
+
+The parts mirror the buffers that the engine reports: what is predicted here is compared with what
+was allocated in the report of every run. N is the number of tokens of a micro-batch; shapes are
+those of the supported decoder, float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggft.errors import ResourceError
+from ggft.gguf import GGUFFile, ModelInfo
+
+GIB = 2**30
+F32 = 4
+# Tokens per micro-batch beyond which larger ones no longer train faster.
+MAX_TOKENS = 4096
+# Rows of logits that the engine makes at once; see native/engine.cpp.
+LOSS_CHUNK = 128
+# The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables.
+RUNTIME_BYTES = 110 * 2**20
+# Cost of one use of a matrix, in tokens' worth of its product: dequantizing it.
+DEQUANTIZE_TOKENS = 100.0
+# Share of the free memory that a run takes unless told otherwise.
+SAFE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will use the machine; `parts` are predicted bytes by name."""
+
+    n_rows: int
+    n_tokens: int
+    keep: bool
+    budget_bytes: int
+    free_bytes: int
+    parts: Mapping[str, int]
+    n_trained: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Predicted peak, the mapped weights included."""
+        return sum(self.parts.values())
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return {
+            "micro_batch_rows": self.n_rows,
+            "row_tokens": self.n_tokens,
+            "keep": self.keep,
+            "trained_parameters": self.n_trained,
+            "budget_bytes": self.budget_bytes,
+            "free_bytes": self.free_bytes,
+            "total_bytes": self.total_bytes,
+            "parts_bytes": dict(self.parts),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the plan as lines for people."""
+        width = max(map(len, self.parts))
+        lines = [
+            f"micro-batch  {self.n_rows} x {self.n_tokens} tokens, block internals "
+            f"{'kept' if self.keep else 'recomputed'}",
+            f"trained      {self.n_trained:,} parameters",
+        ]
+        lines += [f"  {name:<{width}}  {_size(n):>9}" for name, n in self.parts.items()]
+        lines.append(f"  {'total':<{width}}  {_size(self.total_bytes):>9}")
+        lines.append(f"  {'budget':<{width}}  {_size(self.budget_bytes):>9}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What memory depends on, besides the micro-batch."""
+
+    model: ModelInfo
+    weights_bytes: int
+    targets: tuple[str, ...]
+    layer_first: int
+    layer_last: int
+    rank: int
+    dropout: float
+
+    @property
+    def q(self) -> int:
+        """Width of the queries."""
+        return self.model.n_head * self.model.n_embd_head
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys."""
+        return self.model.n_head_kv * self.model.n_embd_head
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that the backward pass visits."""
+        return self.model.n_layer - self.layer_first
+
+    def n_trained(self) -> int:
+        """Return the number of LoRA parameters."""
+        m = self.model
+        widths = {
+            "attn_q": m.n_embd + self.q,
+            "attn_k": m.n_embd + self.kv,
+            "attn_v": m.n_embd + self.kv,
+            "attn_output": self.q + m.n_embd,
+            "ffn_gate": m.n_embd + m.n_ff,
+            "ffn_up": m.n_embd + m.n_ff,
+            "ffn_down": m.n_ff + m.n_embd,
+        }
+        per_block = sum(widths[name] for name in self.targets)
+        return (self.layer_last - self.layer_first) * per_block * self.rank
+
+
+def predict(shape: Shape, n_rows: int, n_tokens: int, *, keep: bool) -> dict[str, int]:
+    """Return the predicted bytes by part."""
+    m, n = shape.model, n_rows * n_tokens
+    internals = 2 * shape.q + 2 * shape.kv + m.n_embd + 2 * m.n_ff
+    # The backward pass of one block: its internals again, their gradients, a dequantized matrix.
+    largest_matrix = m.n_embd * max(m.n_ff, shape.q)
+    scratch = n * (2 * internals + 3 * m.n_ff + 4 * m.n_embd) * F32 + largest_matrix * F32
+    head = LOSS_CHUNK * m.n_vocab * F32 * 2
+    return {
+        "weights (mapped)": shape.weights_bytes,
+        "LoRA, gradients, moments": 4 * F32 * shape.n_trained(),
+        "saved block inputs": (shape.n_blocks + 2) * n * m.n_embd * F32,
+        "kept block internals": shape.n_blocks * n * internals * F32 if keep else 0,
+        "scratch": max(scratch, head),
+        "program": RUNTIME_BYTES,
+    }
+
+
+def make_plan(
+    shape: Shape,
+    *,
+    n_tokens: int,
+    max_rows: int,
+    keep: bool | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
+    """Choose rows per micro-batch and whether internals are kept: the fastest that fits.
+
+    Args:
+        shape: What memory depends on.
+        n_tokens: Tokens of the longest row.
+        max_rows: Rows of the largest optimizer step; more are never needed.
+        keep: Given by the user, or None.
+        memory_bytes: The budget; None is a safe share of what is free now.
+
+    Raises:
+        ResourceError: not even one row fits; says what would.
+    """
+    free = available_bytes()
+    budget = int(free * SAFE_SHARE) if memory_bytes is None else memory_bytes
+    limit = max(1, min(max_rows, MAX_TOKENS // n_tokens))
+    candidates = []
+    for rows in range(1, limit + 1):
+        for keeps in (True, False) if keep is None else (keep,):
+            parts = predict(shape, rows, n_tokens, keep=keeps)
+            plan = Plan(rows, n_tokens, keeps, budget, free, parts, shape.n_trained())
+            if plan.total_bytes <= budget:
+                candidates.append(plan)
+    if not candidates:
+        raise _too_large(shape, n_tokens, keep, budget, given=memory_bytes is not None)
+    return min(candidates, key=lambda plan: (_cost(plan, max_rows), plan.total_bytes))
+
+
+def _cost(plan: Plan, max_rows: int) -> float:
+    """Return the relative time of a step: passes over the weights, and dequantization for each."""
+    micro_batches = -(-max_rows // plan.n_rows)
+    passes = 2.0 if plan.keep else 3.0
+    tokens = max_rows * plan.n_tokens
+    return passes * (tokens + DEQUANTIZE_TOKENS * micro_batches)
+
+
+def _too_large(
+    shape: Shape, n_tokens: int, keep: bool | None, budget: int, *, given: bool
+) -> ResourceError:
+    needed = sum(predict(shape, 1, n_tokens, keep=bool(keep)).values())
+    fitting = n_tokens
+    while fitting > 8:
+        fitting //= 2
+        if sum(predict(shape, 1, fitting, keep=False).values()) <= budget:
+            hint = f"use --max-length {fitting}, a smaller model, or --memory {_flag(needed)}"
+            break
+    else:
+        hint = f"use a smaller model, close other programs, or give --memory {_flag(needed)}"
+    return ResourceError(
+        f"training with rows of {n_tokens} tokens would not fit into memory",
+        found=f"{_size(needed)} needed",
+        expected=f"at most {_size(budget)}"
+        + (", as --memory says" if given else f", {SAFE_SHARE:.0%} of what is free"),
+        hint=hint,
+    )
+
+
+def _size(n: int) -> str:
+    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / 2**20:.0f} MiB"
+
+
+def _flag(n: int) -> str:
+    return f"{-(-n // 2**20)}M"
+
+
+def weights_bytes(file: GGUFFile) -> int:
+    """Return the bytes of a model's tensors."""
+    return sum(tensor.n_bytes for tensor in file.tensors.values())
+
+
+def physical_cores() -> int:
+    """Return the physical cores that this process may use, at least 1.
+
+    Two hyper-threads of a core share its vector units, so more threads than cores train no faster.
+    """
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+            siblings = (topology / "thread_siblings_list").read_text().strip()
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings)
+    return max(1, len(cores))
+
+
+def available_bytes() -> int:
+    """Return the memory that a new process may take without swapping."""
+    free = _macos_available() if sys.platform == "darwin" else _linux_available()
+    limit = _cgroup_available()
+    return free if limit is None else min(free, limit)
+
+
+def _linux_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _macos_available() -> int:
+    """Return free, inactive, speculative and purgeable memory, as vm_stat counts it."""
+    import re
+    import subprocess
+
+    try:
+        text = subprocess.run(
+            ["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout
+        page = re.search(r"page size of (\d+) bytes", text)
+        counts = dict(re.findall(r"^Pages ([a-z ]+):\s+(\d+)\.", text, re.MULTILINE))
+        pages = sum(int(counts.get(k, 0)) for k in ("free", "inactive", "speculative", "purgeable"))
+        return pages * int(page[1]) if page else 0
+    except (OSError, subprocess.SubprocessError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cgroup_available() -> int | None:
+    """Return what a container's limit leaves, None without a limit; page cache does not count."""
+    for limit_name, used_name, stat_name in (
+        ("memory.max", "memory.current", "memory.stat"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+        ),
+    ):
+        root = Path("/sys/fs/cgroup")
+        try:
+            limit = int((root / limit_name).read_text())
+            used = int((root / used_name).read_text())
+            stat = dict(line.split() for line in (root / stat_name).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        cache = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+        return max(0, limit - used + cache)
+    return None
