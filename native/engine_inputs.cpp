@@ -1,0 +1,180 @@
+// What a micro-batch puts on the device, and the check that the device computes every node of the graphs.
+#include "engine.h"
+#include "error.h"
+
+#include <algorithm>
+#include <limits>
+#include <random>
+#include <set>
+
+namespace ggft {
+
+// Rows of the pool of dropout masks from which GgmlOps gathers; drawn anew for each engine, never per batch.
+static constexpr int64_t POOL_ROWS  = 1024;
+static constexpr int64_t INPUTS_PER_BLOCK = 4;
+
+void Engine::allocate_inputs() {
+    const Hparams & h = model_->hparams;
+    const int64_t   N = config_.n_rows * config_.n_tokens;
+    inputs_ = std::make_unique<TensorBuffer>("inputs", ggml_backend_get_default_buffer_type(backend_.get()), 16);
+    auto i32      = [&](int64_t n, const char * name) { return inputs_->add(GGML_TYPE_I32, {n}, name); };
+    in_.tokens    = i32(N, "tokens");
+    in_.positions = i32(N, "positions");
+    in_.rows      = i32(N, "rows");
+    in_.labels    = i32(N, "labels");
+    if (fused_) {
+        in_.starts = i32(N, "starts");
+        inputs_->allocate();
+        return;
+    }
+    int64_t width = 0, n_rows_max = h.n_vocab;
+    for (const Layer & layer : model_->layers) {
+        for (const Linear & l : layer.linear) {
+            width      = std::max(width, l.weight->ne[0]);
+            n_rows_max = std::max(n_rows_max, l.weight->ne[1]);
+        }
+    }
+    in_.mask = inputs_->add(GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows}, "mask");
+    in_.label_at = i32(N, "label_at");
+    in_.arange   = i32(n_rows_max, "arange");
+    if (config_.lora.dropout > 0) {
+        in_.pool     = inputs_->add(GGML_TYPE_F32, {width, POOL_ROWS}, "pool");
+        in_.pool_ids = inputs_->add(GGML_TYPE_I32, {N, h.n_layer * INPUTS_PER_BLOCK}, "pool_ids");
+    }
+    inputs_->allocate();
+
+    std::vector<int32_t> ids((size_t) n_rows_max);
+    for (size_t i = 0; i < ids.size(); i++) { ids[i] = (int32_t) i; }
+    ggml_backend_tensor_set(in_.arange, ids.data(), 0, ids.size() * sizeof(int32_t));
+    if (in_.pool != nullptr) {
+        std::mt19937       random(0x9e3779b9);
+        std::vector<float> row((size_t) width);
+        const float        p     = config_.lora.dropout;
+        const auto         limit = (uint32_t) (p * 4294967296.0);
+        for (int64_t r = 0; r < POOL_ROWS; r++) {
+            for (float & x : row) { x = random() < limit ? 0.0f : 1.0f / (1.0f - p); }
+            ggml_backend_tensor_set(in_.pool, row.data(), (size_t) r * in_.pool->nb[1], row.size() * sizeof(float));
+        }
+    }
+}
+
+static void check_batch(const MicroBatch & b, int64_t n_vocab) {
+    auto bad = [&](const char * what, int64_t i, int32_t found) {
+        fail(ErrorKind::input, std::string(what) + " at row " + std::to_string(i / b.T) + ", position " +
+                                   std::to_string(i % b.T) + " is out of range (found " + std::to_string(found) + ")");
+    };
+    for (int64_t i = 0; i < b.B * b.T; i++) {
+        if (b.tokens[i] < 0 || b.tokens[i] >= n_vocab) { bad("token", i, b.tokens[i]); }
+        if (b.positions[i] < 0) { bad("token position", i, b.positions[i]); }
+        if (b.targets != nullptr && (b.targets[i] < -1 || b.targets[i] >= n_vocab)) { bad("target", i, b.targets[i]); }
+    }
+}
+
+void Engine::set_inputs(const MicroBatch & b) {
+    require(b.B >= 1 && b.T >= 1 && b.B * b.T <= config_.n_rows * config_.n_tokens, ErrorKind::input,
+            "micro-batch of " + std::to_string(b.B) + "x" + std::to_string(b.T) + " is larger than the engine's " +
+                std::to_string(config_.n_rows) + "x" + std::to_string(config_.n_tokens));
+    require(fused_ || b.T <= config_.n_tokens, ErrorKind::input, "rows are longer than the engine was opened for");
+    check_batch(b, model_->hparams.n_vocab);
+    in_.B    = b.B;
+    in_.T    = b.T;
+    in_.seed = config_.lora.dropout > 0 ? b.seed : 0;
+
+    const int64_t        N = b.B * b.T;
+    std::vector<int32_t> starts((size_t) N), rows, labels;
+    for (int64_t i = 0; i < N; i++) {
+        const bool continues = i % b.T != 0 && b.segments[i] >= 0 && b.segments[i] == b.segments[i - 1];
+        starts[(size_t) i]   = continues ? starts[(size_t) i - 1] : (int32_t) i;
+        if (b.targets != nullptr && b.targets[i] >= 0) {
+            rows.push_back((int32_t) i);
+            labels.push_back(b.targets[i]);
+        }
+    }
+    n_targets_ = (int64_t) rows.size();
+    auto set   = [](Tensor t, const int32_t * data, size_t n) {
+        if (t != nullptr && n > 0) { ggml_backend_tensor_set(t, data, 0, n * sizeof(int32_t)); }
+    };
+    set(in_.tokens, b.tokens, (size_t) N);
+    set(in_.positions, b.positions, (size_t) N);
+    set(in_.starts, starts.data(), (size_t) N);
+    set(in_.rows, rows.data(), rows.size());
+    set(in_.labels, labels.data(), labels.size());
+    if (!fused_) { set_portable_inputs(b, starts, labels); }
+}
+
+void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t> & starts,
+                                 const std::vector<int32_t> & labels) {
+    const int64_t T = b.T, n = (int64_t) labels.size();
+    const auto    zero = ggml_fp32_to_fp16(0.0f), minus_inf = ggml_fp32_to_fp16(-std::numeric_limits<float>::infinity());
+    std::vector<ggml_fp16_t> mask((size_t) (b.B * T * T), minus_inf);
+    for (int64_t i = 0; i < b.B * T; i++) {
+        const int64_t row = i / T * T;
+        for (int64_t j = starts[(size_t) i]; j <= i; j++) { mask[(size_t) (i * T + j - row)] = zero; }
+    }
+    ggml_backend_tensor_set(in_.mask, mask.data(), 0, mask.size() * sizeof(ggml_fp16_t));
+
+    // The chunks that Engine::head walks; a label's place counts from its chunk's start.
+    std::vector<int32_t> at((size_t) n);
+    const int64_t        n_chunks = (n + chunk_ - 1) / chunk_;
+    for (int64_t c = 0; c < n_chunks; c++) {
+        const int64_t first = n * c / n_chunks, last = n * (c + 1) / n_chunks;
+        for (int64_t i = first; i < last; i++) {
+            at[(size_t) i] = (int32_t) ((i - first) * model_->hparams.n_vocab + labels[(size_t) i]);
+        }
+    }
+    if (n > 0) { ggml_backend_tensor_set(in_.label_at, at.data(), 0, at.size() * sizeof(int32_t)); }
+
+    if (in_.seed != 0 && in_.pool != nullptr) {
+        std::mt19937_64      random(in_.seed);
+        std::vector<int32_t> ids((size_t) (b.B * T));
+        for (int64_t i = 0; i < in_.pool_ids->ne[1]; i++) {
+            for (int32_t & id : ids) { id = (int32_t) (random() % POOL_ROWS); }
+            ggml_backend_tensor_set(in_.pool_ids, ids.data(), (size_t) i * in_.pool_ids->nb[1],
+                                    ids.size() * sizeof(int32_t));
+        }
+    }
+}
+
+// ---- the graph against the device ----
+
+static std::string describe(Tensor t) {
+    std::string s = std::string(ggml_type_name(t->type)) + "[";
+    for (int i = 0; i < ggml_n_dims(t); i++) { s += (i ? "," : "") + std::to_string(t->ne[i]); }
+    return s + "]";
+}
+
+std::vector<NodeReport> Engine::graph_report() {
+    in_.B    = config_.n_rows;
+    in_.T    = config_.n_tokens;
+    in_.seed = config_.lora.dropout > 0 ? 1 : 0;
+    std::map<std::string, NodeReport> nodes;
+    auto                              walk = [&](const Graph & g) {
+        for (int i = 0; i < ggml_graph_n_nodes(g.graph()); i++) {
+            Tensor      t     = ggml_graph_node(g.graph(), i);
+            std::string shape = describe(t) + " <-";
+            for (int s = 0; s < GGML_MAX_SRC && t->src[s] != nullptr; s++) { shape += " " + describe(t->src[s]); }
+            const std::string op = t->op == GGML_OP_CUSTOM ? std::string("CUSTOM ") + t->name : ggml_op_desc(t);
+            NodeReport &      r  = nodes[op + shape];
+            r                    = {op, ggml_type_name(t->type), shape, r.count + 1,
+                                    ggml_backend_supports_op(backend_.get(), t)};
+        }
+    };
+    for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
+        walk(block_forward_graph(l, true));
+        if (l >= config_.lora.layer_first) { walk(block_backward_graph(l)); }
+    }
+    walk(head_graph(0, std::min(chunk_, in_.N()), true));
+    walk(lora_->step_graph());
+    std::vector<NodeReport> report;
+    for (auto & [key, r] : nodes) { report.push_back(r); }
+    return report;
+}
+
+void Engine::check_graphs() {
+    for (const NodeReport & r : graph_report()) {
+        require(r.supported, ErrorKind::resource,
+                std::string("device ") + ggml_backend_dev_name(device_) + " does not support " + r.op + " " + r.shape);
+    }
+}
+
+}  // namespace ggft

@@ -1,0 +1,50 @@
+// One ggml graph under construction, and buffers of named tensors that outlive graphs.
+#pragma once
+
+#include "ggml-cpp.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+namespace ggft {
+
+using Tensor = ggml_tensor *;
+
+// A context that holds tensor descriptions only, and the graph over them.
+class Graph {
+  public:
+    explicit Graph(size_t n_nodes_max);
+
+    ggml_context * ctx() const { return ctx_.get(); }
+    ggml_cgraph *  graph() const { return graph_; }
+    // Schedules `t` (and what it depends on) for computation; order of calls is order of execution.
+    Tensor expand(Tensor t);
+
+  private:
+    ggml_context_ptr ctx_;
+    ggml_cgraph *    graph_;
+};
+
+// Tensors allocated together in one buffer of a device, zeroed.
+class TensorBuffer {
+  public:
+    TensorBuffer(const char * name, ggml_backend_buffer_type_t type, size_t n_tensors_max);
+
+    Tensor add(ggml_type type, std::initializer_list<int64_t> ne, const std::string & name);
+    // Allocates all tensors added so far. Throws Error(resource) with the size when memory is lacking.
+    void allocate();
+
+    size_t              bytes() const;
+    const std::string & name() const { return name_; }
+
+  private:
+    std::string                name_;
+    ggml_backend_buffer_type_t type_;
+    ggml_context_ptr           ctx_;
+    ggml_backend_buffer_ptr    buffer_;
+};
+
+}  // namespace ggft
