@@ -1,0 +1,88 @@
+// Matrix products of activations with frozen weights of any ggml type, dequantized on the fly.
+//
+// Weights W are as in a GGUF: n_rows (N, outputs) rows of n_cols (K, inputs) elements, any type with
+// a dequantizer, rows `row_bytes` apart. Activations are token-major: row t holds one token.
+//
+//   matmul_nt (forward):   y[t][n]  = sum_k x[t][k]  * W[n][k]
+//   matmul_nn (backward): dx[t][k]  = sum_n dy[t][n] * W[n][k]
+//
+// Method (Goto and van de Geijn 2008; the BLIS papers): a thread owns a range of output columns,
+// dequantizes a block of weights into panels that stay in its L2 cache, and runs every token past
+// them, MR rows at a time, through the register tile of kernels_micro.h. Each weight is dequantized
+// once per call, whatever T, save when there are too few columns for the threads, which then also
+// split the tokens. Panels hold BF16 pairs (AVX512-BF16 dot product, F32 sums) or F32.
+//
+// Every function is called by all `nth` threads, each with its own `ith`. They share nothing that
+// is written, wait for nobody, and give bit-identical results for a given nth. Each keeps a buffer
+// of about 0.7 MB per thread, freed with the thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ggml.h"
+
+namespace ggft {
+
+/// bf16: weights and activations rounded to BF16, sums in F32; where the machine has no BF16 dot
+/// product it computes as f32 does, which is then as fast. f32: everything in F32.
+enum class Precision { f32, bf16 };
+
+/// Whether Precision::bf16 differs from f32 on the machine this was compiled for.
+bool has_bf16_dot();
+
+struct Weight {
+    ggml_type type;
+    int64_t n_rows, n_cols;
+    const void* data;
+    size_t row_bytes;
+    const void* packed = nullptr;  // from pack_nt/pack_nn for the same product; `data` is then unused
+};
+
+/// T token rows of F32 or BF16, `stride` elements apart.
+struct Rows {
+    const void* data;
+    bool is_bf16 = false;
+    int64_t stride = 0;
+};
+
+/// A LoRA term computed in the same pass, in F32, before the weights' part is added:
+///   nt:  y[t][n] += scale * sum_r left[t][r] * right[n][r]           right is b, (N, R)
+///   nn: dx[t][k] += keep[t][k] * scale * sum_r left[t][r] * right[r][k]   right is a, (R, K)
+/// keep[t][k] is the dropout factor of kernels_dropout.h, 1 where dropout is 0. nt ignores it.
+struct LowRank {
+    const float* left;
+    int64_t left_stride;
+    const float* right;
+    int rank;
+    float scale = 1.0f;
+    float dropout = 0.0f;
+    uint64_t seed = 0;
+};
+
+/// Output: T rows of F32, `stride` elements apart; `add` adds to what is there.
+struct Output {
+    float* data;
+    int64_t stride;
+    bool add = false;
+};
+
+void matmul_nt(Precision precision, const Weight& w, Rows x, const LowRank* low_rank, Output y,
+               int64_t n_tokens, int ith, int nth);
+void matmul_nn(Precision precision, const Weight& w, Rows dy, const LowRank* low_rank, Output dx,
+               int64_t n_tokens, int ith, int nth);
+
+/// Bytes of the packed form of an (n_rows, n_cols) weight, for either product.
+size_t packed_nt_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
+size_t packed_nn_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
+
+/// Write the panels of the whole weight to `out` (64-byte aligned), for use as Weight::packed.
+void pack_nt(Precision precision, const Weight& w, void* out, int ith, int nth);
+void pack_nn(Precision precision, const Weight& w, void* out, int ith, int nth);
+
+/// BF16 copy of T rows of n_cols floats. The products take F32 rows just as well (they convert on
+/// the fly); a copy pays when several products share the rows, or to store them in half the memory.
+void convert_bf16(const float* x, int64_t x_stride, uint16_t* out, int64_t out_stride,
+                  int64_t n_cols, int64_t n_tokens, int ith, int nth);
+
+}  // namespace ggft

@@ -1,0 +1,110 @@
+// Helpers of the kernel tests: random tensors, weights of any ggml type, comparison, threads.
+#pragma once
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../kernels_gemm.h"
+#include "ggml.h"
+
+namespace ggft_test {
+
+inline int failures = 0;
+
+inline std::mt19937& random_engine() {
+    static std::mt19937 engine(1234);
+    return engine;
+}
+
+inline std::vector<float> random_floats(int64_t n, float sigma = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, sigma);
+    std::vector<float> x((size_t)n);
+    for (float& v : x) v = normal(random_engine());
+    return x;
+}
+
+/// Run f(ith, nth) on nth threads at once, as a ggml custom op is.
+template <class F>
+void parallel(int nth, F f) {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < nth; i++) threads.emplace_back([=] { f(i, nth); });
+    f(0, nth);
+    for (std::thread& t : threads) t.join();
+}
+
+/// Fail unless |got - want| <= tolerance * rms(want) everywhere.
+inline void expect_close(const std::string& what, const std::vector<float>& got,
+                         const std::vector<double>& want, double tolerance) {
+    double square = 0, worst = 0;
+    size_t at = 0;
+    bool finite = true;
+    for (size_t i = 0; i < want.size(); i++) {
+        square += want[i] * want[i];
+        const double error = std::fabs(got[i] - want[i]);
+        finite = finite && std::isfinite(got[i]);
+        if (error > worst) {
+            worst = error;
+            at = i;
+        }
+    }
+    const double rms = std::sqrt(square / (double)want.size()) + 1e-30;
+    if (got.size() == want.size() && finite && worst <= tolerance * rms) return;
+    failures++;
+    std::printf("FAIL %s: worst error %.3g of rms (limit %.3g) at %zu of %zu: %g, expected %g\n",
+                what.c_str(), worst / rms, tolerance, at, want.size(), got[at], want[at]);
+}
+
+template <class T>
+void expect_same(const std::string& what, const T& a, const T& b) {
+    if (a == b) return;
+    failures++;
+    std::printf("FAIL %s: results differ\n", what.c_str());
+}
+
+/// A quantized random matrix and its values as ggml dequantizes them.
+struct TestWeight {
+    std::vector<uint8_t> bytes;
+    std::vector<float> values;
+    ggft::Weight weight;
+};
+
+inline TestWeight random_weight(ggml_type type, int64_t n_rows, int64_t n_cols) {
+    TestWeight t;
+    const std::vector<float> source = random_floats(n_rows * n_cols, 0.05f);
+    const std::vector<float> importance((size_t)n_cols, 1.0f);
+    const size_t row_bytes = ggml_row_size(type, n_cols);
+    t.bytes.resize(row_bytes * (size_t)n_rows);
+    ggml_quantize_chunk(type, source.data(), t.bytes.data(), 0, n_rows, n_cols, importance.data());
+    t.values = source;
+    if (type != GGML_TYPE_F32) {
+        ggml_get_type_traits(type)->to_float(t.bytes.data(), t.values.data(), n_rows * n_cols);
+    }
+    t.weight = {type, n_rows, n_cols, t.bytes.data(), row_bytes};
+    return t;
+}
+
+/// Seconds of the fastest of a few runs.
+template <class F>
+double best_seconds(F f, double budget = 0.3) {
+    double best = 1e9, spent = 0;
+    for (int i = 0; i < 3 || spent < budget; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        f();
+        const double s =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        best = s < best ? s : best;
+        spent += s;
+    }
+    return best;
+}
+
+void test_gemm();
+void bench_gemm(int nth);
+
+}  // namespace ggft_test
