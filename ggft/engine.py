@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ggft.batching import Batch
+
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
-
-MicroBatch = Mapping[str, "IntArray"]
+    MicroBatch = Batch | Mapping[str, IntArray]
 
 
 class Cancelled(Exception):  # noqa: N818
@@ -102,7 +103,7 @@ class Engine:
         self.settings = settings
         self._native = load_native()
         with _native_errors(self._native):
-            self._engine = self._native.Engine(**asdict(settings))
+            self._engine: Any = self._native.Engine(**asdict(settings))
         self._parameters: dict[str, tuple[int, int]] = {
             name: (int(shape[0]), int(shape[1])) for name, shape in self._engine.parameters()
         }
@@ -174,7 +175,8 @@ class Engine:
 
     def cancel(self) -> None:
         """Stop the running call at the next block border; callable from any thread."""
-        self._engine.cancel()
+        if self._engine is not None:
+            self._engine.cancel()
 
     def get(self, name: str, which: str = "value") -> FloatArray:
         """Return a copy of a matrix; `which` is value, grad, m or v."""
@@ -239,7 +241,7 @@ class Engine:
 
     def close(self) -> None:
         """Free everything; the engine cannot be used afterwards."""
-        self._engine.close()
+        self._engine = None
 
     def __enter__(self) -> Engine:
         return self
@@ -252,8 +254,13 @@ class Engine:
         import numpy as np
 
         tokens, positions, segments, targets = (
-            np.ascontiguousarray(batch[key], dtype=np.int32)
-            for key in ("tokens", "positions", "segments", "targets")
+            np.ascontiguousarray(array, dtype=np.int32)
+            for array in (
+                batch["tokens"],
+                batch["positions"],
+                batch["segments"],
+                batch["targets"],
+            )
         )
         shape = tokens.shape
         if len(shape) != 2 or {positions.shape, segments.shape, targets.shape} != {shape}:
