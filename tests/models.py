@@ -2,18 +2,13 @@
 
 `write_model` returns the path with the float64 weights *as stored* (quantized, then dequantized),
 so that `tests.reference` and the engine start from the same numbers. The writer is deliberately
-not ggft's own: it is the independent side of the file tests. Quantization is ggml's, through
-ctypes; dequantization is gguf-py's NumPy, where it knows the type.
+not ggft's own: it is the independent side of the file tests.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
 import math
 import struct
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,50 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.blocks import TYPES, dequantize, quantize, random_blocks
 from tests.reference import LINEARS, Array, Decoder, Lora, Rope, Shape
 
-
-class GGMLType(NamedTuple):
-    """A tensor type's number in files, and its block: elements and bytes."""
-
-    number: int
-    block: int
-    block_bytes: int
-
-
-TYPES = {
-    "F32": GGMLType(0, 1, 4),
-    "F16": GGMLType(1, 1, 2),
-    "Q4_0": GGMLType(2, 32, 18),
-    "Q4_1": GGMLType(3, 32, 20),
-    "Q5_0": GGMLType(6, 32, 22),
-    "Q5_1": GGMLType(7, 32, 24),
-    "Q8_0": GGMLType(8, 32, 34),
-    "Q2_K": GGMLType(10, 256, 84),
-    "Q3_K": GGMLType(11, 256, 110),
-    "Q4_K": GGMLType(12, 256, 144),
-    "Q5_K": GGMLType(13, 256, 176),
-    "Q6_K": GGMLType(14, 256, 210),
-    "IQ2_XXS": GGMLType(16, 256, 66),
-    "IQ2_XS": GGMLType(17, 256, 74),
-    "IQ3_XXS": GGMLType(18, 256, 98),
-    "IQ1_S": GGMLType(19, 256, 50),
-    "IQ4_NL": GGMLType(20, 32, 18),
-    "IQ3_S": GGMLType(21, 256, 110),
-    "IQ2_S": GGMLType(22, 256, 82),
-    "IQ4_XS": GGMLType(23, 256, 136),
-    "IQ1_M": GGMLType(29, 256, 56),
-    "BF16": GGMLType(30, 1, 2),
-    "TQ1_0": GGMLType(34, 256, 54),
-    "TQ2_0": GGMLType(35, 256, 66),
-    "MXFP4": GGMLType(39, 32, 17),
-    "NVFP4": GGMLType(40, 64, 36),
-    "Q1_0": GGMLType(41, 128, 18),
-    "Q2_0": GGMLType(42, 64, 18),
-}
-"""Every type that ggml 0.25 can quantize to. Source: ggml.h, ggml-common.h."""
-
 ALIGNMENT = 32
+SLOW_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
+"""Seconds to quantize, so that their blocks are random instead."""
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
     "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -72,81 +29,6 @@ CHATML = (
 )
 PIECES = ["▁", *"abcdefghijklmnopqrstuvwxyz.,:!?", "▁t", "he", "▁the", "in", "er", "▁a", "▁s", "on"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "e r", "Ġ a", "Ġ s", "o n", "r e", "Ġ w", "o r", "l d"]
-
-
-# ---- ggml through ctypes --------------------------------------------------------------------
-
-
-@functools.cache
-def ggml_base() -> ctypes.CDLL:
-    """Load the ggml that llama-cpp-python carries, without importing llama_cpp."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("llama-cpp-python is not installed")
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base.{suffix}"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    return library
-
-
-class _TypeTraits(ctypes.Structure):
-    """The head of `struct ggml_type_traits` in ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-def quantize(values: Array, type_name: str) -> bytes:
-    """Return `values` (rows, columns) in blocks of `type_name`, as ggml quantizes them."""
-    info = TYPES[type_name]
-    rows, columns = values.shape
-    if columns % info.block:
-        raise ValueError(f"{columns} columns are no multiple of {type_name}'s {info.block}")
-    source = np.ascontiguousarray(values, np.float32)
-    if type_name == "F32":
-        return source.tobytes()
-    out = np.empty(rows * columns // info.block * info.block_bytes, np.uint8)
-    importance = np.ones(columns, np.float32)
-    written = ggml_base().ggml_quantize_chunk(
-        info.number, source.ctypes.data, out.ctypes.data, 0, rows, columns, importance.ctypes.data
-    )
-    assert written == out.nbytes
-    return out.tobytes()
-
-
-def dequantize(data: bytes, type_name: str, shape: tuple[int, ...]) -> Array:
-    """Return the float64 values of blocks: gguf-py's where it knows the type, else ggml's."""
-    import gguf
-
-    info = TYPES[type_name]
-    raw = np.frombuffer(data, np.uint8)
-    if type_name == "F32":
-        return raw.view(np.float32).reshape(shape).astype(np.float64)
-    try:
-        known = gguf.GGMLQuantizationType(info.number)
-        return np.asarray(gguf.quants.dequantize(raw, known).reshape(shape), np.float64)
-    except (ValueError, NotImplementedError, KeyError):
-        out = np.empty(math.prod(shape), np.float32)
-        to_float = ggml_base().ggml_get_type_traits(info.number).contents.to_float
-        to_float(raw.ctypes.data, out.ctypes.data, out.size)
-        return out.reshape(shape).astype(np.float64)
 
 
 # ---- a GGUF writer --------------------------------------------------------------------------
@@ -371,10 +253,15 @@ def write_model(path: Path, spec: Spec | None = None) -> Tiny:
         metadata["llama.rope.scaling.factor"] = spec.rope_scaling
     if spec.chat_template is not None:
         metadata["tokenizer.chat_template"] = spec.chat_template
-    tensors, stored = [], {}
+    tensors: list[Tensor] = []
+    stored: dict[str, Array] = {}
     for name, values in _random_weights(spec, n_vocab).items():
         type_name = spec.type_of(name) if values.ndim == 2 else "F32"
-        data = quantize(np.atleast_2d(values), type_name)
+        if type_name in SLOW_TYPES:
+            rng = np.random.default_rng(len(tensors))
+            data = random_blocks(rng, type_name, values.size, float(values.std()))
+        else:
+            data = quantize(np.atleast_2d(values), type_name)
         tensors.append(Tensor(name, type_name, values.shape, data))
         stored[name] = dequantize(data, type_name, values.shape)
     write_gguf(path, {**metadata, **spec.extra}, tensors)
