@@ -18,6 +18,7 @@ from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
     from ggft.config import FinetuneConfig
+    from ggft.hub import DownloadConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,6 +45,40 @@ def finetune(config: FinetuneConfig) -> Any:
     from ggft.train import finetune as action
 
     return action(_with_model(config))
+
+
+@verb(cli, "ggft.hub:DownloadConfig")
+@click.argument("model", required=False)
+def download(config: DownloadConfig, model: str | None) -> None:
+    """Download a model by name, checked by its SHA-256.
+
+    MODEL is a name that `ggft models` lists (the default model if not given), or a file on the
+    Hugging Face hub: owner/repository/file.gguf[@revision].
+    """
+    from ggft.config import DEFAULT_MODEL
+    from ggft.hub import download as action
+
+    click.echo(action(model or DEFAULT_MODEL, config.folder, force=config.force))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON")
+def models(as_json: bool) -> None:
+    """List the models known by name, and which of them fit this machine."""
+    from ggft.hub import models_table
+
+    rows = models_table()
+    if as_json:
+        import json
+
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        state = "here" if row["here"] else "" if row["fits"] else "too large"
+        click.echo(
+            f"{row['name']:{width}}  {row['bytes'] / 1e9:5.2f} GB  {state:9}  {row['title']}"
+        )
 
 
 def main() -> None:

