@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ggft.errors import InputError
-from ggft.gguf_types import NOT_WEIGHT_TYPES, GGUFFile, StringArray, TensorInfo
+from ggft.gguf_types import NOT_WEIGHT_TYPES, GGMLType, GGUFFile, StringArray, TensorInfo, ValueType
 
 MAX_LAYERS = 512
 MAX_INT32 = (1 << 31) - 1
@@ -27,23 +27,26 @@ class ArchitectureTraits:
 
     Attributes:
         families: Models that use it, for messages.
-        block: Name → shape of each weight of a block, in letters: C n_embd, F n_ff, Q n_head times
-            head size, K n_head_kv times head size; in ggml's order.
-        model: The same for weights outside the blocks; V is n_vocab, D half the head size.
-        optional: Names of `model` that may be missing.
         rope: "normal" rotates neighbouring pairs, "neox" halves.
+        block: Name → shape of each tensor of a block, in letters: C n_embd, F n_ff, Q n_head times
+            head size, K n_head_kv times head size; in ggml's order.
+        model: The same for tensors outside the blocks; V is n_vocab, D half the head size.
+        block_optional: Tensors of a block that may be missing.
+        model_optional: Tensors outside the blocks that may be missing.
     """
 
     families: str
+    rope: str
     block: Mapping[str, str]
     model: Mapping[str, str]
-    optional: frozenset[str]
-    rope: str
+    block_optional: Mapping[str, str]
+    model_optional: Mapping[str, str]
 
 
 ARCHITECTURES: Mapping[str, ArchitectureTraits] = {
     "llama": ArchitectureTraits(
         families="Llama 1/2/3, Mistral, TinyLlama, SmolLM2",
+        rope="normal",
         block={
             "attn_norm.weight": "C",
             "attn_q.weight": "CQ",
@@ -55,14 +58,17 @@ ARCHITECTURES: Mapping[str, ArchitectureTraits] = {
             "ffn_up.weight": "CF",
             "ffn_down.weight": "FC",
         },
-        model={
-            "token_embd.weight": "CV",
-            "output_norm.weight": "C",
-            "output.weight": "CV",
-            "rope_freqs.weight": "D",
+        model={"token_embd.weight": "CV", "output_norm.weight": "C"},
+        block_optional={
+            "attn_q.bias": "Q",
+            "attn_k.bias": "K",
+            "attn_v.bias": "K",
+            "attn_output.bias": "C",
+            "ffn_gate.bias": "F",
+            "ffn_up.bias": "F",
+            "ffn_down.bias": "C",
         },
-        optional=frozenset({"output.weight", "rope_freqs.weight"}),
-        rope="normal",
+        model_optional={"output.weight": "CV", "rope_freqs.weight": "D"},
     ),
 }
 SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
@@ -70,7 +76,7 @@ SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
 # Marks of model features inside a supported architecture that change the computation.
 _UNSUPPORTED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"_exps\.|_shexp\.|ffn_gate_inp"), "mixture-of-experts models"),
-    (re.compile(r"\.bias$"), "biases in the linear layers"),
+    (re.compile(r"_norm\.bias$"), "biases in the norms"),
     (re.compile(r"rope_factors_(long|short)"), "LongRoPE"),
     (re.compile(r"\.(scale|input_scale)$"), "per-tensor scales"),
     (re.compile(r"attn_qkv"), "a fused q/k/v matrix"),
@@ -314,18 +320,52 @@ def _check_vocabulary(file: GGUFFile, keys: _Keys) -> int:
             found=f"{n_vocab} tokens",
             expected=f"{embedding.shape[1]}, the rows of token_embd.weight",
         )
-    for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-        value = file.get(key)
-        if value is not None and (isinstance(value, (str, int, float)) or len(value) < n_vocab):
-            raise InputError(
-                f"{key} does not fit the vocabulary",
-                path=file.path,
-                offset=file.value_offsets[key],
-                found="a single value" if isinstance(value, (str, int, float)) else len(value),
-                expected=f"{n_vocab} numbers",
-            )
+    _check_list(file, "scores", (ValueType.FLOAT32, ValueType.INT32), n_vocab)
+    _check_list(file, "token_type", (ValueType.INT32,), n_vocab)
+    if tokenizer == "gpt2":
+        _check_list(file, "merges", (ValueType.STRING,), 0, required=True)
     _check_byte_tokens(file, tokens)
+    duplicate = tokens.first_duplicate()
+    if duplicate is not None:
+        # llama.cpp stops the whole process at this.
+        raise InputError(
+            "two tokens have the same text",
+            path=file.path,
+            offset=file.value_offsets["tokenizer.ggml.tokens"],
+            found=f"tokens {duplicate[0]} and {duplicate[1]}, {ascii(tokens[duplicate[1]])[:40]}",
+            expected="different texts",
+        )
     return n_vocab
+
+
+def _check_list(
+    file: GGUFFile,
+    name: str,
+    types: tuple[ValueType, ...],
+    least: int,
+    *,
+    required: bool = False,
+) -> None:
+    """Check the element type and the length of a list that goes with the tokens."""
+    key = f"tokenizer.ggml.{name}"
+    value = file.get(key)
+    if value is None and not required:
+        return
+    if value is None or isinstance(value, (str, int, float)):
+        found = "nothing" if value is None else "a single value"
+    elif file.types[key] not in types:
+        found = f"a list of {file.types[key].name}"
+    elif len(value) < least:
+        found = f"{len(value)} elements"
+    else:
+        return
+    raise InputError(
+        f"{key} does not fit the vocabulary",
+        path=file.path,
+        offset=file.value_offsets.get(key),
+        found=found,
+        expected=f"a list of {' or '.join(t.name for t in types)}, at least {least} long",
+    )
 
 
 def _check_byte_tokens(file: GGUFFile, tokens: StringArray) -> None:
@@ -371,17 +411,19 @@ def _check_tensors(
     file: GGUFFile, traits: ArchitectureTraits, n_layer: int, sizes: Mapping[str, int]
 ) -> None:
     """Check that exactly the model's tensors are there, with their shapes."""
-    expected = dict(traits.model)
+    required = dict(traits.model)
+    optional = dict(traits.model_optional)
     for i in range(n_layer):
-        expected.update({f"blk.{i}.{name}": shape for name, shape in traits.block.items()})
+        required.update({f"blk.{i}.{name}": shape for name, shape in traits.block.items()})
+        optional.update({f"blk.{i}.{name}": shape for name, shape in traits.block_optional.items()})
     for name, tensor in file.tensors.items():
-        if name not in expected:
+        letters = required.get(name) or optional.get(name)
+        if letters is None:
             raise _unexpected(file, tensor, n_layer)
-    for name, letters in expected.items():
-        shape = tuple(sizes[letter] for letter in letters)
-        if name in file.tensors:
-            _check_tensor(file.tensors[name], shape)
-        elif name not in traits.optional:
+        _check_tensor(tensor, tuple(sizes[letter] for letter in letters))
+    for name, letters in required.items():
+        if name not in file.tensors:
+            shape = tuple(sizes[letter] for letter in letters)
             raise InputError(
                 f"tensor {name} is missing",
                 path=file.path,
@@ -400,13 +442,14 @@ def _check_tensor(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
             found=tensor.shape,
             expected=shape,
         )
-    if tensor.type in NOT_WEIGHT_TYPES:
+    wrong = tensor.type in NOT_WEIGHT_TYPES or (len(shape) == 1 and tensor.type != GGMLType.F32)
+    if wrong:
         raise InputError(
-            f"{tensor.name} has a type that holds no weights",
+            f"wrong type of {tensor.name}",
             path=tensor.path,
             offset=tensor.header_offset,
             found=tensor.type.name,
-            expected="F32, F16, BF16 or a quantized type",
+            expected="F32" if len(shape) == 1 else "F32, F16, BF16 or a quantized type",
         )
 
 

@@ -180,6 +180,20 @@ class StringArray(Sequence[str]):
         """Return all records as they stand in a file."""
         return self._data
 
+    def first_duplicate(self) -> tuple[int, int] | None:
+        """Return the indices of the first string that stands twice, or None."""
+        data = self._data
+        bounds = zip((0, *self._ends), self._ends, strict=False)
+        # Records include the length, so that equal records mean equal strings.
+        if len({data[begin:end] for begin, end in bounds}) == len(self):
+            return None
+        seen: dict[bytes, int] = {}
+        for i in range(len(self)):
+            first = seen.setdefault(self.raw(i), i)
+            if first != i:
+                return first, i
+        return None
+
     def find(self, text: str) -> int:
         """Return the index of the first string equal to `text`, or -1."""
         wanted = text.encode("utf-8", "surrogateescape")
