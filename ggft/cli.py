@@ -18,6 +18,7 @@ from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
     from ggft.config import FinetuneConfig
+    from ggft.generate import GenerateConfig
     from ggft.hub import DownloadConfig
 
 ConfigT = TypeVar("ConfigT")
@@ -45,6 +46,26 @@ def finetune(config: FinetuneConfig) -> Any:
     from ggft.train import finetune as action
 
     return action(_with_model(config))
+
+
+@verb(cli, "ggft.generate:GenerateConfig")
+@click.argument("prompt", required=False)
+@click.option("--input", "extra", metavar="TEXT", help="The instruction's input, if it has one")
+def generate(config: GenerateConfig, prompt: str | None, extra: str | None) -> None:
+    """Answer one PROMPT (or what is piped in) on stdout."""
+    from ggft.generate import generate as action
+    from ggft.generate import read_prompt
+
+    text = read_prompt(prompt)
+    action(_with_model(config), text, extra)
+
+
+@verb(cli, "ggft.generate:GenerateConfig")
+def chat(config: GenerateConfig) -> None:
+    """Talk with a model, with or without an adapter."""
+    from ggft.generate import chat as action
+
+    action(_with_model(config))
 
 
 @verb(cli, "ggft.hub:DownloadConfig")

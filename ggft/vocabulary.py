@@ -100,6 +100,10 @@ class Vocabulary:
             known = self._pieces[token] = buffer.raw[:n]
         return known
 
+    def is_control(self, token: int) -> bool:
+        """Whether a token steers the model and stands for no text, such as `<|im_start|>`."""
+        return bool(self._api.llama_vocab_is_control(self._vocab, token))
+
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of `ids`, special tokens by name; may end within a character."""
         return b"".join(map(self.piece, ids))
