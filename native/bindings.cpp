@@ -86,10 +86,10 @@ static nb::dict build_info() {
 
 // ---- the engine ----
 
-static Precision precision_of(const std::string & name) {
-    if (name == "fast") { return Precision::fast; }
+static Mode mode_of(const std::string & name) {
+    if (name == "fast") { return Mode::fast; }
     require(name == "f32", ErrorKind::input, "precision must be fast or f32, found '" + name + "'");
-    return Precision::f32;
+    return Mode::f32;
 }
 
 static Engine * open_engine(const std::vector<std::string> & paths, const std::vector<std::string> & targets,
@@ -99,7 +99,7 @@ static Engine * open_engine(const std::vector<std::string> & paths, const std::v
                             float beta2, float eps, float max_grad_norm) {
     EngineConfig c;
     c.paths     = paths;
-    c.precision = precision_of(precision);
+    c.mode = mode_of(precision);
     require(kernels == "auto" || kernels == "fused" || kernels == "ggml", ErrorKind::input,
             "kernels must be auto, fused or ggml, found '" + kernels + "'");
     require(dropout >= 0 && dropout < 1, ErrorKind::input, "dropout must be in [0, 1)");
@@ -234,7 +234,7 @@ static nb::dict info(Engine & e) {
     d["device"]             = ggml_backend_dev_name(e.device());
     d["device_description"] = ggml_backend_dev_description(e.device());
     d["kernels"]            = e.kernels();
-    d["precision"]          = e.config().precision == Precision::fast ? "fast" : "f32";
+    d["precision"]          = e.config().mode == Mode::fast ? "fast" : "f32";
     d["threads"]            = e.config().threads;
     d["ggml_version"]       = ggml_version();
     d["architecture"]       = e.model().hparams.arch;

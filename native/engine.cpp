@@ -22,11 +22,11 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
 
     const bool cpu = ggml_backend_dev_type(device_) == GGML_BACKEND_DEVICE_TYPE_CPU;
     require(config.kernels != "fused" || cpu, ErrorKind::input, "fused kernels exist for the CPU only");
-    fused_ = cpu && config.kernels == "fused";
+    fused_ = cpu && config.kernels != "ggml";
     if (fused_) {
-        ops_ = make_fused_ops(config.precision, config.lora);
+        ops_ = make_fused_ops(in_, config.mode, config.lora.dropout);
     } else {
-        ops_ = make_ggml_ops(in_, config.precision, /*quantized_forward=*/!cpu);
+        ops_ = make_ggml_ops(in_, config.mode, /*quantized_forward=*/!cpu);
     }
     decoder_ = std::make_unique<Decoder>(*model_, *lora_, *ops_, in_);
     alloc_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));

@@ -16,7 +16,7 @@ struct EngineConfig {
     std::vector<std::string> paths;
     LoraConfig               lora;
     AdamW                    adamw;
-    Precision                precision = Precision::fast;
+    Mode mode = Mode::fast;
     std::string              device    = "auto";
     std::string              kernels   = "auto";  // "fused", "ggml" or "auto"
     int                      threads   = 1;

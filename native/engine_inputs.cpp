@@ -22,11 +22,7 @@ void Engine::allocate_inputs() {
     in_.positions = i32(N, "positions");
     in_.rows      = i32(N, "rows");
     in_.labels    = i32(N, "labels");
-    if (fused_) {
-        in_.starts = i32(N, "starts");
-        inputs_->allocate();
-        return;
-    }
+    in_.starts = i32(N, "starts");
     int64_t width = 0, n_rows_max = h.n_vocab;
     for (const Layer & layer : model_->layers) {
         for (const Linear & l : layer.linear) {
@@ -99,7 +95,7 @@ void Engine::set_inputs(const MicroBatch & b) {
     set(in_.starts, starts.data(), (size_t) N);
     set(in_.rows, rows.data(), rows.size());
     set(in_.labels, labels.data(), labels.size());
-    if (!fused_) { set_portable_inputs(b, starts, labels); }
+    set_portable_inputs(b, starts, labels);
 }
 
 void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t> & starts,

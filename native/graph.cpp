@@ -2,6 +2,8 @@
 
 #include "error.h"
 
+#include <algorithm>
+
 namespace ggft {
 
 Graph::Graph(size_t n_nodes_max) {
@@ -13,6 +15,27 @@ Graph::Graph(size_t n_nodes_max) {
 
 Tensor Graph::expand(Tensor t) {
     ggml_build_forward_expand(graph_, t);
+    return t;
+}
+
+static void run_kernel(Tensor dst, int ith, int nth, void * kernel) { (*(CustomKernel *) kernel)(dst, ith, nth); }
+
+Tensor Graph::custom(const char * name, ggml_type type, std::initializer_list<int64_t> ne, std::vector<Tensor> args,
+                     CustomKernel kernel) {
+    int64_t n[4] = {1, 1, 1, 1};
+    std::copy(ne.begin(), ne.end(), n);
+    kernels_.push_back(std::move(kernel));
+    Tensor t = ggml_custom_4d(ctx(), type, n[0], n[1], n[2], n[3], args.data(), (int) args.size(), run_kernel,
+                              GGML_N_TASKS_MAX, &kernels_.back());
+    ggml_set_name(t, name);
+    return t;
+}
+
+Tensor Graph::custom_inplace(const char * name, Tensor target, std::vector<Tensor> args, CustomKernel kernel) {
+    kernels_.push_back(std::move(kernel));
+    Tensor t = ggml_custom_inplace(ctx(), target, args.data(), (int) args.size(), run_kernel, GGML_N_TASKS_MAX,
+                                   &kernels_.back());
+    ggml_set_name(t, name);
     return t;
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -12,6 +14,9 @@
 namespace ggft {
 
 using Tensor = ggml_tensor *;
+
+// Work of thread `ith` of `nth` on a custom node. Runs on ggml's threads: must not throw.
+using CustomKernel = std::function<void(Tensor dst, int ith, int nth)>;
 
 // A context that holds tensor descriptions only, and the graph over them.
 class Graph {
@@ -22,8 +27,14 @@ class Graph {
     ggml_cgraph *  graph() const { return graph_; }
     // Schedules `t` (and what it depends on) for computation; order of calls is order of execution.
     Tensor expand(Tensor t);
+    // A node computed by a CPU kernel. `args` are the tensors that must be computed before it.
+    Tensor custom(const char * name, ggml_type type, std::initializer_list<int64_t> ne, std::vector<Tensor> args,
+                  CustomKernel kernel);
+    // The same, writing into `target`'s memory; the result is a view of it.
+    Tensor custom_inplace(const char * name, Tensor target, std::vector<Tensor> args, CustomKernel kernel);
 
   private:
+    std::deque<CustomKernel> kernels_;  // addresses stay valid as it grows
     ggml_context_ptr ctx_;
     ggml_cgraph *    graph_;
 };

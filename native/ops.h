@@ -14,7 +14,8 @@
 
 namespace ggft {
 
-enum class Precision { fast, f32 };
+// f32: everything in F32, the reference. fast: weights and activations of matrix products in 16 bits.
+enum class Mode { fast, f32 };
 
 // What a micro-batch puts on the device: written once, read by every graph.
 struct Inputs {
@@ -101,7 +102,7 @@ class Ops {
 };
 
 // quantized_forward: multiply quantized weights directly (GPUs keep the activations in floating point).
-std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Precision precision, bool quantized_forward);
-std::unique_ptr<Ops> make_fused_ops(Precision precision, const LoraConfig & config);
+std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Mode mode, bool quantized_forward);
+std::unique_ptr<Ops> make_fused_ops(const Inputs & in, Mode mode, float dropout);
 
 }  // namespace ggft

@@ -24,8 +24,8 @@ Tensor add(Graph & g, Tensor a, Tensor b) {
 
 class GgmlOps : public Ops {
   public:
-    GgmlOps(const Inputs & in, Precision precision, bool quantized_forward) :
-        in_(in), precision_(precision), quantized_forward_(quantized_forward) {}
+    GgmlOps(const Inputs & in, Mode mode, bool quantized_forward) :
+        in_(in), mode_(mode), quantized_forward_(quantized_forward) {}
 
     const char * name() const override { return "ggml"; }
 
@@ -258,7 +258,7 @@ class GgmlOps : public Ops {
         for (int64_t r = 0; r < w->ne[1]; r += step) {
             const int64_t n  = std::min(step, w->ne[1] - r);
             Tensor        wt = ggml_transpose(c, dequantized(g, w, r, n));
-            if (precision_ == Precision::fast) {
+            if (mode_ == Mode::fast) {
                 wt = ggml_cpy(c, wt, ggml_new_tensor_2d(c, GGML_TYPE_F16, n, w->ne[0]));
             } else {
                 wt = ggml_cont(c, wt);
@@ -270,14 +270,14 @@ class GgmlOps : public Ops {
     }
 
     const Inputs & in_;
-    Precision      precision_;
+    Mode           mode_;
     bool           quantized_forward_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Precision precision, bool quantized_forward) {
-    return std::make_unique<GgmlOps>(in, precision, quantized_forward);
+std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Mode mode, bool quantized_forward) {
+    return std::make_unique<GgmlOps>(in, mode, quantized_forward);
 }
 
 }  // namespace ggft
