@@ -18,6 +18,7 @@ from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
     from ggft.config import FinetuneConfig
+    from ggft.doctor import DoctorConfig
     from ggft.generate import GenerateConfig
     from ggft.hub import DownloadConfig
 
@@ -100,6 +101,14 @@ def models(as_json: bool) -> None:
         click.echo(
             f"{row['name']:{width}}  {row['bytes'] / 1e9:5.2f} GB  {state:9}  {row['title']}"
         )
+
+
+@verb(cli, "ggft.doctor:DoctorConfig")
+def doctor(config: DoctorConfig) -> int:
+    """Say what this machine can do, and what to mend."""
+    from ggft.doctor import doctor as action
+
+    return action(config)
 
 
 def main() -> None:

@@ -52,6 +52,20 @@ def load() -> Any:
     return _lib
 
 
+def library_info() -> dict[str, str]:
+    """Return the package's version, its folder, and the CPU features that it was built with."""
+    from importlib.metadata import version
+
+    api = load()
+    features = api.llama_print_system_info().decode("utf-8", "replace")
+    on = [part.partition("=")[0].strip() for part in features.split("|") if "= 1" in part]
+    return {
+        "package": version("llama-cpp-python"),
+        "folder": str(Path(api.__file__).parent),
+        "features": " ".join(name.rpartition(":")[2].strip() for name in on),
+    }
+
+
 def _on_log(level: int, text: bytes, _data: object) -> None:
     """Pass a line of llama.cpp's log on to `logging`; the levels are ggml_log_level's."""
     line = text.decode("utf-8", "replace").rstrip()
