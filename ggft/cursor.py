@@ -10,12 +10,55 @@ import os
 import struct
 from array import array
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ggft.errors import InputError
 from ggft.gguf_types import StringArray
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_READ_BYTES = 1 << 26
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+
+
+def read_bytes(path: Path, offset: int, n_bytes: int, what: str) -> npt.NDArray[np.uint8]:
+    """Read a stretch of a file.
+
+    Reads rather than maps: a file cut off meanwhile is an error and not a SIGBUS.
+
+    Args:
+        path: The file.
+        offset: Where to start, bytes.
+        n_bytes: How much to read.
+        what: What stands there, for messages.
+
+    Raises:
+        InputError: The file became shorter, or cannot be read.
+    """
+    import numpy as np
+
+    data = np.empty(n_bytes, dtype=np.uint8)
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while done < n_bytes:
+                read = file.readinto(data[done : done + _READ_BYTES].data)
+                if not read:
+                    raise InputError(
+                        f"the file ends inside {what}; it became shorter",
+                        path=path,
+                        offset=offset + done,
+                        found=f"{done} bytes",
+                        expected=f"{n_bytes} bytes",
+                    )
+                done += read
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}", path=path) from None
+    return data
 
 
 class Cursor:
@@ -78,7 +121,7 @@ class Cursor:
         wanted = min(self.file_bytes, ahead) - self._base
         while len(self._loaded) < wanted:
             at = self._base + len(self._loaded)
-            chunk = os.pread(self._descriptor, min(wanted - len(self._loaded), 1 << 26), at)
+            chunk = os.pread(self._descriptor, min(wanted - len(self._loaded), _READ_BYTES), at)
             if not chunk:
                 raise self.fail(
                     "the file became shorter while it was read",

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggft.cursor import read_bytes
 from ggft.errors import InputError
 from ggft.gguf_check import SUPPORTED_ARCHITECTURES, ModelInfo, check_model
 from ggft.gguf_parse import read_header
@@ -147,8 +148,6 @@ def read_array(
 ) -> npt.NDArray[np.uint8]:
     """Read rows of a tensor as they stand in the file.
 
-    Reads rather than maps: a file cut off meanwhile is an error and not a SIGBUS.
-
     Args:
         tensor: Which tensor.
         first_row: The first row; rows are counted over all higher dimensions.
@@ -158,29 +157,12 @@ def read_array(
         Bytes, shape (n_rows, bytes per row).
 
     Raises:
-        InputError: The file ends before the data does.
+        InputError: The file became shorter, or cannot be read.
     """
-    import numpy as np
-
     rows = tensor.n_rows - first_row if n_rows is None else n_rows
-    data = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
-    view = data.reshape(-1).data
     offset = tensor.offset + first_row * tensor.row_bytes
-    done = 0
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while done < len(view):
-            read = file.readinto(view[done : done + (1 << 26)])
-            if not read:
-                raise InputError(
-                    f"tensor {tensor.name!a} is cut off: the file became shorter",
-                    path=tensor.path,
-                    offset=offset + done,
-                    found=f"{done} bytes",
-                    expected=f"{len(view)} bytes",
-                )
-            done += read
-    return data
+    data = read_bytes(tensor.path, offset, rows * tensor.row_bytes, f"tensor {tensor.name!a}")
+    return data.reshape(rows, tensor.row_bytes)
 
 
 def dequantize(

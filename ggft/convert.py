@@ -1,0 +1,389 @@
+"""Converts old llama GGML files to GGUF.
+
+The tensors stream from file to file, a few rows at a time; codes are moved, never requantized, as
+long as a current type can hold them. What an old file leaves out (context length, norm epsilon,
+rope base) is inferred, printed with the reason, and can be given by flag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ggft.block_scales import first_bad_block
+from ggft.cursor import read_bytes
+from ggft.errors import InputError
+from ggft.file_kinds import HEAD_BYTES, identify, require_regular_file
+from ggft.gguf import GGMLType, Value, check_model, read_gguf
+from ggft.gguf_write import TensorSource, write_gguf
+from ggft.legacy import JoinedTensor, LegacyFile, read_legacy
+from ggft.legacy_blocks import ScaleLoss, repack, to_blocks, unpack
+from ggft.legacy_parse import LegacyTensor
+from ggft.legacy_vocab import SpmVocabulary, load_vocabulary, rebuild_vocabulary
+from ggft.options import option
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_CHUNK_BYTES = 8 << 20
+_QUANTIZATION_VERSION = 2
+# The number of a file's main type in general.file_type. Source: llama.h, enum llama_ftype.
+_FILE_TYPES = {
+    GGMLType.F32: 0,
+    GGMLType.F16: 1,
+    GGMLType.Q4_0: 2,
+    GGMLType.Q4_1: 3,
+    GGMLType.Q8_0: 7,
+    GGMLType.Q5_0: 8,
+    GGMLType.Q5_1: 9,
+    GGMLType.Q2_K: 10,
+    GGMLType.Q3_K: 12,
+    GGMLType.Q4_K: 15,
+    GGMLType.Q5_K: 17,
+    GGMLType.Q6_K: 18,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Settings of `ggft convert`."""
+
+    vocab_dir: str | None = option(
+        "--vocab-dir", default=None, metavar="PATH", shown="the file's own vocabulary",
+        help="Take the vocabulary from a Hugging Face tokenizer folder or tokenizer.model",
+    )  # fmt: skip
+    gqa: int | None = option(
+        "--gqa", default=None, minimum=1, maximum=1024, shown="from the shapes",
+        help="Query heads per key/value head (8 for Llama 2 70B)",
+    )  # fmt: skip
+    context: int | None = option(
+        "--context", "--context-length", default=None, minimum=8, maximum=1 << 24,
+        shown="inferred", help="Context length the model was trained with, tokens",
+    )  # fmt: skip
+    eps: float | None = option(
+        "--eps", "--rms-norm-eps", default=None, above=0.0, below=0.1, shown="inferred",
+        help="Epsilon of the RMS norms (1e-6 for Llama 1, 1e-5 for Llama 2)",
+    )  # fmt: skip
+    rope_base: float | None = option(
+        "--rope-base", "--rope-freq-base", default=None, minimum=1.0, maximum=1e12,
+        shown="inferred", help="Base of the rotary positions",
+    )  # fmt: skip
+    type: str = option(
+        "--type", default="F16", choices=("F16", "F32", "Q8_0"),
+        help="Type for tensors whose old type no current one can hold (Q4_2, Q4_3, 64-element K)",
+    )  # fmt: skip
+    name: str | None = option(
+        "--name", default=None, shown="from the file's name", help="Name written into the GGUF"
+    )
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A value that the old file does not say: what, how much, and why."""
+
+    what: str
+    value: str
+    why: str
+
+
+@dataclass
+class Repacking:
+    """What happened to the tensors of one old type."""
+
+    source: str
+    target: str
+    how: str
+    n_tensors: int = 0
+
+
+@dataclass
+class ConvertReport:
+    """What `convert_model` did.
+
+    Attributes:
+        scale_error: Largest relative error of a scale rounded to F16; 0 if none was.
+        n_subnormal: Scales that became F16 subnormals or zero.
+        refusal: Why ggft cannot train the result; None if it can.
+    """
+
+    source: LegacyFile
+    output: Path
+    inferences: list[Inference] = field(default_factory=list)
+    repackings: dict[tuple[str, str], Repacking] = field(default_factory=dict)
+    scale_error: float = 0.0
+    n_subnormal: int = 0
+    n_bytes: int = 0
+    refusal: str | None = None
+
+    def count(self, loss: ScaleLoss) -> None:
+        """Add what rounding scales did to one piece of a tensor."""
+        self.scale_error = max(self.scale_error, loss.worst)
+        self.n_subnormal += loss.n_subnormal
+
+
+def convert_model(
+    old: str | Path,
+    new: str | Path,
+    config: ConvertConfig | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ConvertReport:
+    """Convert an old GGML model to GGUF; the output is whole or not there.
+
+    Args:
+        old: The old file, or any part of a model in parts.
+        new: The GGUF to write.
+        config: Overrides.
+        progress: Called with the number of bytes written so far.
+
+    Raises:
+        InputError: The old file is bad or no llama, an override contradicts it, or the output
+            cannot be used.
+        ResourceError: The disk is full.
+    """
+    config = config or ConvertConfig()
+    file = _read_old(Path(old))
+    report = ConvertReport(source=file, output=Path(new))
+    if config.vocab_dir is not None:
+        vocabulary = load_vocabulary(config.vocab_dir, file.hparams.n_vocab)
+    else:
+        vocabulary = rebuild_vocabulary(file)
+    tensors = [_source(tensor, config, report) for tensor in file.tensors]
+    metadata = _metadata(file, config, vocabulary, tensors, report)
+    inputs = list(file.paths)
+    write_gguf(new, metadata, tensors, inputs=inputs, progress=progress)
+    report.n_bytes = Path(new).stat().st_size
+    try:
+        check_model(read_gguf(new))
+    except InputError as error:
+        report.refusal = str(error)
+    return report
+
+
+def _read_old(path: Path) -> LegacyFile:
+    """Read the old file, or say that there is nothing to convert."""
+    require_regular_file(path)
+    with path.open("rb") as file:
+        kind = identify(file.read(HEAD_BYTES))
+    if kind.name == "gguf":
+        raise InputError(
+            "already a GGUF file",
+            path=path,
+            expected="an old GGML file",
+            hint="use it as it is; to change its type: ggft quantize",
+        )
+    return read_legacy(path)
+
+
+def _metadata(
+    file: LegacyFile,
+    config: ConvertConfig,
+    vocabulary: SpmVocabulary,
+    tensors: list[TensorSource],
+    report: ConvertReport,
+) -> dict[str, Value]:
+    """Return the keys of the GGUF, and note what they were inferred from."""
+    hparams = file.hparams
+    gqa = hparams.n_head // file.n_head_kv
+    if config.gqa is not None and config.gqa != gqa:
+        raise InputError(
+            "--gqa contradicts the file",
+            path=file.paths[0],
+            found=f"--gqa {config.gqa}",
+            expected=f"{gqa}: {hparams.n_head} query heads, {file.n_head_kv} in attention.wk",
+        )
+    if gqa > 1:
+        report.inferences.append(
+            Inference("key/value heads", str(file.n_head_kv), "the rows of attention.wk")
+        )
+    context, eps, rope_base = _infer(file, config, report)
+    report.inferences += [Inference("vocabulary", note, "") for note in vocabulary.notes]
+    return {
+        "general.architecture": "llama",
+        "general.name": config.name or file.paths[0].name.removesuffix(".bin"),
+        "general.file_type": _file_type(file, tensors),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        "llama.context_length": context,
+        "llama.embedding_length": hparams.n_embd,
+        "llama.block_count": hparams.n_layer,
+        "llama.feed_forward_length": file.n_ff,
+        "llama.rope.dimension_count": hparams.n_rot,
+        "llama.rope.freq_base": rope_base,
+        "llama.attention.head_count": hparams.n_head,
+        "llama.attention.head_count_kv": file.n_head_kv,
+        "llama.attention.layer_norm_rms_epsilon": eps,
+        "llama.vocab_size": hparams.n_vocab,
+        **vocabulary.metadata(),
+    }
+
+
+def _infer(
+    file: LegacyFile, config: ConvertConfig, report: ConvertReport
+) -> tuple[int, float, float]:
+    """Return context length, norm epsilon and rope base; given, or those of the model's family."""
+    family, why, context, eps, rope_base = _family(file)
+    report.inferences.append(Inference("family", family, why))
+    for what, given, inferred in (
+        ("context length", config.context, context),
+        ("norm epsilon", config.eps, eps),
+        ("rope base", config.rope_base, rope_base),
+    ):
+        value = inferred if given is None else given
+        reason = f"as {family}" if given is None else "given"
+        report.inferences.append(Inference(what, f"{value:g}", reason))
+    return (
+        context if config.context is None else config.context,
+        eps if config.eps is None else config.eps,
+        rope_base if config.rope_base is None else config.rope_base,
+    )
+
+
+def _family(file: LegacyFile) -> tuple[str, str, int, float, float]:
+    """Return the family, why, and its context length, norm epsilon and rope base."""
+    name = file.paths[0].name
+    llama_1 = ("Llama 1", 2048, 1e-6, 10000.0)
+    llama_2 = ("Llama 2", 4096, 1e-5, 10000.0)
+    code_llama = ("Code Llama", 16384, 1e-5, 1e6)
+    if file.container != "ggjt" or file.version < 3:
+        found, why = llama_1, "the container is older than Llama 2"
+    elif re.search(r"code[-_ ]?llama", name, re.IGNORECASE):
+        found, why = code_llama, "the file's name"
+    elif file.hparams.n_vocab == 32016:
+        found, why = code_llama, "32016 tokens"
+    elif file.n_head_kv < file.hparams.n_head:
+        found, why = llama_2, "grouped-query attention"
+    elif re.search(r"llama[-_ ]?2|llama[-_ ]?v2", name, re.IGNORECASE):
+        found, why = llama_2, "the file's name"
+    else:
+        found, why = llama_1, "nothing says Llama 2; if it is, give --context 4096 --eps 1e-5"
+    family, context, eps, rope_base = found
+    return family, why, context, eps, rope_base
+
+
+def _file_type(file: LegacyFile, tensors: list[TensorSource]) -> int:
+    """Return general.file_type: the old number where it still holds, else of the main type."""
+    sizes: Counter[GGMLType] = Counter()
+    for tensor in tensors:
+        sizes[tensor.type] += tensor.n_bytes
+    main = sizes.most_common(1)[0][0]
+    k_quants = 10 <= file.hparams.ftype <= 18
+    return file.hparams.ftype if k_quants and not file.block_64 else _FILE_TYPES[main]
+
+
+def _source(tensor: JoinedTensor, config: ConvertConfig, report: ConvertReport) -> TensorSource:
+    """Plan one tensor: its type in the GGUF and where its data comes from."""
+    layout = tensor.layout
+    if len(tensor.shape) == 1:
+        target, how = GGMLType.F32, "copied" if layout.target is GGMLType.F32 else "unpacked"
+    elif layout.target is not None:
+        target, how = layout.target, "copied" if layout.copies else "repacked"
+    else:
+        target, how = GGMLType[config.type], "unpacked"
+        if tensor.parts[0].shape[0] % target.block_size:
+            target = GGMLType.F16
+    entry = report.repackings.setdefault(
+        (layout.label, target.name), Repacking(layout.label, target.name, how)
+    )
+    entry.n_tensors += 1
+    return TensorSource(
+        tensor.name, target, tensor.shape, partial(_chunks, tensor, target, how, report)
+    )
+
+
+def _chunks(
+    tensor: JoinedTensor, target: GGMLType, how: str, report: ConvertReport
+) -> Iterator[memoryview]:
+    """Yield the data of a tensor in its new type, some rows at a time."""
+    import numpy as np
+
+    first = tensor.parts[0]
+    step = max(1, _CHUNK_BYTES // first.row_bytes)
+    groups = [tensor.parts] if tensor.by_columns else [(part,) for part in tensor.parts]
+    for group in groups:
+        for row in range(0, first.n_rows, step):
+            n_rows = min(step, first.n_rows - row)
+            pieces = [_convert(part, row, n_rows, target, how, report) for part in group]
+            data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+            yield data.reshape(-1).data
+
+
+def _convert(
+    tensor: LegacyTensor, row: int, n_rows: int, target: GGMLType, how: str, report: ConvertReport
+) -> npt.NDArray[np.uint8]:
+    """Read and convert rows of one piece of a tensor.
+
+    Returns:
+        Bytes, shape (n_rows, bytes per row in the new type).
+    """
+    import numpy as np
+
+    offset = tensor.offset + row * tensor.row_bytes
+    raw = read_bytes(tensor.path, offset, n_rows * tensor.row_bytes, tensor.name)
+    blocks = to_blocks(raw.reshape(n_rows, tensor.row_bytes), tensor.layout)
+    loss = ScaleLoss()
+    if how == "unpacked":
+        values = unpack(blocks, tensor.layout).reshape(n_rows, -1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            out = _pack(values, target)
+    else:
+        out, loss = repack(blocks, tensor.layout)
+        report.count(loss)
+    block = loss.bad_block
+    if block is None and (bad := first_bad_block(out, target)) is not None:
+        block = bad * target.block_size // tensor.layout.block_size
+    if block is not None:
+        blocks_per_row = tensor.shape[0] // tensor.layout.block_size
+        raise InputError(
+            f"NaN, infinity or a number too large for F16 in {tensor.name}",
+            path=tensor.path,
+            offset=tensor.offset + row * tensor.row_bytes + block * tensor.layout.block_bytes,
+            found=f"block {row * blocks_per_row + block}",
+            expected="finite numbers",
+            hint="the file is damaged; download it again",
+        )
+    return out.reshape(n_rows, -1)
+
+
+def _pack(values: npt.NDArray[np.float32], target: GGMLType) -> npt.NDArray[np.uint8]:
+    """Return numbers in one of the types that `--type` offers."""
+    import numpy as np
+
+    if target is GGMLType.F32:
+        return values.view(np.uint8)
+    if target is GGMLType.F16:
+        return values.astype(np.float16).view(np.uint8)
+    from gguf import GGMLQuantizationType, quants
+
+    packed: npt.NDArray[np.uint8] = quants.quantize(values, GGMLQuantizationType(int(target)))
+    return packed
+
+
+def render(report: ConvertReport) -> str:
+    """Return the report as lines for a terminal."""
+    file = report.source
+    hparams = file.hparams
+    version = f" v{file.version}" if file.version else ""
+    parts = f", {len(file.paths)} parts" if len(file.paths) > 1 else ""
+    lines = [
+        f"{file.paths[0].name}: {file.container}{version}{parts}, {file.file_bytes / 1e9:.2f} GB, "
+        f"{hparams.n_layer} blocks, {hparams.n_embd} wide, {hparams.n_head} heads, "
+        f"{hparams.n_vocab} tokens",
+    ]
+    for inference in report.inferences:
+        why = f"  ({inference.why})" if inference.why else ""
+        lines.append(f"  {inference.what:16} {inference.value}{why}")
+    for entry in report.repackings.values():
+        lines.append(f"  {entry.n_tensors:4} × {entry.source} → {entry.target}, {entry.how}")
+    if report.scale_error:
+        lines.append(f"  scales rounded to F16: worst relative error {report.scale_error:.1e}")
+    if report.n_subnormal:
+        lines.append(f"  {report.n_subnormal} scales are F16 subnormals: less precise than usual")
+    lines.append(f"wrote {report.output}, {report.n_bytes / 1e9:.2f} GB")
+    if report.refusal is not None:
+        lines.append(f"ggft cannot train it: {report.refusal}")
+    return "\n".join(lines)
