@@ -11,12 +11,14 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ggft.batching import ROW_MULTIPLE, Batch, Batches, BoolArray, Examples, IntArray
+from ggft.batching import ROW_MULTIPLE, Batch, Batches, Examples
 from ggft.schedule import steps_per_epoch
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from ggft.batching import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
