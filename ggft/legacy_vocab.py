@@ -21,6 +21,7 @@ from ggft.errors import InputError
 from ggft.file_kinds import require_regular_file
 from ggft.gguf_types import Value
 from ggft.legacy import LegacyFile
+from ggft.legacy_parse import LegacyToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 FIRST_BYTE_ID = 3
@@ -89,10 +90,10 @@ def rebuild_vocabulary(file: LegacyFile) -> SpmVocabulary:
             expected="SentencePiece with byte tokens",
             hint="give the model's tokenizer with --vocab-dir",
         )
-    n_added = 0
+    first_added = _first_added(stored)
     for i, token in enumerate(stored):
         score = token.score
-        added = score == ADDED_SCORE if score is not None else i >= LLAMA_VOCAB
+        added = i >= first_added
         if score is None:
             score = ADDED_SCORE if added else float(min(0, FIRST_PIECE_ID - i))
         if i < FIRST_BYTE_ID:
@@ -102,19 +103,29 @@ def rebuild_vocabulary(file: LegacyFile) -> SpmVocabulary:
             vocabulary.add(f"<0x{i - FIRST_BYTE_ID:02X}>", score, BYTE)
         else:
             text = token.text.decode("utf-8", "surrogateescape")
-            n_added += added
             if added:
                 vocabulary.add(text, score, CONTROL if _SPECIAL.fullmatch(text) else USER_DEFINED)
             else:
                 vocabulary.add(text.replace(" ", "▁"), score, NORMAL)
     if stored[0].score is None:
         vocabulary.notes.append("scores: minus the rank, as in llama's tokenizer (none stored)")
-    if n_added:
-        vocabulary.notes.append(f"{n_added} added tokens recognised by their score or id")
+    if first_added < len(stored):
+        vocabulary.notes.append(f"{len(stored) - first_added} added tokens, from id {first_added}")
     _fill(vocabulary, file.hparams.n_vocab)
     _mark_duplicates(vocabulary)
     _find_padding(vocabulary)
     return vocabulary
+
+
+def _first_added(stored: Sequence[LegacyToken]) -> int:
+    """Return the id from which on tokens were added to the original vocabulary."""
+    if stored[0].score is None:
+        return min(LLAMA_VOCAB, len(stored))
+    first = len(stored)
+    while first > FIRST_PIECE_ID and stored[first - 1].score == ADDED_SCORE:
+        first -= 1
+    # In llama's own vocabulary the score is minus the rank, and one token's rank is 1000.
+    return first + 1 if FIRST_PIECE_ID - first == ADDED_SCORE else first
 
 
 def _fill(vocabulary: SpmVocabulary, n_vocab: int) -> None:
