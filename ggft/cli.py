@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ggft.config import FinetuneConfig
     from ggft.doctor import DoctorConfig
     from ggft.generate import GenerateConfig
-    from ggft.hub import DownloadConfig
+    from ggft.hub import DownloadConfig, ModelsConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -83,24 +83,12 @@ def download(config: DownloadConfig, model: str | None) -> None:
     click.echo(action(model or DEFAULT_MODEL, config.folder, force=config.force))
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON")
-def models(as_json: bool) -> None:
-    """List the models known by name, and which of them fit this machine."""
-    from ggft.hub import models_table
+@verb(cli, "ggft.hub:ModelsConfig")
+def models(config: ModelsConfig) -> None:
+    """List the models known by name, and which fit."""
+    from ggft.hub import models_text
 
-    rows = models_table()
-    if as_json:
-        import json
-
-        click.echo(json.dumps(rows, indent=2))
-        return
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        state = "here" if row["here"] else "" if row["fits"] else "too large"
-        click.echo(
-            f"{row['name']:{width}}  {row['bytes'] / 1e9:5.2f} GB  {state:9}  {row['title']}"
-        )
+    click.echo(models_text(config))
 
 
 @verb(cli, "ggft.doctor:DoctorConfig")

@@ -43,8 +43,19 @@ def debug_option() -> click.Option:
     )  # fmt: skip
 
 
+class _ReaderGoneError(Exception):
+    """Whoever read our output has closed it; click would make exit code 1 of a BrokenPipeError."""
+
+
 class VerbGroup(click.Group):
     """Commands in the order of declaration, with a suggestion for a mistyped one."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGoneError from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order in which they were declared."""
@@ -191,7 +202,7 @@ def run(group: click.Group, args: Sequence[str] | None = None) -> int:
 
 def _report(error: BaseException) -> int:
     """Print an error's message to stderr and return its exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | _ReaderGoneError):
         # Whoever read our output has seen enough, as in `ggft info FILE | head`.
         silence_stdout()
         return EXIT_OK

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ggft import __version__
 from ggft.errors import InputError, NetworkError, ResourceError
@@ -62,6 +63,13 @@ class DownloadConfig:
     force: bool = option(
         "--force", default=False, help="Download it although it is too large for this machine"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """Settings of `ggft models`."""
+
+    json: bool = option("--json", default=False, help="Print the list as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,16 +356,26 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def models_table() -> list[dict[str, Any]]:
-    """Return the registry as rows: name, title, bytes, whether it fits and whether it is here."""
-    memory = memory_bytes()
-    return [
-        {
-            "name": entry.name,
-            "title": entry.title,
-            "bytes": entry.n_bytes,
-            "fits": entry.fits(memory),
-            "here": (models_folder() / entry.local_name).is_file(),
-        }
-        for entry in registry().values()
-    ]
+def models_text(config: ModelsConfig) -> str:
+    """Return the registry for people or, with --json, for programs."""
+    memory, entries = memory_bytes(), list(registry().values())
+    here = {entry.name: (models_folder() / entry.local_name).is_file() for entry in entries}
+    if config.json:
+        rows = [
+            {
+                "name": entry.name,
+                "bytes": entry.n_bytes,
+                "fits": entry.fits(memory),
+                "here": here[entry.name],
+                "title": entry.title,
+            }
+            for entry in entries
+        ]
+        return json.dumps(rows, indent=2)
+    width = max(len(entry.name) for entry in entries)
+    lines = []
+    for entry in entries:
+        state = "here" if here[entry.name] else "" if entry.fits(memory) else "too large"
+        size = f"{entry.n_bytes / 1e9:5.2f} GB"
+        lines.append(f"{entry.name:{width}}  {size}  {state:9}  {entry.title}")
+    return "\n".join(lines)

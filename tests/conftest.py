@@ -1,0 +1,52 @@
+"""What every test stands on: a home of its own, no network, and where the real model is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before anything imports huggingface_hub, which reads its folders at import. Child processes
+# inherit them: nothing listens on port 9, and pip asks no index.
+_HOME = tempfile.TemporaryDirectory(prefix="ggft-tests-")
+_ISOLATED = {
+    "HOME": _HOME.name,
+    "XDG_CACHE_HOME": f"{_HOME.name}/cache",
+    "XDG_CONFIG_HOME": f"{_HOME.name}/config",
+    "HF_HOME": f"{_HOME.name}/hf",
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "PIP_NO_INDEX": "1",
+}
+os.environ.update(_ISOLATED)
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "GGFT_MODELS"):
+    os.environ.pop(_name, None)
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def _isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Give each test its own models folder, and refuse connections that leave this machine."""
+    monkeypatch.setenv("GGFT_MODELS", str(tmp_path / "models"))
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in LOOPBACK:
+            raise AssertionError(f"a test tried to reach {address[0]}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the default model, which `make test` downloads; skip where it is not."""
+    path = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("needs the default model: make model")
+    return path

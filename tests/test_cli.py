@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from ggft.cli import cli
+from ggft.command import VerbGroup, run, verb
+from ggft.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
+from tests.models import CHATML, Spec, write_model
+
+GGFT = [sys.executable, "-c", "from ggft.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_model(folder / "tiny.gguf", Spec(chat_template=CHATML)).path
+
+
+# (arguments, exit code, what stderr must say); {model} is a usable model, {folder} an empty folder.
+WRONG = [
+    (["fintune"], 2, ["unknown command `fintune`", "did you mean `ggft finetune`"]),
+    (["xyzzy"], 2, ["unknown command `xyzzy`", "ggft --help"]),
+    (["--nonsense"], 2, ["--nonsense"]),
+    (["finetune", "--learning-rat", "1"], 2, ["--learning-rat", "--learning-rate"]),
+    (["finetune", "extra"], 2, ["extra", "ggft finetune --help"]),
+    (["finetune", "--rank"], 2, ["--rank"]),
+    (["finetune", "--rank", "-1"], 2, ["--rank is out of range", "found -1"]),
+    (["finetune", "--rank", "0"], 2, ["--rank is out of range", "at least 1"]),
+    (["finetune", "--rank", "x"], 2, ["--rank", "'x'", "a whole number"]),
+    (["finetune", "--lr", "nan"], 2, ["--lr is out of range", "found nan"]),
+    (["finetune", "--lr", "1e9"], 2, ["--lr is out of range"]),
+    (["finetune", "--epochs", "0"], 2, ["--epochs is out of range"]),
+    (["finetune", "--precision", "f64"], 2, ["--precision", "'f64'", "fast, f32"]),
+    (["finetune", "--config", "{folder}/none.yaml"], 2, ["none.yaml", "cannot be read"]),
+    (["finetune", "-m", "{folder}/none.gguf"], 2, ["none.gguf", "no such model file"]),
+    (["finetune", "-m", "smollm2-135m"], 2, ["did you mean `smollm2-135m-instruct`"]),
+    (["generate", "hi", "-m", "{folder}"], 2, ["{folder}"]),
+    (["generate", "hi", "-m", "/dev/zero"], 2, ["/dev/zero"]),
+    (["generate", "hi", "-m", "{folder}/page.gguf"], 2, ["page.gguf at byte 0", "magic GGUF"]),
+    (["generate", " ", "-m", "{model}"], 2, ["the prompt is empty"]),
+    (["generate", "a\0b", "-m", "{model}"], 2, ["NUL"]),
+    (["generate", "hi", "-m", "{model}", "--adapter", "{model}"], 2, ["not a LoRA adapter"]),
+    (["generate", "hi", "-m", "{model}", "--adapter", "{folder}/no"], 2, ["{folder}/no"]),
+    (["generate", "hi", "-m", "{model}", "--template", "nope"], 2, ["no such template", "'nope'"]),
+    (["generate", "a" * 999, "-m", "{model}", "-c", "64"], 2, ["the context", "at most 63"]),
+    (["generate", "hi", "-m", "{model}", "--temperature", "-1"], 2, ["--temperature"]),
+    (["generate", "hi", "-m", "{model}", "--top-p", "0"], 2, ["--top-p"]),
+    (["chat", "-m", "{folder}/none.gguf"], 2, ["no such model file"]),
+    (["download", "nope"], 2, ["unknown model `nope`", "owner/repository/file.gguf"]),
+    (["download", "o/r/../../x.gguf"], 2, ["leads out of its folder"]),
+    (["download", "o/r/x.gguf", "--to", "{folder}"], 4, ["cannot be reached"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    WRONG,
+    ids=[" ".join(args)[:50].replace("\0", "0") for args, *_ in WRONG],
+)
+def test_wrong_input_is_told_in_one_message(
+    args: list[str],
+    code: int,
+    says: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ggft.fetch.WAIT_S", 0.0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "page.gguf").write_text("<!DOCTYPE html><html></html>")
+
+    def fill(text: str) -> str:
+        return text.replace("{model}", str(tiny)).replace("{folder}", str(folder))
+
+    before = sorted(folder.iterdir())
+    assert run(cli, [fill(arg) for arg in args]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    for part in says:
+        assert fill(part) in err
+    messages = [line for line in err.splitlines() if line.startswith("ggft: ")]
+    assert len(messages) == 1
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, []) == 2
+    assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_has_help_and_debug(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, [name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Usage: ggft {name}" in text
+    assert "--debug" in text
+    assert (cli.commands[name].help or "").rstrip().endswith((".", "]."))
+
+
+def test_no_flag_means_two_things() -> None:
+    for name, command in cli.commands.items():
+        seen: dict[str, str | None] = {}
+        for parameter in command.get_params(click.Context(command)):
+            for flag in (*parameter.opts, *parameter.secondary_opts):
+                if flag.startswith("-"):
+                    assert flag not in seen, f"ggft {name}: {flag} is declared twice"
+                    seen[flag] = parameter.name
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from ggft.cli import cli\n"
+        "from ggft.command import run\n"
+        "assert run(cli, sys.argv[1:]) == 0\n"
+        "heavy = {'numpy', 'llama_cpp', 'ggft._native', 'huggingface_hub', 'jinja2', 'gguf'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    for args in (["--help"], ["finetune", "--help"], ["generate", "--help"], ["--version"]):
+        subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+
+
+def toy(action: object) -> VerbGroup:
+    """Return a group whose one command, `act`, runs `action`."""
+    group = VerbGroup(name="toy")
+
+    @verb(group, "ggft.hub:DownloadConfig")
+    def act(config: object) -> object:
+        """Act."""
+        if isinstance(action, BaseException):
+            raise action
+        return action
+
+    return group
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (None, 0, ""),
+        (7, 7, ""),
+        (InputError("bad", path="f", line=3, found=1, expected=2), 2, "f:3: bad (found 1, exp"),
+        (NetworkError("gone", hint="try later"), 4, "ggft: gone\n  → try later"),
+        (NumericError("NaN"), 5, "NaN"),
+        (Interrupted("stopped"), 130, "stopped"),
+        (Interrupted("stopped", signal_number=15), 143, "stopped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 3, "out of memory"),
+        (FileNotFoundError(2, "No such file or directory", "x.bin"), 2, "x.bin: No such file"),
+        (PermissionError(13, "Permission denied", "x.bin"), 2, "x.bin: Permission denied"),
+        (OSError(28, "No space left on device", "x.bin"), 3, "x.bin: No space left"),
+        (BrokenPipeError(32, "Broken pipe"), 0, ""),
+        (GgftError("evil \x1b[31m name"), 2, "evil \\x1b[31m name"),
+        (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
+    ],
+    ids=repr,
+)
+def test_exit_codes(
+    raised: object,
+    code: int,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Not this process's own stdout, which capsys reads.
+    monkeypatch.setattr("ggft.command.silence_stdout", lambda: None)
+    assert run(toy(raised), ["act"]) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(toy(InputError("bad")), ["act", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.rstrip().endswith("ggft: bad")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rnak: 4\n", "unknown setting `rnak`"),
+        ("rank: four\n", "--rank has a wrong value"),
+        ("rank: 0\n", "--rank is out of range"),
+        ("- a\n", "`key: value`"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_config_file_errors_name_the_file(
+    text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert run(cli, ["finetune", "--config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "config.yaml" in err
+
+
+def test_flags_win_over_the_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    path = tmp_path / "config.yaml"
+    path.write_text("rank: 4\nlearning-rate: 0.001\npacking: false\n")
+    monkeypatch.setattr("ggft.train.finetune", seen.append)
+    monkeypatch.setattr("ggft.hub.find_model", Path)
+    args = ["-d", "a,b.json", "-d", "c", "--rank", "2", "--target-modules", "attn_q,ffn_up"]
+    assert run(cli, ["finetune", "--config", str(path), *args]) == 0
+    (config,) = seen
+    assert (config.rank, config.lr, config.packing) == (2, 0.001, False)
+    assert config.data == ("a,b.json", "c")  # a path may hold a comma
+    assert config.target_modules == ("attn_q", "ffn_up")
+
+
+def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [*GGFT, "generate", "hello", "-m", str(tiny), "-n", "5"],
+            stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+
+
+def test_no_stdout_at_all_is_no_error(tiny: Path) -> None:
+    command = f"{' '.join(GGFT[:1])} -c '{GGFT[2]}' generate hi -m '{tiny}' -n 2 >&- 2>&- <&-"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(number: int, code: int, tiny: Path) -> None:
+    with subprocess.Popen(
+        [*GGFT, "chat", "-m", str(tiny), "-n", "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("hello\n")
+        process.stdin.flush()
+        assert process.stdout.readline() != ""  # it answers: all is set up, and it waits for more
+        time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert err.splitlines()[-1] == "ggft: interrupted"
