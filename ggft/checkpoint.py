@@ -88,6 +88,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def n_bytes(n_parameters: int) -> int:
+    """Return about how much a checkpoint takes: matrices and two moments in float32."""
+    return 3 * 4 * n_parameters + (1 << 16)
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed run left half-written. Call it under the lock."""
     for path in folder.glob(".step-*"):

@@ -85,7 +85,6 @@ class Shape:
     layer_first: int
     layer_last: int
     rank: int
-    dropout: float
 
     @property
     def q(self) -> int:
