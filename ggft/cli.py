@@ -18,9 +18,11 @@ from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
     from ggft.config import FinetuneConfig
+    from ggft.convert import ConvertConfig
     from ggft.doctor import DoctorConfig
     from ggft.generate import GenerateConfig
     from ggft.hub import DownloadConfig, ModelsConfig
+    from ggft.inspect import InfoConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -89,6 +91,31 @@ def models(config: ModelsConfig) -> None:
     from ggft.hub import models_text
 
     click.echo(models_text(config))
+
+
+@verb(cli, "ggft.inspect:InfoConfig")
+@click.argument("file")
+def info(config: InfoConfig, file: str) -> None:
+    """Say what a model file is, and what ggft can do with it.
+
+    FILE is a GGUF (model, adapter, vocabulary, any shard) or an old GGML file.
+    """
+    from ggft.inspect import info as action
+
+    click.echo(action(file, config))
+
+
+@verb(cli, "ggft.convert:ConvertConfig")
+@click.argument("old")
+@click.argument("new")
+def convert(config: ConvertConfig, old: str, new: str) -> None:
+    """Convert an old llama GGML file (.bin) to GGUF.
+
+    OLD is the file, or the first part of several; NEW is the GGUF to write.
+    """
+    from ggft.convert import convert as action
+
+    click.echo(action(old, new, config))
 
 
 @verb(cli, "ggft.doctor:DoctorConfig")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ggft.block_scales import first_bad_block
 from ggft.cursor import read_bytes
+from ggft.description import format_bytes
 from ggft.errors import InputError
 from ggft.file_kinds import HEAD_BYTES, identify, require_regular_file
 from ggft.gguf import GGMLType, Value, check_model, read_gguf
@@ -131,7 +132,7 @@ def convert_model(
     old: str | Path,
     new: str | Path,
     config: ConvertConfig | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> ConvertReport:
     """Convert an old GGML model to GGUF; the output is whole or not there.
 
@@ -363,6 +364,15 @@ def _pack(values: npt.NDArray[np.float32], target: GGMLType) -> npt.NDArray[np.u
     return packed
 
 
+def convert(old: str | Path, new: str | Path, config: ConvertConfig) -> str:
+    """Convert with a progress bar where somebody watches; return what `ggft convert` prints."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        report = convert_model(old, new, config, lambda done: bar.update(done - bar.n))
+    return render(report)
+
+
 def render(report: ConvertReport) -> str:
     """Return the report as lines for a terminal."""
     file = report.source
@@ -370,7 +380,7 @@ def render(report: ConvertReport) -> str:
     version = f" v{file.version}" if file.version else ""
     parts = f", {len(file.paths)} parts" if len(file.paths) > 1 else ""
     lines = [
-        f"{file.paths[0].name}: {file.container}{version}{parts}, {file.file_bytes / 1e9:.2f} GB, "
+        f"{file.paths[0].name}: {file.container}{version}{parts}, {format_bytes(file.file_bytes)}, "
         f"{hparams.n_layer} blocks, {hparams.n_embd} wide, {hparams.n_head} heads, "
         f"{hparams.n_vocab} tokens",
     ]
@@ -383,7 +393,7 @@ def render(report: ConvertReport) -> str:
         lines.append(f"  scales rounded to F16: worst relative error {report.scale_error:.1e}")
     if report.n_subnormal:
         lines.append(f"  {report.n_subnormal} scales are F16 subnormals: less precise than usual")
-    lines.append(f"wrote {report.output}, {report.n_bytes / 1e9:.2f} GB")
+    lines.append(f"wrote {report.output}, {format_bytes(report.n_bytes)}")
     if report.refusal is not None:
         lines.append(f"ggft cannot train it: {report.refusal}")
     return "\n".join(lines)

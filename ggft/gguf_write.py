@@ -200,7 +200,7 @@ def write_gguf(
     *,
     types: Mapping[str, ValueType] | None = None,
     inputs: Sequence[Path] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a GGUF file as a whole or not at all.
 
