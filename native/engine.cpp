@@ -194,15 +194,23 @@ void Engine::check_cancelled() const {
     if (cancelled_) { fail(ErrorKind::cancelled, "cancelled"); }
 }
 
-void Engine::run(Graph & g) {
-    check_cancelled();
-    if (ggml_graph_n_nodes(g.graph()) == 0) { return; }
+void Engine::allocate_graph(Graph & g) {
     require(ggml_gallocr_alloc_graph(alloc_.get(), g.graph()), ErrorKind::resource,
             std::string("out of memory for the compute buffer on ") + ggml_backend_dev_name(device_));
+}
+
+void Engine::compute(Graph & g) {
     if (profiling_) { return run_profiled(g); }
     const ggml_status status = ggml_backend_graph_compute(backend_.get(), g.graph());
     require(status == GGML_STATUS_SUCCESS, ErrorKind::resource,
             std::string(ggml_backend_dev_name(device_)) + " could not compute a graph: " + ggml_status_to_string(status));
+}
+
+void Engine::run(Graph & g) {
+    check_cancelled();
+    if (ggml_graph_n_nodes(g.graph()) == 0) { return; }
+    allocate_graph(g);
+    compute(g);
 }
 
 void Engine::run_profiled(Graph & g) {
@@ -320,10 +328,10 @@ void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint6
         return;
     }
     ggml_set_output(g.expand(dropped));
-    require(ggml_gallocr_alloc_graph(alloc_.get(), g.graph()), ErrorKind::resource, "out of memory");
+    allocate_graph(g);
     std::vector<float> values((size_t) (width * B * T), 1.0f);
     ggml_backend_tensor_set(ones, values.data(), 0, ggml_nbytes(ones));
-    ggml_backend_graph_compute(backend_.get(), g.graph());
+    compute(g);
     ggml_backend_tensor_get(dropped, out, 0, ggml_nbytes(dropped));
 }
 

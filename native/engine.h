@@ -83,7 +83,10 @@ class Engine {
     void   set_inputs(const MicroBatch & batch);
     void   set_portable_inputs(const MicroBatch & batch, const std::vector<int32_t> & starts,
                                const std::vector<int32_t> & labels);
+    void   fill_rope_cache();
     void   run(Graph & g);
+    void   allocate_graph(Graph & g);
+    void   compute(Graph & g);
     void   run_profiled(Graph & g);
     void   check_cancelled() const;
     double sum_nats(int64_t n);

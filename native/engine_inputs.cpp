@@ -23,6 +23,7 @@ void Engine::allocate_inputs() {
     in_.rows      = i32(N, "rows");
     in_.labels    = i32(N, "labels");
     in_.starts = i32(N, "starts");
+    if (fused_) { in_.rope_cache = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims, N}, "rope cache"); }
     int64_t width = 0, n_rows_max = h.n_vocab;
     for (const Layer & layer : model_->layers) {
         for (const Linear & l : layer.linear) {
@@ -95,7 +96,29 @@ void Engine::set_inputs(const MicroBatch & b) {
     set(in_.starts, starts.data(), (size_t) N);
     set(in_.rows, rows.data(), rows.size());
     set(in_.labels, labels.data(), labels.size());
+    if (fused_) { fill_rope_cache(); }
     set_portable_inputs(b, starts, labels);
+}
+
+// Rotates unit vectors with ggml's own operation, so that every scaling of angles and magnitude is its.
+void Engine::fill_rope_cache() {
+    const Rope & r = model_->hparams.rope;
+    Graph        g(64);
+    Tensor       unit = ggml_new_tensor_3d(g.ctx(), GGML_TYPE_F32, r.n_dims, 1, in_.N());
+    ggml_set_input(unit);
+    Tensor at     = ggml_view_1d(g.ctx(), in_.positions, in_.N(), 0);
+    Tensor cached = ggml_rope_ext(g.ctx(), unit, at, r.freq_factors, r.n_dims, r.mode, r.n_ctx_orig, r.freq_base,
+                                  r.freq_scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow);
+    g.expand(ggml_cpy(g.ctx(), cached, ggml_view_3d(g.ctx(), in_.rope_cache, r.n_dims, 1, in_.N(), in_.rope_cache->nb[1],
+                                                    in_.rope_cache->nb[1], 0)));
+    allocate_graph(g);
+    std::vector<float> ones((size_t) (r.n_dims * in_.N()));
+    for (size_t i = 0; i < ones.size(); i++) {
+        const auto j = (int64_t) i % r.n_dims;
+        ones[i]      = (r.mode == GGML_ROPE_TYPE_NEOX ? j < r.n_dims / 2 : j % 2 == 0) ? 1.0f : 0.0f;
+    }
+    ggml_backend_tensor_set(unit, ones.data(), 0, ones.size() * sizeof(float));
+    compute(g);
 }
 
 void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t> & starts,

@@ -24,6 +24,7 @@ struct Inputs {
     Tensor  positions = nullptr;  // I32 [N], restart at each example
     Tensor  starts    = nullptr;  // I32 [N], index of the first token of a token's example
     Tensor  mask      = nullptr;  // F16 [T, T, 1, B], 0 where attended, -inf elsewhere; GgmlOps only
+    Tensor  rope_cache = nullptr;  // F32 [n_dims, N] cosines and sines by position; FusedOps only
     Tensor  rows      = nullptr;  // I32 [N], indices of the trained positions, then padding
     Tensor  labels    = nullptr;  // I32 [N], their targets
     Tensor  label_at  = nullptr;  // I32 [N], label + V * (index within its chunk); GgmlOps only

@@ -1,6 +1,8 @@
 // FusedOps: the operations on custom CPU kernels (kernels_*.h). Weights are dequantized inside the matrix
 // products, attention never holds its scores, and dropout masks are hashed, not stored.
+#include "kernels_elementwise.h"
 #include "kernels_gemm.h"
+#include "kernels_loss.h"
 #include "ops.h"
 
 namespace ggft {
@@ -22,10 +24,20 @@ class FusedOps : public Ops {
 
     const char * name() const override { return "fused"; }
 
-    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) override { return portable_->rms_norm(g, x, w, eps); }
+    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) override {
+        return g.custom("rms_norm", GGML_TYPE_F32, {x->ne[0], x->ne[1]}, {x, w}, [=](Tensor n, int ith, int nth) {
+            ggft::rms_norm(floats(x), floats(w), eps, floats(n), x->ne[0], x->ne[1], ith, nth);
+        });
+    }
 
     Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn, Tensor residual) override {
-        return portable_->rms_norm_back(g, x, w, eps, dn, residual);
+        std::vector<Tensor> args = {x, w, dn};
+        if (residual != nullptr) { args.push_back(residual); }
+        auto kernel = [=](Tensor dx, int ith, int nth) {
+            ggft::rms_norm_back(floats(x), floats(w), eps, floats(dn), residual ? floats(residual) : nullptr, floats(dx),
+                                x->ne[0], x->ne[1], ith, nth);
+        };
+        return g.custom("rms_norm_back", GGML_TYPE_F32, {x->ne[0], x->ne[1]}, args, kernel);
     }
 
     LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout) override {
@@ -82,11 +94,11 @@ class FusedOps : public Ops {
         return dx;
     }
 
-    Tensor rope(Graph & g, const Inputs & in, const Rope & rope, Tensor x) override {
-        return portable_->rope(g, in, rope, x);
+    Tensor rope(Graph & g, const Inputs & in, const Rope & r, Tensor x) override {
+        return rotate(g, in, r, x, false);
     }
-    Tensor rope_back(Graph & g, const Inputs & in, const Rope & rope, Tensor dy) override {
-        return portable_->rope_back(g, in, rope, dy);
+    Tensor rope_back(Graph & g, const Inputs & in, const Rope & r, Tensor dy) override {
+        return rotate(g, in, r, dy, true);
     }
     Tensor attention(Graph & g, const Inputs & in, const Qkv & x, float scale) override {
         return portable_->attention(g, in, x, scale);
@@ -97,26 +109,46 @@ class FusedOps : public Ops {
     Qkv attention_back(Graph & g, const Inputs & in, const Qkv & x, Tensor attn, Tensor dout, float scale) override {
         return portable_->attention_back(g, in, x, attn, dout, scale);
     }
-    Tensor swiglu(Graph & g, Tensor gate, Tensor up) override { return portable_->swiglu(g, gate, up); }
-    SwigluBack swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) override {
-        return portable_->swiglu_back(g, gate, up, dh);
+    Tensor swiglu(Graph & g, Tensor gate, Tensor up) override {
+        return g.custom("swiglu", GGML_TYPE_F32, {gate->ne[0], gate->ne[1]}, {gate, up}, [=](Tensor h, int ith, int nth) {
+            ggft::swiglu(floats(gate), floats(up), floats(h), ggml_nelements(gate), ith, nth);
+        });
     }
 
-    Loss loss(Graph & g, const Linear & w, Tensor n, Tensor, Tensor label_at, bool need_dn) override {
-        ggml_context * c       = g.ctx();
-        Tensor         logits  = linear(g, w, {}, {n, n, nullptr, 0}, nullptr);
-        Tensor         p       = ggml_soft_max(c, logits);
-        Tensor         column  = ggml_reshape_2d(c, p, 1, ggml_nelements(p));
-        Tensor         p_label = ggml_get_rows(c, column, label_at);
-        Tensor         nats    = ggml_scale(c, ggml_log(c, ggml_clamp(c, p_label, 1e-38f, 1.0f)), -1.0f);
-        nats                   = g.expand(ggml_reshape_1d(c, nats, ggml_nelements(label_at)));
+    SwigluBack swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) override {
+        const int64_t F = gate->ne[0], N = gate->ne[1];
+        auto          kernel = [=](Tensor d, int ith, int nth) {
+            ggft::swiglu_back(floats(gate), floats(up), floats(dh), floats(d), floats(d) + F * N, F * N, ith, nth);
+        };
+        Tensor d = g.custom("swiglu_back", GGML_TYPE_F32, {F, N, 2}, {gate, up, dh}, kernel);
+        return {ggml_view_2d(g.ctx(), d, F, N, d->nb[1], 0), ggml_view_2d(g.ctx(), d, F, N, d->nb[1], d->nb[2])};
+    }
+
+    Loss loss(Graph & g, const Linear & w, Tensor n, Tensor labels, Tensor, bool need_dn) override {
+        const LinearInput in{n, n, nullptr, 0};
+        Tensor            logits = linear(g, w, {}, in, nullptr);
+        auto              kernel = [=](Tensor nats, int ith, int nth) {
+            cross_entropy_inplace(floats(logits), (const int32_t *) labels->data, floats(nats), need_dn, logits->ne[0],
+                                  logits->ne[1], ith, nth);
+        };
+        Tensor nats = g.custom("cross_entropy", GGML_TYPE_F32, {n->ne[1]}, {logits, labels}, kernel);
         if (!need_dn) { return {nats, nullptr}; }
-        Tensor d = ggml_set_rows(c, column, ggml_scale_bias(c, p_label, 1.0f, -1.0f), label_at);
-        d        = ggml_reshape_2d(c, d, p->ne[0], p->ne[1]);
-        return {nats, linear_back(g, w, {}, {n, n, nullptr, 0}, d, nullptr, true)};
+        g.expand(nats);
+        // Depends on nats by order only: the node above has turned the logits into their gradient.
+        return {nats, linear_back(g, w, {}, in, logits, nullptr, true)};
     }
 
   private:
+    // In place on a linear's result, which nothing else reads.
+    static Tensor rotate(Graph & g, const Inputs & in, const Rope & r, Tensor x, bool inverse) {
+        const int64_t   n_dims = r.n_dims, N = in.N();
+        const RopePairs pairs = r.mode == GGML_ROPE_TYPE_NEOX ? RopePairs::halves : RopePairs::adjacent;
+        Tensor          cache = in.rope_cache;
+        return g.custom_inplace("rope", x, {cache}, [=](Tensor y, int ith, int nth) {
+            rope_inplace(floats(y), floats(cache), pairs, inverse, n_dims, y->ne[0], y->ne[1], N, ith, nth);
+        });
+    }
+
     Precision            precision_;
     float                dropout_;
     std::unique_ptr<Ops> portable_;
