@@ -112,16 +112,21 @@ def registry() -> dict[str, Entry]:
     return {name: Entry(name=name, **fields) for name, fields in tomllib.loads(text).items()}
 
 
-def models_folder() -> Path:
-    """Return where models are kept: $GGFT_MODELS, the checkout's models/, or the user's cache."""
+def models_folder(entry: Entry) -> Path:
+    """Return where a model is kept: in $GGFT_MODELS, the checkout's models/ or the user's cache.
+
+    Repositories name their files alike, so what the registry does not know gets folders of its own.
+    """
     chosen = os.environ.get("GGFT_MODELS")
-    if chosen:
-        return Path(chosen)
     checkout = Path(__file__).resolve().parent.parent
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / "models"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "ggft" / "models"
+    if chosen:
+        folder = Path(chosen).expanduser()
+    elif (checkout / "pyproject.toml").is_file():
+        folder = checkout / "models"
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(cache) if cache else Path.home() / ".cache") / "ggft" / "models"
+    return folder if entry.name in registry() else folder / entry.repo
 
 
 def memory_bytes() -> int:
@@ -195,8 +200,9 @@ def download(
         NetworkError: It cannot be had, or arrived damaged.
     """
     entry = entry_of(text)
-    target = Path(folder or models_folder()).expanduser() / entry.local_name
-    if target.is_file() and (entry.size is None or target.stat().st_size == entry.size):
+    target = (Path(folder).expanduser() if folder else models_folder(entry)) / entry.local_name
+    size_here = target.stat().st_size if target.is_file() else None
+    if size_here is not None and (size_here == entry.size or (entry.size is None and not folder)):
         return target
     if not force and not entry.fits(memory_bytes()):
         raise ResourceError(
@@ -235,7 +241,17 @@ def _from_hub(entry: Entry, target: Path, note: Callable[[str], None]) -> None:
     remote = _look_up(client, entry, headers, n_tries)
     if remote.sha256 is None:
         note(f"{endpoint()} states no SHA-256 for {entry.file}: only its size is checked")
+    if target.is_file() and remote.sha256 == _sha256(target):
+        return
     fetch(client, remote, target)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _look_up(client: httpx2.Client, entry: Entry, headers: dict[str, str], n_tries: int) -> Remote:
@@ -359,7 +375,7 @@ def _sweep(folder: Path) -> None:
 def models_text(config: ModelsConfig) -> str:
     """Return the registry for people or, with --json, for programs."""
     memory, entries = memory_bytes(), list(registry().values())
-    here = {entry.name: (models_folder() / entry.local_name).is_file() for entry in entries}
+    here = {entry.name: (models_folder(entry) / entry.local_name).is_file() for entry in entries}
     if config.json:
         rows = [
             {

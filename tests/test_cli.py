@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -211,7 +212,7 @@ def test_config_file_errors_name_the_file(
 
 
 def test_flags_win_over_the_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[Any] = []
     path = tmp_path / "config.yaml"
     path.write_text("rank: 4\nlearning-rate: 0.001\npacking: false\n")
     monkeypatch.setattr("ggft.train.finetune", seen.append)
