@@ -1,14 +1,13 @@
 """A native engine in a few lines of NumPy, with the real one's interface and real gradients.
 
-The model is a bigram softmax: a token's frozen logits plus, for every LoRA pair, the pair's delta of
-a frozen input vector of that token, projected to the vocabulary. It ignores attention, so a token's
-loss depends only on its predecessor; that is enough to test recipes, resume and signals quickly.
+The model is a bigram softmax: a token's frozen logits plus, for every LoRA pair, the pair's delta
+of a frozen input vector of that token, projected to the vocabulary. It ignores attention, so that a
+token's loss depends only on its predecessor: enough to test recipes, resume and signals quickly.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,9 +146,6 @@ class FakeEngine:
     def graph_report(self) -> list[dict[str, Any]]:
         return []
 
-    def close(self) -> None:
-        self.state = {}
-
     def _logits(
         self, ids: np.ndarray, rng: np.random.Generator | None
     ) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -177,23 +173,6 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
-def native_module(engine: type[FakeEngine] = FakeEngine) -> Any:
+def native_module(engine: Any = FakeEngine) -> Any:
     """Return what `ggft.engine.load_native` gives in tests."""
-    return SimpleNamespace(Engine=engine, Error=Error, time=time)
-
-
-class ByteTokenizer:
-    """A token per byte, then three special tokens: 256 BOS, 257 EOS, 258 EOT."""
-
-    bos_id, eos_id, eot_id = 256, 257, 258
-    n_vocab = 259
-    add_bos = True
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> bytes:
-        return bytes(i for i in ids if i < 256)
-
-    def token_text(self, token_id: int) -> str:
-        return f"<{token_id}>"
+    return SimpleNamespace(Engine=engine, Error=Error)
