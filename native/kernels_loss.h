@@ -1,16 +1,26 @@
-// Cross entropy over logits, in place: the loss of a chunk of positions and its gradient by their logits.
+// Cross entropy of a chunk of logits and its gradient, in one visit of each row.
+//
+//   nats[t] = log(sum_v e^(z[t][v] - max)) + max - z[t][label[t]]
+//   dz[t][v] = e^(z[t][v] - max) / sum - (v == label[t])      (gradient of the SUM of nats)
+//
+// Exponentials are F32 within 2 ulp, sums over the vocabulary are kept in double.
 #pragma once
 
 #include <cstdint>
 
 namespace ggft {
 
-/// For each of n_rows rows of n_vocab logits and its label:
-///   nats[r] = logsumexp(logits[r]) - logits[r][label]
-/// and, when `gradient` is true, logits[r] becomes softmax(logits[r]) - onehot(label), the gradient of nats[r].
-/// Sums are in double, so that the loss does not lose the small differences of a trained model. A thread owns
-/// a range of rows.
-void cross_entropy_inplace(float * logits, const int32_t * labels, float * nats, bool gradient, int64_t n_vocab,
-                           int64_t n_rows, int ith, int nth);
+/// What cross_entropy leaves behind besides nats.
+struct LogitGradient {
+    bool wanted = true;       // false: logits are only read
+    uint16_t* bf16 = nullptr;  // null: dz replaces the logits; else dz is written here as BF16 and
+                               // the logits are scratch
+    int64_t bf16_stride = 0;   // elements; bf16 may be the logits' own memory with twice their stride
+};
+
+/// logits: n_rows of n_vocab floats, `stride` apart. A label of -1 means: not trained; nats and dz are 0.
+/// Rows are split between the nth threads. nats: one per row. Non-finite logits give non-finite nats.
+void cross_entropy(float* logits, int64_t stride, const int32_t* labels, int64_t n_vocab,
+                   int64_t n_rows, LogitGradient gradient, double* nats, int ith, int nth);
 
 }  // namespace ggft

@@ -1,10 +1,10 @@
 // Helpers of the kernel tests: random tensors, weights of any ggml type, comparison, threads.
 #pragma once
 
-#include <chrono>
 #include <cmath>
-#include <cstdio>
 #include <cstdint>
+#include <cstdio>
+#include <ctime>
 #include <random>
 #include <string>
 #include <thread>
@@ -89,22 +89,36 @@ inline TestWeight random_weight(ggml_type type, int64_t n_rows, int64_t n_cols) 
     return t;
 }
 
-/// Seconds of the fastest of a few runs.
+/// CPU seconds of this thread: other programs on the machine do not count.
+inline double thread_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/// Run f(ith, nth) on nth threads repeatedly; CPU seconds of the slowest thread in the best run.
 template <class F>
-double best_seconds(F f, double budget = 0.3) {
+double bench_seconds(int nth, F f, double budget = 0.15) {
     double best = 1e9, spent = 0;
-    for (int i = 0; i < 3 || spent < budget; i++) {
-        const auto start = std::chrono::steady_clock::now();
-        f();
-        const double s =
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        best = s < best ? s : best;
-        spent += s;
+    for (int i = 0; i < 4 || spent < budget; i++) {
+        std::vector<double> seconds((size_t)nth);
+        parallel(nth, [&](int ith, int n) {
+            f(ith, n);  // untimed: warms this thread's caches and scratch
+            const double start = thread_seconds();
+            f(ith, n);
+            seconds[(size_t)ith] = thread_seconds() - start;
+        });
+        double slowest = 0;
+        for (const double s : seconds) slowest = s > slowest ? s : slowest;
+        best = slowest < best ? slowest : best;
+        spent += slowest;
     }
     return best;
 }
 
 void test_gemm();
 void bench_gemm(int nth);
+void test_rows();
+void bench_rows(int nth);
 
 }  // namespace ggft_test

@@ -185,12 +185,10 @@ void bench_gemm(int nth) {
             for (const Precision precision : {Precision::bf16, Precision::f32}) {
                 for (const bool nt : {true, false}) {
                     const int64_t in = nt ? s.n_cols : s.n_rows, out = nt ? s.n_rows : s.n_cols;
-                    const double seconds = best_seconds([&] {
-                        parallel(nth, [&](int ith, int n) {
-                            (nt ? matmul_nt : matmul_nn)(precision, w.weight, {x.data(), false, in},
-                                                         nullptr, {y.data(), out}, n_tokens, ith, n);
-                        });
-                    }, 0.1);
+                    const double seconds = bench_seconds(nth, [&](int ith, int n) {
+                        (nt ? matmul_nt : matmul_nn)(precision, w.weight, {x.data(), false, in},
+                                                     nullptr, {y.data(), out}, n_tokens, ith, n);
+                    });
                     std::printf(" %5.0f", 2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);
                 }
             }
