@@ -20,6 +20,7 @@ from tests.blocks import TYPES, dequantize, quantize, random_blocks
 from tests.reference import LINEARS, Array, Decoder, Lora, Rope, Shape
 
 ALIGNMENT = 32
+UNUSED = 5  # token type of a filler
 SLOW_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
 """Seconds to quantize, so that their blocks are random instead."""
 CHATML = (
@@ -64,19 +65,33 @@ def _value(value: Any) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
-    """Write a GGUF v3. Source: ggml's docs/gguf.md."""
-    tensors = list(tensors)
-    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+def gguf_head(
+    metadata: Mapping[str, Any], infos: Iterable[tuple[str, str, tuple[int, ...], int]]
+) -> bytes:
+    """Return everything before the data of a GGUF v3. Source: ggml's docs/gguf.md.
+
+    Args:
+        metadata: Keys and values.
+        infos: Name, type, shape in NumPy order and bytes of each tensor; the data follow in this
+            order, each padded to the alignment.
+    """
+    infos = list(infos)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(metadata))
     head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
     offset = 0
-    for t in tensors:
-        ne = t.shape[::-1]
-        head += _string(t.name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne)
-        head += struct.pack("<IQ", TYPES[t.type_name].number, offset)
-        offset += len(t.data) + -len(t.data) % ALIGNMENT
+    for name, type_name, shape, n_bytes in infos:
+        head += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+        head += struct.pack("<IQ", TYPES[type_name].number, offset)
+        offset += n_bytes + -n_bytes % ALIGNMENT
+    return head + bytes(-len(head) % ALIGNMENT)
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+    """Write a whole GGUF."""
+    tensors = list(tensors)
+    infos = [(t.name, t.type_name, t.shape, len(t.data)) for t in tensors]
     with path.open("wb") as file:
-        file.write(head + bytes(-len(head) % ALIGNMENT))
+        file.write(gguf_head(metadata, infos))
         for t in tensors:
             file.write(t.data + bytes(-len(t.data) % ALIGNMENT))
 
@@ -224,14 +239,18 @@ def _random_weights(spec: Spec, n_vocab: int) -> dict[str, Array]:
     return weights
 
 
-def write_model(path: Path, spec: Spec | None = None) -> Tiny:
-    """Write a random llama to `path`; return it with the weights as stored."""
-    spec = spec or Spec()
+def llama_metadata(spec: Spec, n_vocab: int | None = None) -> dict[str, Any]:
+    """Return the metadata of a model, its vocabulary filled up to `n_vocab` tokens."""
     vocab = vocabulary(spec.vocab)
-    n_vocab = len(vocab["tokenizer.ggml.tokens"])
+    tokens = vocab["tokenizer.ggml.tokens"]
+    n_fill = (n_vocab or len(tokens)) - len(tokens)
+    fill = {"tokens": [f"[{i}]" for i in range(n_fill)], "scores": [-1e4] * n_fill}
+    for key, values in {**fill, "token_type": [UNUSED] * n_fill}.items():
+        if f"tokenizer.ggml.{key}" in vocab:
+            vocab[f"tokenizer.ggml.{key}"] = vocab[f"tokenizer.ggml.{key}"] + values
     metadata = {
         "general.architecture": "llama",
-        "general.name": "tiny",
+        "general.name": "random",
         "general.alignment": ALIGNMENT,
         "general.quantization_version": 2,
         "llama.block_count": spec.n_layer,
@@ -245,7 +264,7 @@ def write_model(path: Path, spec: Spec | None = None) -> Tiny:
         "llama.attention.layer_norm_rms_epsilon": spec.eps,
         "llama.rope.dimension_count": spec.d,
         "llama.rope.freq_base": spec.rope_base,
-        "llama.vocab_size": n_vocab,
+        "llama.vocab_size": len(tokens) + n_fill,
         **vocab,
     }
     if spec.rope_scaling != 1.0:
@@ -253,6 +272,14 @@ def write_model(path: Path, spec: Spec | None = None) -> Tiny:
         metadata["llama.rope.scaling.factor"] = spec.rope_scaling
     if spec.chat_template is not None:
         metadata["tokenizer.chat_template"] = spec.chat_template
+    return {**metadata, **spec.extra}
+
+
+def write_model(path: Path, spec: Spec | None = None) -> Tiny:
+    """Write a random llama to `path`; return it with the weights as stored."""
+    spec = spec or Spec()
+    metadata = llama_metadata(spec)
+    n_vocab = metadata["llama.vocab_size"]
     tensors: list[Tensor] = []
     stored: dict[str, Array] = {}
     for name, values in _random_weights(spec, n_vocab).items():
@@ -264,7 +291,7 @@ def write_model(path: Path, spec: Spec | None = None) -> Tiny:
             data = quantize(np.atleast_2d(values), type_name)
         tensors.append(Tensor(name, type_name, values.shape, data))
         stored[name] = dequantize(data, type_name, values.shape)
-    write_gguf(path, {**metadata, **spec.extra}, tensors)
+    write_gguf(path, metadata, tensors)
     factors = stored.get("rope_freqs.weight")
     rope = Rope(spec.d, spec.rope_base, 1 / spec.rope_scaling, factors)
     eps = float(np.float32(spec.eps))
