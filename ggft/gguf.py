@@ -94,6 +94,8 @@ def _read_shards(given: GGUFFile, count: int) -> GGUFFile:
             raise InputError(
                 f"shard {i + 1} of {count} is missing",
                 path=path,
+                found="no such file",
+                expected=path.name,
                 hint="download all shards into one folder",
             )
         shard = given if path == given.path else read_header(path)

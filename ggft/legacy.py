@@ -132,6 +132,8 @@ def _read_other_part(first: LegacyPart, index: int, count: int) -> LegacyPart:
         raise InputError(
             f"part {index + 1} of {count} is missing",
             path=path,
+            found="no such file",
+            expected=path.name,
             hint=f"a model in {count} parts needs all of them in one folder",
         )
     part = read_part(path)
