@@ -248,13 +248,26 @@ static nb::dict info(Engine & e) {
     return d;
 }
 
-static nb::list graph_report(Engine & e) {
+static nb::dict operand(const Operand & o) {
+    nb::dict d;
+    d["type"] = o.type;
+    d["ne"]   = nb::make_tuple(o.ne[0], o.ne[1], o.ne[2], o.ne[3]);
+    d["nb"]   = nb::make_tuple(o.nb[0], o.nb[1], o.nb[2], o.nb[3]);
+    return d;
+}
+
+static nb::list graph_report(Engine & e, bool gpu) {
     nb::list result;
-    for (const NodeReport & r : e.graph_report()) {
+    for (const NodeReport & r : e.graph_report(gpu)) {
         nb::dict d;
+        nb::list sources;
+        for (const Operand & o : r.sources) { sources.append(operand(o)); }
         d["op"]        = r.op;
+        d["family"]    = r.family;
         d["type"]      = r.type;
         d["shapes"]    = r.shape;
+        d["result"]    = operand(r.result);
+        d["sources"]   = sources;
         d["count"]     = r.count;
         d["supported"] = r.supported;
         result.append(d);
@@ -292,6 +305,7 @@ NB_MODULE(_native, m) {
     m.def("set_log", &set_log, "callable"_a.none());
     m.def("devices", &devices);
     m.def("build_info", &build_info);
+    m.def("deny_family", &deny_family, "family"_a);
     nb::class_<Engine>(m, "Engine")
         .def(nb::new_(&open_engine), "paths"_a, nb::kw_only(), "targets"_a, "layer_first"_a, "layer_last"_a, "rank"_a,
              "alpha"_a, "dropout"_a, "precision"_a, "device"_a, "kernels"_a, "threads"_a, "keep"_a, "n_rows"_a,
@@ -309,7 +323,7 @@ NB_MODULE(_native, m) {
         .def_rw("step", &Engine::step)
         .def("cancel", &Engine::cancel)
         .def("info", &info)
-        .def("graph_report", &graph_report)
+        .def("graph_report", &graph_report, "gpu"_a = false)
         .def("set_profiling", &Engine::set_profiling, "on"_a)
         .def("profile", &Engine::profile);
 }

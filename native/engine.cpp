@@ -160,6 +160,20 @@ Tensor Engine::input_of(Graph & g, int64_t layer, bool training) const {
     return rows_of(g, saved_[(size_t) i]);
 }
 
+Graph Engine::embed_graph(bool training) {
+    Graph g(64);
+    g.expand(ggml_cpy(g.ctx(), decoder_->embed(g), input_of(g, 0, training)));
+    return g;
+}
+
+// The last node holds the logits.
+Graph Engine::logits_graph(int64_t first, int64_t n) {
+    Graph  g(GRAPH_NODES);
+    Tensor y = decoder_->logits(g, input_of(g, model_->hparams.n_layer, false), first, n);
+    ggml_set_output(g.expand(y));
+    return g;
+}
+
 Graph Engine::block_forward_graph(int64_t layer, bool training) {
     Graph      g(GRAPH_NODES);
     const bool adapted = layer >= config_.lora.layer_first;
@@ -234,11 +248,8 @@ void Engine::set_profiling(bool on) {
 // ---- the step ----
 
 void Engine::forward(bool training) {
-    {
-        Graph g(64);
-        g.expand(ggml_cpy(g.ctx(), decoder_->embed(g), input_of(g, 0, training)));
-        run(g);
-    }
+    Graph embed = embed_graph(training);
+    run(embed);
     for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
         Graph g = block_forward_graph(l, training);
         run(g);
@@ -308,10 +319,9 @@ void Engine::logits(const MicroBatch & batch, float * out) {
     forward(false);
     for (int64_t first = 0; first < in_.N(); first += chunk_) {
         const int64_t n = std::min(chunk_, in_.N() - first);
-        Graph         g(GRAPH_NODES);
-        Tensor        y = decoder_->logits(g, input_of(g, model_->hparams.n_layer, false), first, n);
-        ggml_set_output(g.expand(y));
+        Graph         g = logits_graph(first, n);
         run(g);
+        Tensor y = ggml_graph_node(g.graph(), -1);
         ggml_backend_tensor_get(y, out + first * model_->hparams.n_vocab, 0, ggml_nbytes(y));
     }
 }

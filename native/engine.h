@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decoder.h"
+#include "graph_report.h"
 
 #include <atomic>
 #include <map>
@@ -39,11 +40,8 @@ struct LossSum {
     int64_t n_targets = 0;
 };
 
-struct NodeReport {
-    std::string op, type, shape;
-    int         count     = 0;
-    bool        supported = true;
-};
+// Makes every device lack an operation ("" for none), so that a test can see the refusal.
+void deny_family(const std::string & family);
 
 class Engine {
   public:
@@ -61,7 +59,8 @@ class Engine {
     double  optimizer_step(float lr, int64_t n_targets);
     void    cancel() { cancelled_ = true; }
 
-    std::vector<NodeReport>       graph_report();
+    // Every distinct node of the graphs. gpu: of the graphs that a GPU would get, on whatever device.
+    std::vector<NodeReport>       graph_report(bool gpu = false);
     std::map<std::string, size_t> buffer_bytes() const;
     // Seconds by kind of node since profiling began; slower, as every node runs alone.
     void                                  set_profiling(bool on);
@@ -100,6 +99,8 @@ class Engine {
     void        backward();
     Graph       block_forward_graph(int64_t layer, bool training);
     Graph       block_backward_graph(int64_t layer);
+    Graph       embed_graph(bool training);
+    Graph       logits_graph(int64_t first, int64_t n);
     Graph       head_graph(int64_t first, int64_t n, bool training);
 
     EngineConfig             config_;

@@ -156,44 +156,46 @@ void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t
 
 // ---- the graph against the device ----
 
-static std::string describe(Tensor t) {
-    std::string s = std::string(ggml_type_name(t->type)) + "[";
-    for (int i = 0; i < ggml_n_dims(t); i++) { s += (i ? "," : "") + std::to_string(t->ne[i]); }
-    return s + "]";
-}
+static std::string denied_family;  // see deny_family
 
-std::vector<NodeReport> Engine::graph_report() {
-    in_.B    = config_.n_rows;
-    in_.T    = config_.n_tokens;
-    in_.seed = config_.lora.dropout > 0 ? 1 : 0;
-    std::map<std::string, NodeReport> nodes;
-    auto                              walk = [&](const Graph & g) {
-        for (int i = 0; i < ggml_graph_n_nodes(g.graph()); i++) {
-            Tensor      t     = ggml_graph_node(g.graph(), i);
-            std::string shape = describe(t) + " <-";
-            for (int s = 0; s < GGML_MAX_SRC && t->src[s] != nullptr; s++) { shape += " " + describe(t->src[s]); }
-            const std::string op = t->op == GGML_OP_CUSTOM ? std::string("CUSTOM ") + t->name : ggml_op_desc(t);
-            NodeReport &      r  = nodes[op + shape];
-            r                    = {op, ggml_type_name(t->type), shape, r.count + 1,
-                                    ggml_backend_supports_op(backend_.get(), t)};
-        }
+void deny_family(const std::string & family) { denied_family = family; }
+
+std::vector<NodeReport> Engine::graph_report(bool gpu) {
+    if (gpu && !fused_) {
+        // The same decoder over the operations that a GPU gets.
+        auto ops     = make_ggml_ops(in_, config_.mode, /*quantized_forward=*/true);
+        auto decoder = std::make_unique<Decoder>(*model_, *lora_, *ops, in_);
+        struct Swapped {
+            std::unique_ptr<Decoder>&a, &b;
+            Swapped(std::unique_ptr<Decoder> & a, std::unique_ptr<Decoder> & b) : a(a), b(b) { a.swap(b); }
+            ~Swapped() { a.swap(b); }
+        } swapped(decoder, decoder_);
+        return graph_report(false);
+    }
+    require(!gpu, ErrorKind::input, "the graph of a GPU needs an engine opened with kernels 'ggml'");
+    in_.B                = config_.n_rows;
+    in_.T                = config_.n_tokens;
+    in_.seed             = config_.lora.dropout > 0 ? 1 : 0;
+    const int64_t first  = config_.lora.layer_first, n = std::min(chunk_, in_.N());
+    GraphReport   report(backend_.get(), denied_family);
+    auto          walk_head = [&](bool training) {
+        report.add(embed_graph(training));
+        report.add(head_graph(0, n, training));
     };
     for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
-        walk(block_forward_graph(l, true));
-        if (l >= config_.lora.layer_first) { walk(block_backward_graph(l)); }
+        report.add(block_forward_graph(l, true));
+        if (l >= first) { report.add(block_backward_graph(l)); }
     }
-    walk(head_graph(0, std::min(chunk_, in_.N()), true));
-    walk(lora_->step_graph());
-    std::vector<NodeReport> report;
-    for (auto & [key, r] : nodes) { report.push_back(r); }
-    return report;
+    walk_head(true);
+    report.add(lora_->norm_graph());
+    report.add(lora_->step_graph());
+    in_.seed = 0;
+    for (int64_t l = 0; l < model_->hparams.n_layer; l++) { report.add(block_forward_graph(l, false)); }
+    walk_head(false);
+    report.add(logits_graph(0, n));
+    return report.nodes();
 }
 
-void Engine::check_graphs() {
-    for (const NodeReport & r : graph_report()) {
-        require(r.supported, ErrorKind::resource,
-                std::string("device ") + ggml_backend_dev_name(device_) + " does not support " + r.op + " " + r.shape);
-    }
-}
+void Engine::check_graphs() { require_supported(graph_report(), device_); }
 
 }  // namespace ggft

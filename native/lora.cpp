@@ -105,6 +105,13 @@ std::string Lora::first_nonfinite_grad() const {
     return "";
 }
 
+Graph Lora::norm_graph() const {
+    Graph  g(16);
+    Tensor sums = ggml_sum_rows(g.ctx(), ggml_sqr(g.ctx(), grad_));
+    ggml_set_output(g.expand(sums));
+    return g;
+}
+
 // The update as a graph: value, m and v change in place.
 Graph Lora::step_graph() const {
     Graph  g(16);
@@ -118,14 +125,12 @@ double Lora::step(const AdamW & o, float lr, int64_t n_targets, int64_t t) {
     ggml_gallocr_ptr alloc(ggml_gallocr_new(buft));
 
     // Global norm: squares are summed per row on the device, the rows in double on the host.
-    Graph  norm_graph(16);
-    Tensor sums = ggml_sum_rows(norm_graph.ctx(), ggml_sqr(norm_graph.ctx(), grad_));
-    ggml_set_output(norm_graph.expand(sums));
-    require(ggml_gallocr_alloc_graph(alloc.get(), norm_graph.graph()), ErrorKind::resource,
+    Graph squares = norm_graph();
+    require(ggml_gallocr_alloc_graph(alloc.get(), squares.graph()), ErrorKind::resource,
             "out of memory for the gradient norm");
-    ggml_backend_graph_compute(backend_, norm_graph.graph());
+    ggml_backend_graph_compute(backend_, squares.graph());
     std::vector<float> rows((size_t) n_rows_);
-    ggml_backend_tensor_get(sums, rows.data(), 0, rows.size() * sizeof(float));
+    ggml_backend_tensor_get(ggml_graph_node(squares.graph(), -1), rows.data(), 0, rows.size() * sizeof(float));
     double square = 0;
     for (float r : rows) { square += r; }
     const double norm = std::sqrt(square) / (double) n_targets;

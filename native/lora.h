@@ -61,6 +61,7 @@ class Lora {
     size_t             bytes() const { return buffer_.bytes(); }
     // Name of the first tensor with a gradient that is not finite, or "".
     std::string first_nonfinite_grad() const;
+    Graph       norm_graph() const;  // the last node: sums of the squared gradient per row
     Graph       step_graph() const;
 
   private:
