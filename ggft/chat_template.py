@@ -1,4 +1,4 @@
-"""Render chat templates and find, by construction, who wrote which part of the rendering.
+"""Find, by construction, who writes which part of a rendered conversation.
 
 A conversation is rendered twice: once with every content replaced by a marker that cannot occur
 in text, which shows the fixed text between the contents; once as it is, which must equal the
@@ -9,11 +9,10 @@ does not hold is refused, with the reason.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from .errors import InputError
 
@@ -26,11 +25,14 @@ class _RequiredKeys(TypedDict):
 class Message(_RequiredKeys, total=False):
     """One turn of a conversation; roles are system, user, assistant and tool.
 
-    `input` is the alpaca format's second field; templates that do not know it get it appended
-    to the content by a newline.
+    Attributes:
+        input: The alpaca format's second field; templates that do not know it get it appended to
+            the content by a newline.
+        learn: False for an answer that is only context (OpenAI's `weight: 0`).
     """
 
     input: str
+    learn: bool
 
 
 class Side(IntEnum):
@@ -43,39 +45,44 @@ class Side(IntEnum):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a rendering: fixed text of the template, or the content of a message."""
+    """A piece of a rendering: fixed text of the template, or the content of a message.
+
+    Attributes:
+        text: The text.
+        is_content: Whether it came from a message, so that nothing in it is a special token.
+        side: Who produces it.
+        learn: Whether the loss counts it, if the model produces it.
+    """
 
     text: str
     is_content: bool
     side: Side
+    learn: bool
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The fixed structure of a rendering.
+class _Item:
+    """A part of a shape: fixed text, or the number of the content that stands there.
 
-    Attributes:
-        items: Fixed text (str), or the number of the content that stands there: 2i is the content
-            of message i, 2i + 1 its input.
-        sides: The side of each item.
+    Number 2i is the content of message i, 2i + 1 its input. `turn` is the message whose answer
+    or tail this is, −1 for prompts.
     """
 
-    items: tuple[str | int, ...]
-    sides: tuple[Side, ...]
+    what: str | int
+    side: Side
+    turn: int
 
 
-MARK_OPEN, MARK_CLOSE = "\ue0c5", "\ue0c6"  # private use: in no template and in no text we accept
-MAX_RENDERED_CHARS = 1 << 20  # beyond four times the contents' size
+RenderAll = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
 
-Render = Callable[[Sequence[Message], bool], str]
+MARK_OPEN, MARK_CLOSE = "\ue0c5", "\ue0c6"  # private use; a template that has them is refused
+_OTHER = "choose another template, for example --template chatml"
 
 
 def joined(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with `input` appended to the content."""
     return [
-        {"role": m["role"], "content": f"{m['content']}\n{m['input']}"}
-        if m.get("input")
-        else {"role": m["role"], "content": m["content"]}
+        {**m, "content": f"{m['content']}\n{m['input']}", "input": ""} if m.get("input") else m
         for m in messages
     ]
 
@@ -84,12 +91,12 @@ class Splitter:
     """Split renderings of one template into parts.
 
     Args:
-        render: Renders messages, with or without the generation prompt.
+        render: Renders conversations, each with or without the generation prompt.
     """
 
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderAll) -> None:
         self._render = render
-        self._shapes: dict[tuple[object, ...], _Shape] = {}
+        self._shapes: dict[tuple[object, ...], tuple[_Item, ...]] = {}
 
     def split(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
         """Return the parts of the rendering of `messages`.
@@ -101,38 +108,86 @@ class Splitter:
         Raises:
             InputError: The template fails, or treats these contents as more than opaque text.
         """
-        whole = self._render(messages, prompt)
+        parts = self.split_all([messages], prompt=prompt)[0]
+        if isinstance(parts, InputError):
+            raise parts
+        return parts
+
+    def split_all(
+        self, conversations: Sequence[Sequence[Message]], *, prompt: bool
+    ) -> list[list[Part] | InputError]:
+        """Split many conversations; one that cannot be split gives its error instead."""
+        wanted = [(messages, prompt) for messages in conversations]
+        if not prompt:
+            wanted += [(messages[:-1], True) for messages in conversations]
+        rendered = self._render(wanted)
+        results: list[list[Part] | InputError] = []
+        for n, messages in enumerate(conversations):
+            asked = None if prompt else rendered[len(conversations) + n]
+            try:
+                results.append(self._parts(messages, rendered[n], asked))
+            except InputError as error:
+                results.append(error)
+        return results
+
+    def _parts(
+        self, messages: Sequence[Message], whole: str | InputError, asked: str | InputError | None
+    ) -> list[Part]:
+        """Return the parts of `whole`; `asked` is the prompt of its last answer, if it has one."""
+        for text in (whole, asked):
+            if isinstance(text, InputError):
+                raise text
+        prompt = asked is None
         key = (prompt, *((m["role"], *map(_filled, _texts(m))) for m in messages))
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = self._learn(messages, prompt)
-        parts = _fill(shape, [text for m in messages for text in _texts(m)], whole)
-        if parts is None:
+        contents = [text for m in messages for text in _texts(m)]
+        texts = _fill(shape, contents, str(whole))
+        if asked is not None and texts is not None:
+            own = len(messages) - 1
+            before = "".join(t for t, x in zip(texts, shape, strict=True) if x.turn != own)
+            texts = texts if before == asked else None
+        if texts is None:
             raise InputError(
                 "the chat template changes this conversation's text in a way that cannot be split",
-                hint="choose another template, for example --template chatml",
+                hint=_OTHER,
             )
-        return parts
+        return [
+            Part(
+                text,
+                isinstance(item.what, int),
+                item.side,
+                item.turn >= 0 and messages[item.turn].get("learn", True),
+            )
+            for text, item in zip(texts, shape, strict=True)
+            if text
+        ]
 
-    def _learn(self, messages: Sequence[Message], prompt: bool) -> _Shape:
+    def _learn(self, messages: Sequence[Message], prompt: bool) -> tuple[_Item, ...]:
         """Find the fixed text around the contents, and where each answer begins."""
         marked = [_marked(m, 2 * i) for i, m in enumerate(messages)]
-        whole = self._render(marked, prompt)
-        starts: list[int] = []
-        for i, m in enumerate(messages):
-            if m["role"] != "assistant":
-                continue
-            before = self._render(marked[:i], True)
-            if not whole.startswith(before):
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        whole, *befores = self._render([(marked, prompt), *((marked[:i], True) for i in answers)])
+        starts: dict[int, int] = {}
+        for i, before in zip(answers, befores, strict=True):
+            for text in (whole, before):
+                if isinstance(text, InputError):
+                    raise text
+            if not str(whole).startswith(str(before)):
                 raise InputError(
-                    f"the chat template cannot be split at message {i + 1}: the prompt it writes"
-                    " before an answer is not the beginning of the whole conversation",
-                    found=_after_common(before, whole),
-                    expected=_after_common(whole, before),
-                    hint="choose another template, for example --template chatml",
+                    f"the chat template cannot be split at message {i + 1}: the prompt that it"
+                    " writes before an answer is not how the whole conversation begins",
+                    found=_after_common(str(before), str(whole)),
+                    expected=_after_common(str(whole), str(before)),
+                    hint=_OTHER,
                 )
-            starts.append(len(before))
-        return _cut(whole, starts, messages)
+            starts[len(before)] = i  # type: ignore[arg-type]
+        if isinstance(whole, InputError):
+            raise whole
+        shape = _cut(whole, starts)
+        _check(shape, messages)
+        return shape
 
 
 def _texts(message: Message) -> tuple[str, str]:
@@ -140,178 +195,108 @@ def _texts(message: Message) -> tuple[str, str]:
 
 
 def _filled(text: str) -> bool:
-    return bool(text.strip())
+    return bool(text) and not text.isspace()
 
 
 def _marked(message: Message, number: int) -> Message:
-    """Return the message with markers `number` and `number + 1` for its texts, unless blank."""
+    """Return the message with markers `number` and `number + 1` for its texts.
+
+    Blank texts stay as they are, for templates ask whether there is text; but an answer's place
+    must be known even if it is empty.
+    """
+    always = message["role"] == "assistant"
     content, extra = (
-        f"{MARK_OPEN}{number + n}{MARK_CLOSE}" if _filled(text) else text
+        f"{MARK_OPEN}{number + n}{MARK_CLOSE}" if _filled(text) or (always and not n) else text
         for n, text in enumerate(_texts(message))
     )
-    marked: Message = {"role": message["role"], "content": content}
-    if extra:
-        marked["input"] = extra
-    return marked
+    return {"role": message["role"], "content": content, "input": extra}
 
 
 def _after_common(text: str, other: str) -> str:
-    n = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(other))
-    return repr(text[n : n + 40])
+    """Return the first characters of `text` that `other` does not have in the same place."""
+    n = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+    n = min(len(text), len(other)) if n is None else n
+    return repr(text[n : n + 40]) if text[n:] else "nothing more"
 
 
-def _cut(whole: str, starts: list[int], messages: Sequence[Message]) -> _Shape:
-    """Cut a marked rendering into items at the markers and at the starts of answers."""
-    items: list[str | int] = []
-    sides: list[Side] = []
-    seen: set[int] = set()
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    turn_of = dict(zip(starts, answers, strict=True))
+def _cut(whole: str, starts: dict[int, int]) -> tuple[_Item, ...]:
+    """Cut a marked rendering at its markers and where answers start.
+
+    Args:
+        whole: The rendering.
+        starts: Position of each answer's first character → index of its message.
+    """
+    items: list[_Item] = []
     side, turn, pos = Side.PROMPT, -1, 0
-    marks = sorted(turn_of)
-    while pos < len(whole) or marks:
-        if marks and marks[0] == pos:
-            turn, side = turn_of[marks.pop(0)], Side.ANSWER
+    left = sorted(starts)
+    while pos < len(whole) or left:
+        if left and left[0] == pos:
+            side, turn = Side.ANSWER, starts[left.pop(0)]
             continue
         if whole[pos] == MARK_OPEN:
             end = whole.index(MARK_CLOSE, pos)
-            index = int(whole[pos + 1 : end])
-            if (side is Side.ANSWER and index != 2 * turn) or (
-                side is not Side.ANSWER and index // 2 in answers
-            ):
-                raise _misplaced(index // 2)
-            items.append(index)
-            sides.append(side)
-            seen.add(index)
-            if side is Side.ANSWER:
-                side = Side.TAIL
+            number = int(whole[pos + 1 : end])
+            if side is Side.TAIL:
+                side, turn = Side.PROMPT, -1
+            items.append(_Item(number, side, turn))
             pos = end + 1
+            if side is Side.ANSWER and number == 2 * turn:
+                side = Side.TAIL
             continue
         stop = whole.find(MARK_OPEN, pos)
-        stop = min([stop if stop >= 0 else len(whole), *marks[:1]])
-        items.append(whole[pos:stop])
-        sides.append(side)
-        if side is Side.TAIL:
-            side = Side.PROMPT
+        stop = min([stop if stop >= 0 else len(whole), *left[:1]])
+        items.append(_Item(whole[pos:stop], side, turn))
         pos = stop
-    for i, m in enumerate(messages):
-        if any(_filled(text) and 2 * i + n not in seen for n, text in enumerate(_texts(m))):
+        if side is Side.TAIL:
+            side, turn = Side.PROMPT, -1
+    return tuple(items)
+
+
+def _check(shape: tuple[_Item, ...], messages: Sequence[Message]) -> None:
+    """Raise InputError unless every content is there, answers in their turns and only there."""
+    seen: set[int] = set()
+    for item in shape:
+        if not isinstance(item.what, int):
+            continue
+        index = item.what // 2
+        seen.add(item.what)
+        is_answer = messages[index]["role"] == "assistant"
+        if is_answer != (item.side is Side.ANSWER) or (is_answer and index != item.turn):
             raise InputError(
-                f"the chat template leaves out message {i + 1}, of role {m['role']!r}",
-                hint="remove such messages, or choose another template (--template chatml)",
+                f"the chat template writes message {index + 1} where it does not belong",
+                found=f"role {messages[index]['role']!r}",
+                hint=_OTHER,
             )
-    return _Shape(tuple(items), tuple(sides))
+    for index, message in enumerate(messages):
+        if any(_filled(t) and 2 * index + n not in seen for n, t in enumerate(_texts(message))):
+            raise InputError(
+                f"the chat template leaves out message {index + 1}",
+                found=f"role {message['role']!r}",
+                hint="remove such messages from the data, or " + _OTHER,
+            )
 
 
-def _misplaced(index: int) -> InputError:
-    return InputError(
-        f"the chat template writes the answer of message {index + 1} in a place that is not its"
-        " own turn",
-        hint="choose another template, for example --template chatml",
-    )
-
-
-def _fill(shape: _Shape, contents: list[str], whole: str) -> list[Part] | None:
+def _fill(shape: tuple[_Item, ...], contents: list[str], whole: str) -> list[str] | None:
     """Put the contents, as they are or stripped, into the shape; None if that is not `whole`."""
-    texts = [item if isinstance(item, str) else contents[item] for item in shape.items]
-    if "".join(texts) != whole:
-        stripped = _fill_stripped(shape, contents, whole)
-        if stripped is None:
-            return None
-        texts = stripped
-    return [
-        Part(text, isinstance(item, int), side)
-        for text, item, side in zip(texts, shape.items, shape.sides, strict=True)
-        if text
-    ]
-
-
-def _fill_stripped(shape: _Shape, contents: list[str], whole: str) -> list[str] | None:
-    """Find for each content whether it stands in `whole` as it is or stripped, item by item.
-
-    Of several ways that fit so far, the one is taken after which the next fixed text follows.
-    """
-    texts: list[str] = []
-    pos = 0
-    for n, item in enumerate(shape.items):
-        if isinstance(item, str):
-            options = [item]
-        else:
-            c = contents[item]
-            options = list(dict.fromkeys((c, c.strip(), c.lstrip(), c.rstrip())))
-        after = shape.items[n + 1] if n + 1 < len(shape.items) else None
-        after = after if isinstance(after, str) else ""
+    texts = [x.what if isinstance(x.what, str) else contents[x.what] for x in shape]
+    if "".join(texts) == whole:
+        return texts
+    texts, pos = [], 0
+    for n, item in enumerate(shape):
+        after = shape[n + 1].what if n + 1 < len(shape) else None
+        options = [item.what] if isinstance(item.what, str) else _stripped(contents[item.what])
         for text in options:
-            if whole.startswith(text, pos) and whole.startswith(after, pos + len(text)):
+            end = pos + len(text)
+            if whole.startswith(text, pos) and (
+                not isinstance(after, str) or whole.startswith(after, end)
+            ):
                 break
         else:
             return None
         texts.append(text)
-        pos += len(text)
+        pos = end
     return texts if pos == len(whole) else None
 
 
-def compile_template(source: str, *, bos: str, eos: str) -> Render:
-    """Return a renderer of a Jinja template, sandboxed, as llama-cpp-python sets Jinja up.
-
-    The date is fixed, so that training and inference see the same prompt on any day.
-
-    Raises:
-        InputError: The template does not compile; later, from the renderer: it fails.
-    """
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class PassGeneration(jinja2.ext.Extension):
-        """Ignore Hugging Face's `{% generation %}` tags."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[PassGeneration, "jinja2.ext.loopcontrols"],
-    )
-    env.filters["tojson"] = _tojson
-    try:
-        template = env.from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        raise InputError(
-            f"the chat template does not compile: {e.message}", path="chat template", line=e.lineno
-        ) from None
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(str(message))
-
-    def render(messages: Sequence[Message], prompt: bool) -> str:
-        limit = MAX_RENDERED_CHARS + 4 * sum(len(m["content"]) for m in messages)
-        out: list[str] = []
-        try:
-            for chunk in template.generate(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=prompt,
-                bos_token=bos,
-                eos_token=eos,
-                raise_exception=raise_exception,
-                strftime_now=lambda f: "26 Jul 2024",
-                tools=None,
-            ):
-                out.append(chunk)
-                limit -= len(chunk)
-                if limit < 0:
-                    raise InputError("the chat template's output exceeds the limit")
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as e:
-            raise InputError(f"the chat template refuses this conversation: {e}") from None
-        except RecursionError:
-            raise InputError("the chat template calls itself without end") from None
-        return "".join(out)
-
-    return render
-
-
-def _tojson(x: object, ensure_ascii: bool = False, indent: int | None = None, **_: object) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent)
+def _stripped(text: str) -> list[str]:
+    return list(dict.fromkeys((text, text.strip(), text.lstrip(), text.rstrip())))

@@ -8,114 +8,98 @@ inference; and what stands in the contents is never read as a special token.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
-from .chat_template import Message, Part, Side, Splitter, compile_template, joined
+from .builtin_templates import BUILTIN, KNOW_INPUT
+from .chat_template import (
+    MARK_CLOSE,
+    MARK_OPEN,
+    Message,
+    Part,
+    RenderAll,
+    Side,
+    Splitter,
+    joined,
+)
+from .encoding import Run, SpecialToken, Tokenizer, Tokens, find_special
 from .errors import InputError
+from .jinja import JinjaProcess, render_here
+
+__all__ = ["Message", "Template", "Tokenizer", "Tokens", "make_template"]
+
+TOKENIZER_THREADS = 2
+RENDER_BATCH = 64
+MAX_SOURCE_BYTES = 1 << 20
 
 
-class Tokenizer(Protocol):
-    """What templates need of a tokenizer; `ggft.llamacpp.LlamaTokenizer` is one."""
-
-    bos_id: int | None
-    eos_id: int | None
-    eot_id: int | None
-    n_vocab: int
-    add_bos: bool
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return token ids without BOS; parse special tokens in the text only if `special`."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> bytes:
-        """Return the text of ids."""
-        ...
-
-    def token_text(self, token: int) -> str:
-        """Return a token's text as the vocabulary has it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """An example as token ids; `trained[i]`: the model learns to produce token i."""
-
-    ids: list[int]
-    trained: list[bool]
-
-    @property
-    def n_trained(self) -> int:
-        """Number of tokens that count in the loss (the first token is never predicted)."""
-        return sum(self.trained[1:])
-
-
-BUILTIN = {
-    "instruction": (
-        "{% for m in messages %}"
-        "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-        "{% elif m.role == 'system' %}{{ m.content }}\n\n"
-        "{% else %}{% if loop.index0 and messages[loop.index0 - 1].role == 'assistant' %}\n\n"
-        "{% endif %}"
-        "Instruction: {{ m.content }}\n{% if m.input %}Input: {{ m.input }}\n{% endif %}Output:"
-        "{% endif %}{% endfor %}"
-    ),
-    "chatml": (
-        "{% for m in messages %}"
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class _Special:
-    """A special token in a template's fixed text, and the blanks that it swallows."""
-
-    id: int
-    text: str
-    strips_left: bool
-    strips_right: bool
-
-
-@dataclass
 class Template:
     """A prompt template bound to a tokenizer.
 
-    Attributes:
+    Args:
         name: What the user called it.
         source: The Jinja source.
+        tokenizer: The model's tokenizer; its `encode` is called from several threads.
+        render: Renders conversations by the source.
+        space_prefix: Whether the tokenizer puts a space before text that follows a special token.
+
+    Attributes:
         source_hash: SHA-256 of the source, written into adapters.
         stop_ids: Tokens that end a generated answer.
+        end_id: The token that an answer is trained to end with.
+        notes: What a user should know about this template, a sentence each.
     """
 
-    name: str
-    source: str
-    tokenizer: Tokenizer
-    space_prefix: bool
-    knows_input: bool
-    splitter: Splitter
-    source_hash: str = field(init=False)
-    stop_ids: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.source_hash = hashlib.sha256(self.source.encode()).hexdigest()
-        t = self.tokenizer
-        self._ends = {i for i in (t.eos_id, t.eot_id) if i is not None}
-        self._literals: dict[str, list[str | _Special]] = {}
-        self._specials: dict[int, _Special | None] = {}
-        probe: list[Message] = [{"role": "user", "content": "a"}]
-        tail = self._tail(self._split([*probe, {"role": "assistant", "content": "b"}], False))
-        self._end_text = tail
-        units = self._units(tail)
-        self.stop_ids = frozenset(self._ends | {u.id for u in units if isinstance(u, _Special)})
+    def __init__(
+        self, name: str, source: str, tokenizer: Tokenizer, render: RenderAll, *, space_prefix: bool
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.source_hash = hashlib.sha256(source.encode()).hexdigest()
+        self.tokenizer = tokenizer
+        self.notes: list[str] = []
+        self._splitter = Splitter(render)
+        self._space_prefix = space_prefix
+        self._knows_input = source in KNOW_INPUT
+        self._literals: dict[str, list[str | SpecialToken]] = {}
+        self._literal_ids: dict[str, list[int]] = {}
+        self._specials: dict[int, SpecialToken | None] = {}
+        self._end_text = ""
         self._closing: int | None = None
-        if not units:
-            self._closing = t.eos_id if t.eos_id is not None else t.eot_id
-            if self._closing is None:
+        self._learn_end()
+
+    def _learn_end(self) -> None:
+        """Find out with a short conversation how the template ends an answer."""
+        probe: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+        parts = self._splitter.split(probe, prompt=False)
+        t = self.tokenizer
+        units = self._units("".join(p.text for p in parts if p.side is Side.TAIL))
+        n = next((n for n, u in enumerate(units) if isinstance(u, SpecialToken)), None)
+        if n is not None:
+            ended = units[: n + 1]
+            self._end_text = "".join(u if isinstance(u, str) else u.text for u in ended)
+            self.end_id = [u.id for u in ended if isinstance(u, SpecialToken)][-1]
+        else:
+            end = t.eos_id if t.eos_id is not None else t.eot_id
+            if end is None:
                 raise InputError("neither the template nor the vocabulary has an end token")
+            self._closing = self.end_id = end
+            self.notes.append(
+                f"the template ends answers with no token of this vocabulary; {t.token_text(end)}"
+                " is added to them"
+            )
+        known = (t.eos_id, t.eot_id, self.end_id)
+        self.stop_ids = frozenset(i for i in known if i is not None)
+        for part in parts:
+            words = [u for u in self._units(part.text) if isinstance(u, str)]
+            if not part.is_content and len(" ".join(words).split()) > 3:
+                self.notes.append(f"the template adds text of its own: {' '.join(words).strip()!r}")
 
     def encode_example(
         self, messages: Sequence[Message], *, train_on_prompt: bool = False
@@ -124,21 +108,48 @@ class Template:
 
         Turns after the last answer are left out: nothing can be learned from them.
 
+        Args:
+            messages: The conversation.
+            train_on_prompt: Whether everything is learned, not only the answers.
+
         Raises:
             InputError: No answer, or the template cannot be split for this conversation.
         """
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        if last < 0:
-            raise InputError("the conversation has no answer to learn")
-        parts = self._split(messages[: last + 1], False)
-        ids, trained = self._encode(parts, closed=True)
-        if train_on_prompt:
-            trained = [True] * len(ids)
-        return Tokens(ids, trained)
+        parts = self._split_examples([messages])[0]
+        if isinstance(parts, InputError):
+            raise parts
+        return self._encode(parts, closed=True, learn_all=train_on_prompt)
+
+    def encode_examples(
+        self, conversations: Iterable[Sequence[Message]], *, train_on_prompt: bool = False
+    ) -> Iterator[Tokens | InputError]:
+        """Encode many conversations, in order; one that cannot be encoded gives its error.
+
+        Rendering goes on while threads tokenize what is rendered.
+        """
+
+        def encode(parts: list[Part] | InputError) -> Tokens | InputError:
+            if isinstance(parts, InputError):
+                return parts
+            try:
+                return self._encode(parts, closed=True, learn_all=train_on_prompt)
+            except InputError as error:
+                return error
+
+        source = iter(conversations)
+        with ThreadPoolExecutor(TOKENIZER_THREADS) as pool:
+            waiting: deque[Iterator[Tokens | InputError]] = deque()
+            while batch := list(itertools.islice(source, RENDER_BATCH)):
+                waiting.append(pool.map(encode, self._split_examples(batch), chunksize=4))
+                if len(waiting) > 2:
+                    yield from waiting.popleft()
+            for results in waiting:
+                yield from results
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the model's next answer begins."""
-        return self._encode(self._split(messages, True), closed=False)[0]
+        parts = self._splitter.split(self._prepared(messages), prompt=True)
+        return self._encode(parts).ids
 
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
@@ -149,67 +160,76 @@ class Template:
             ids.append(self.tokenizer.eos_id)
         return Tokens(ids, [True] * len(ids))
 
-    def _split(self, messages: Sequence[Message], prompt: bool) -> list[Part]:
-        if not self.knows_input:
-            return self.splitter.split(joined(messages), prompt=prompt)
-        return self.splitter.split(messages, prompt=prompt)
+    def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return messages if self._knows_input else joined(messages)
 
-    def _tail(self, parts: list[Part]) -> str:
-        """Return the fixed text after the last answer, up to and with the end token."""
-        text = "".join(p.text for p in parts if p.side is Side.TAIL)
-        units = self._units(text)
-        for n, u in enumerate(units):
-            if isinstance(u, _Special):
-                return "".join(v if isinstance(v, str) else v.text for v in units[: n + 1])
-        return ""
+    def _split_examples(
+        self, conversations: list[Sequence[Message]]
+    ) -> list[list[Part] | InputError]:
+        """Split conversations up to their last answers."""
+        results: list[list[Part] | InputError] = []
+        usable: list[Sequence[Message]] = []
+        for messages in conversations:
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            if answers:
+                usable.append(self._prepared(messages[: answers[-1] + 1]))
+                results.append([])
+            else:
+                results.append(InputError("the conversation has no answer to learn"))
+        split = iter(self._splitter.split_all(usable, prompt=False))
+        return [next(split) if isinstance(r, list) else r for r in results]
 
-    def _encode(self, parts: list[Part], *, closed: bool) -> tuple[list[int], list[bool]]:
+    def _encode(
+        self, parts: list[Part], *, closed: bool = False, learn_all: bool = False
+    ) -> Tokens:
         """Tokenize parts; `closed`: the last part is the tail of the last answer."""
-        run = _Run(self.tokenizer, self.space_prefix)
+        run = Run(self.tokenizer, self._space_prefix, self._literal_ids)
         for n, part in enumerate(parts):
+            learn = part.learn
             if part.is_content:
-                run.text(part.text, part.side is Side.ANSWER)
+                answer = part.side is Side.ANSWER
+                run.text(part.text, part.side, learn and answer, content=True)
+                if answer and self._closing is not None:
+                    run.token(self._closing, learn)
             elif part.side is Side.TAIL:
-                self._encode_tail(run, part.text, last=closed and n == len(parts) - 1)
+                self._encode_tail(run, part, last=closed and n == len(parts) - 1)
             else:
                 for unit in self._units(part.text):
-                    run.unit(unit, part.side is Side.ANSWER)
+                    run.unit(unit, part.side, learn and part.side is Side.ANSWER)
         run.flush()
-        if closed and self._closing is not None:
-            run.ids.append(self._closing)
-            run.trained.append(True)
-        ids, trained = run.ids, run.trained
         bos = self.tokenizer.bos_id
-        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
-            ids, trained = [bos, *ids], [False, *trained]
-        return ids, trained
+        if self.tokenizer.add_bos and bos is not None and run.ids[:1] != [bos]:
+            run.ids.insert(0, bos)
+            run.trained.insert(0, False)
+        return Tokens(run.ids, [True] * len(run.ids) if learn_all else run.trained)
 
-    def _encode_tail(self, run: _Run, text: str, *, last: bool) -> None:
-        if not text.startswith(self._end_text):
+    def _encode_tail(self, run: Run, part: Part, *, last: bool) -> None:
+        """Tokenize the fixed text after an answer: the end token is learned, the rest not."""
+        if not part.text.startswith(self._end_text):
             raise InputError(
-                "the chat template ends this answer otherwise than the last answer",
-                found=repr(text[:40]),
+                "the chat template ends this answer otherwise than a last one",
+                found=repr(part.text[:40]),
                 expected=repr(self._end_text),
                 hint="choose another template, for example --template chatml",
             )
         for unit in self._units(self._end_text):
-            run.unit(unit, True)
+            run.unit(unit, Side.ANSWER, part.learn)
         if not last:
-            for unit in self._units(text[len(self._end_text) :]):
-                run.unit(unit, False)
+            for unit in self._units(part.text[len(self._end_text) :]):
+                run.unit(unit, Side.PROMPT, False)
 
-    def _units(self, literal: str) -> list[str | _Special]:
+    def _units(self, literal: str) -> list[str | SpecialToken]:
         """Cut fixed text at its special tokens, longest first, as llama.cpp does."""
         known = self._literals.get(literal)
         if known is not None:
             return known
-        units: list[str | _Special] = [literal] if literal else []
+        units: list[str | SpecialToken] = [literal] if literal else []
         ids = set(self.tokenizer.encode(literal, special=True))
         specials = [s for s in (self._special(i) for i in ids) if s is not None]
         for s in sorted(specials, key=lambda s: -len(s.text)):
-            cut: list[str | _Special] = []
+            cut: list[str | SpecialToken] = []
             for unit in units:
-                if isinstance(unit, _Special):
+                if isinstance(unit, SpecialToken):
                     cut.append(unit)
                     continue
                 for n, piece in enumerate(unit.split(s.text)):
@@ -219,127 +239,67 @@ class Template:
         self._literals[literal] = units
         return units
 
-    def _special(self, token: int) -> _Special | None:
-        """Return what is to be known of a token if it is special, else None."""
+    def _special(self, token: int) -> SpecialToken | None:
         if token not in self._specials:
-            encode, text = self.tokenizer.encode, self.tokenizer.token_text(token)
-            special = None
-            if (
-                text
-                and encode(text, special=True) == [token]
-                and encode(text, special=False) != [token]
-            ):
-                special = _Special(
-                    token,
-                    text,
-                    strips_left=encode("x \n" + text, special=True)[:-1]
-                    != encode("x \n", special=False),
-                    strips_right=encode(text + "\n x", special=True)[1:]
-                    != encode("\n x", special=False),
-                )
-            self._specials[token] = special
+            self._specials[token] = find_special(self.tokenizer, token)
         return self._specials[token]
-
-
-class _Run:
-    """Collect text between special tokens, and tokenize it in one piece."""
-
-    def __init__(self, tokenizer: Tokenizer, space_prefix: bool) -> None:
-        self._tokenizer = tokenizer
-        self._space_prefix = space_prefix
-        self._text: list[str] = []
-        self._side = False
-        self._fresh = True  # whether the text begins at the start or after a special token
-        self._strip = False
-        self.ids: list[int] = []
-        self.trained: list[bool] = []
-
-    def unit(self, unit: str | _Special, trained: bool) -> None:
-        if isinstance(unit, str):
-            self.text(unit, trained)
-            return
-        self.flush(strip_right=unit.strips_left)
-        self.ids.append(unit.id)
-        self.trained.append(trained)
-        self._fresh, self._strip = True, unit.strips_right
-
-    def text(self, text: str, trained: bool) -> None:
-        if trained != self._side:
-            self.flush()
-            self._side = trained
-        self._text.append(text)
-
-    def flush(self, *, strip_right: bool = False) -> None:
-        text = "".join(self._text)
-        self._text.clear()
-        if self._strip:
-            text = text.lstrip(" \t\n\r\v\f")
-        if strip_right:
-            text = text.rstrip(" \t\n\r\v\f")
-        if not text:
-            return
-        if self._fresh or not self._space_prefix:
-            ids = self._tokenizer.encode(text, special=False)
-        else:
-            ids = encode_continuation(self._tokenizer, text)
-        self._fresh = self._strip = False
-        self.ids += ids
-        self.trained += [self._side] * len(ids)
-
-
-def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokenize text that goes on after other text, for a tokenizer that begins with a space.
-
-    A control character stands in for the text before: it merges with nothing.
-    """
-    before = tokenizer.encode("\x02", special=False)
-    ids = tokenizer.encode("\x02" + text, special=False)
-    if ids[: len(before)] != before:
-        raise InputError("this vocabulary merges control characters with text")
-    return ids[len(before) :]
 
 
 def make_template(name: str, metadata: Mapping[str, object], tokenizer: Tokenizer) -> Template:
     """Return the template called `name` for a model.
 
     Args:
-        name: `auto` (the GGUF's own, else `instruction`), a built-in name, or a Jinja file.
+        name: `auto` (the GGUF's own, else `instruction`), `gguf`, a built-in name, or a Jinja file.
         metadata: The GGUF's key-value pairs.
         tokenizer: The model's tokenizer.
 
     Raises:
         InputError: No such template, or one that cannot be used.
     """
+    name, source = _find_source(name, metadata)
+    if MARK_OPEN in source or MARK_CLOSE in source:
+        raise InputError("the chat template contains the private characters U+E0C5 or U+E0C6")
+
+    def text(token: int | None) -> str:
+        return "" if token is None else tokenizer.token_text(token)
+
+    trusted = BUILTIN.get(name) == source
+    start = render_here if trusted else JinjaProcess
+    spm = metadata.get("tokenizer.ggml.model") == "llama"
+    template = Template(
+        name,
+        source,
+        tokenizer,
+        start(source, text(tokenizer.bos_id), text(tokenizer.eos_id)),
+        space_prefix=spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+    )
+    if trusted and name != "alpaca":
+        template.notes = [note for note in template.notes if "of its own" not in note]
+    return template
+
+
+def _find_source(name: str, metadata: Mapping[str, object]) -> tuple[str, str]:
+    """Return name and Jinja source of a template."""
     own = metadata.get("tokenizer.chat_template")
+    usable = isinstance(own, str) and bool(own.strip())
     if name == "auto":
-        source = own if isinstance(own, str) and own.strip() else BUILTIN["instruction"]
-        name = "gguf" if source is own else "instruction"
-    elif name == "gguf":
-        if not isinstance(own, str) or not own.strip():
-            raise InputError("this model has no chat template of its own", hint="--template auto")
-        source = own
-    elif name in BUILTIN:
-        source = BUILTIN[name]
-    elif Path(name).is_file():
-        source = Path(name).read_text(encoding="utf-8")
-    else:
+        name = "gguf" if usable else "instruction"
+    if name == "gguf":
+        if not usable:
+            raise InputError(
+                "this model has no chat template of its own", hint="choose one with --template"
+            )
+        return name, str(own)
+    if name in BUILTIN:
+        return name, BUILTIN[name]
+    path = Path(name)
+    if not path.is_file():
         raise InputError(
             "no such template",
             found=repr(name),
             expected="auto, gguf, " + ", ".join(BUILTIN) + ", or a Jinja file",
         )
-
-    def text(token: int | None) -> str:
-        return "" if token is None else tokenizer.token_text(token)
-
-    spm = metadata.get("tokenizer.ggml.model") == "llama"
-    return Template(
-        name=name,
-        source=source,
-        tokenizer=tokenizer,
-        space_prefix=spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-        knows_input=source == BUILTIN["instruction"],
-        splitter=Splitter(
-            compile_template(source, bos=text(tokenizer.bos_id), eos=text(tokenizer.eos_id))
-        ),
-    )
+    try:
+        return name, path.read_bytes()[: MAX_SOURCE_BYTES + 1].decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read the template: {e}", path=path) from None

@@ -30,8 +30,6 @@ class Vocabulary:
         self._api = api
         self._vocab = api.llama_model_get_vocab(model)
         self._path = path
-        self._room = 1024
-        self._ids = (self._api.llama_token * self._room)()
         self._pieces: dict[int, bytes] = {}
         self.n_vocab = int(self._api.llama_vocab_n_tokens(self._vocab))
         if self.n_vocab <= 0:
@@ -52,7 +50,7 @@ class Vocabulary:
         return frozenset(i for i in range(self.n_vocab) if is_end(self._vocab, i))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the token ids of `text`; BOS is never added.
+        """Return the token ids of `text`; BOS is never added. Several threads may call it.
 
         Args:
             text: Any Unicode text without lone surrogates.
@@ -68,19 +66,15 @@ class Vocabulary:
                 "text is not valid Unicode", found=repr(text[error.start]),
                 hint="replace or remove the lone surrogate",
             ) from None  # fmt: skip
-        n = self._encode(data, special)
-        if n < 0:
-            self._room = -n
-            self._ids = (self._api.llama_token * self._room)()
-            n = self._encode(data, special)
-        return self._ids[:n]  # type: ignore[no-any-return]
-
-    def _encode(self, data: bytes, special: bool) -> int:
-        return int(
-            self._api.llama_tokenize(
-                self._vocab, data, len(data), self._ids, self._room, False, special
+        room = len(data) + 8  # a byte is at most one token, but for the space put in front
+        while True:
+            ids = (self._api.llama_token * room)()
+            n = int(
+                self._api.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
             )
-        )
+            if n >= 0:
+                return ids[:n]
+            room = -n
 
     def piece(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a special token's are its name."""
