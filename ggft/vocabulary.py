@@ -73,7 +73,7 @@ class Vocabulary:
                 self._api.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
             )
             if n >= 0:
-                return ids[:n]
+                return list(ids[:n])
             room = -n
 
     def piece(self, token: int) -> bytes:
