@@ -11,6 +11,8 @@ Prints one JSON line: each step's mean loss and seconds, tokens/s (the first ste
 RSS.
 """
 
+# mypy: disable-error-code="import-not-found"
+
 from __future__ import annotations
 
 import argparse

@@ -1,0 +1,293 @@
+"""`ggft bench`: how fast a model trains here, what it takes, and how near that is to the machine.
+
+The figures are those of the whole training step. N is the number of parameters in matrix products
+(seven linears per block and the output matrix), so that a trained token costs 4·N floating-point
+operations: 2·N forward and 2·N for the gradient of the activations. *Model* utilisation counts
+these against the machine's peak in matrix products; *hardware* utilisation also counts the forward
+that is done again where block internals are recomputed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ggft.config import DEFAULT_MODEL, parse_layers, parse_size, parse_targets
+from ggft.engine import Engine, EngineSettings
+from ggft.errors import InputError
+from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
+from ggft.matmul_peak import measure_peak
+from ggft.options import option
+from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Settings of `ggft bench`."""
+
+    model: str = option(
+        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
+        help="Base model: a GGUF file or a name that `ggft models` lists",
+    )  # fmt: skip
+    shape: str = option(
+        "--shape", default="4x512", metavar="BxT", help="Rows per optimizer step, tokens per row"
+    )
+    steps: int = option("--steps", default=5, minimum=1, help="Timed steps, after one to warm up")
+    rank: int = option("--rank", "-r", default=8, minimum=1, maximum=1024, help="LoRA rank")
+    target_modules: tuple[str, ...] = option(
+        "--target-modules", default=("all",), metavar="NAMES",
+        help="Linears to train, comma separated",
+    )  # fmt: skip
+    layers: str = option(
+        "--layers", default="all", metavar="N|FIRST-LAST", help="Blocks to train, as in finetune"
+    )
+    precision: str = option(
+        "--precision", default="fast", choices=("fast", "f32"),
+        help="fast: what is quickest on this machine; f32: the reference path",
+    )  # fmt: skip
+    recompute: bool | None = option(
+        "--recompute", off=("--keep",), default=None, shown="by memory",
+        help="Recompute block internals in the backward pass, or keep them",
+    )  # fmt: skip
+    threads: int | None = option(
+        "--threads", "-t", default=None, minimum=1, maximum=1024,
+        shown="physical cores", help="CPU threads",
+    )  # fmt: skip
+    device: str = option(
+        "--device", default="auto", metavar="NAME", help="auto, cpu or a name from `ggft doctor`"
+    )
+    kernels: str = option(
+        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
+        help="CPU kernels: our fused ones or ggml's portable graph",
+    )  # fmt: skip
+    memory: str | None = option(
+        "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
+        help="Memory that the run may use, such as 6G",
+    )  # fmt: skip
+    peak: bool = option(
+        "--peak", off=("--no-peak",), default=True,
+        help="Measure the machine's peak in matrix products at this model's shapes",
+    )  # fmt: skip
+    profile: bool = option(
+        "--profile", off=("--no-profile",), default=True, help="Say where a step's time goes"
+    )
+    json: bool = option("--json", default=False, help="Print the result as one line of JSON")
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure, print, and return the figures; `config.model` is the path of a GGUF file.
+
+    Raises:
+        GgftError: a bad file or setting, or not enough memory.
+    """
+    n_rows, n_tokens = parse_shape(config.shape)
+    file = read_gguf(config.model)
+    info = check_model(file)
+    shape = make_shape(config, file, info)
+    plan = make_plan(
+        shape,
+        n_tokens=n_tokens,
+        max_rows=n_rows,
+        keep=None if config.recompute is None else not config.recompute,
+        memory_bytes=None if config.memory is None else parse_size(config.memory),
+    )
+    result: dict[str, Any] = {"model": file.path.name, "rows": n_rows, "row_tokens": n_tokens}
+    with open_engine(config, file, shape, plan) as engine:
+        result |= time_steps(engine, plan, n_rows, info.n_vocab, config.steps)
+        result["engine"] = engine.info()
+        if config.profile:
+            result["profile_s"] = profile_step(engine, plan, n_rows, info.n_vocab)
+    result["plan"] = plan.record()
+    if config.peak:
+        threads = result["engine"]["threads"]
+        result["gemm_flops"] = measure_peak(block_matrices(info), plan.n_rows * n_tokens, threads)
+    result |= utilisation(result, info, shape, plan)
+    print_json(result) if config.json else print_table(result)
+    return result
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Return (rows, tokens) of a shape such as 4x512.
+
+    Raises:
+        InputError: not two whole numbers of at least 1 and 2.
+    """
+    rows, _, tokens = text.lower().replace("×", "x").partition("x")
+    if not (rows.isdecimal() and tokens.isdecimal() and int(rows) >= 1 and int(tokens) >= 2):
+        raise InputError(
+            "--shape is not rows by tokens", found=repr(text), expected="such as 4x512"
+        )
+    return int(rows), int(tokens)
+
+
+def make_shape(config: BenchConfig, file: GGUFFile, info: ModelInfo) -> Shape:
+    """Return what memory depends on."""
+    first, last = parse_layers(config.layers, info.n_layer)
+    return Shape(
+        model=info,
+        weights_bytes=weights_bytes(file),
+        targets=parse_targets(config.target_modules),
+        layer_first=first,
+        layer_last=last,
+        rank=config.rank,
+    )
+
+
+def open_engine(config: BenchConfig, file: GGUFFile, shape: Shape, plan: Plan) -> Engine:
+    """Open the engine as planned, with alpha = 4·rank and no dropout."""
+    settings = EngineSettings(
+        paths=[str(path) for path in file.paths],
+        targets=list(shape.targets),
+        layer_first=shape.layer_first,
+        layer_last=shape.layer_last,
+        rank=shape.rank,
+        alpha=4.0 * shape.rank,
+        precision=config.precision,
+        device=config.device,
+        kernels=config.kernels,
+        threads=config.threads or physical_cores(),
+        keep=plan.keep,
+        n_rows=plan.n_rows,
+        n_tokens=plan.n_tokens,
+    )
+    engine = Engine(settings)
+    engine.init_lora(seed=1)
+    return engine
+
+
+def micro_batches(
+    plan: Plan, n_rows: int, n_vocab: int, seed: int
+) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
+    """Yield a step of random tokens; each row is one example, every position is trained."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    for first in range(0, n_rows, plan.n_rows):
+        shape = (min(plan.n_rows, n_rows - first), plan.n_tokens)
+        ids = rng.integers(0, n_vocab, (shape[0], shape[1] + 1), dtype=np.int32)
+        yield {
+            "tokens": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+            "segments": np.zeros(shape, np.int32),
+        }
+
+
+def run_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int, seed: int) -> float:
+    """Run one optimizer step and return its seconds."""
+    batches = list(micro_batches(plan, n_rows, n_vocab, seed))
+    start, count = time.perf_counter(), 0
+    for batch in batches:
+        count += engine.forward_backward(batch, 0)[1]
+    engine.optimizer_step(1e-4, count)
+    return time.perf_counter() - start
+
+
+def time_steps(
+    engine: Engine, plan: Plan, n_rows: int, n_vocab: int, n_steps: int
+) -> dict[str, Any]:
+    """Return speed and peak memory of `n_steps` steps after the first."""
+    run_step(engine, plan, n_rows, n_vocab, 0)
+    start_s = process_seconds()
+    seconds = [run_step(engine, plan, n_rows, n_vocab, 1 + i) for i in range(n_steps)]
+    return {
+        "start_to_first_step_s": start_s,
+        "step_s": seconds,
+        "tokens_per_s": n_rows * plan.n_tokens / statistics.median(seconds),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def profile_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int) -> dict[str, float]:
+    """Return the seconds of one step by kind of work; each node runs alone, which costs extra."""
+    engine.set_profiling(True)
+    total = run_step(engine, plan, n_rows, n_vocab, 99)
+    parts = engine.profile()
+    engine.set_profiling(False)
+    parts["rest"] = max(0.0, total - sum(parts.values()))
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def process_seconds() -> float:
+    """Return the seconds since this process began, 0 where the system does not say."""
+    import os
+
+    try:
+        with open("/proc/self/stat", encoding="ascii") as stat:
+            started = int(stat.read().rsplit(")", 1)[1].split()[19])
+        with open("/proc/uptime", encoding="ascii") as uptime:
+            return float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident set so far, mapped weights included."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def block_matrices(info: ModelInfo) -> dict[tuple[int, int], int]:
+    """Return how often each (C_out, C_in) occurs in a block."""
+    q, kv = info.n_head * info.n_embd_head, info.n_head_kv * info.n_embd_head
+    shapes = [(q, info.n_embd), (kv, info.n_embd), (kv, info.n_embd), (info.n_embd, q)]
+    shapes += [(info.n_ff, info.n_embd)] * 2 + [(info.n_embd, info.n_ff)]
+    return {shape: shapes.count(shape) for shape in shapes}
+
+
+def utilisation(
+    result: dict[str, Any], info: ModelInfo, shape: Shape, plan: Plan
+) -> dict[str, Any]:
+    """Return N, the FLOP rate, and the two utilisations where the peak was measured."""
+    block = sum(rows * columns * n for (rows, columns), n in block_matrices(info).items())
+    n_params = info.n_layer * block + info.n_vocab * info.n_embd
+    per_token = 4.0 * n_params
+    again = 0.0 if plan.keep else 2.0 * block * (info.n_layer - shape.layer_first)
+    rate = float(result["tokens_per_s"])
+    figures: dict[str, Any] = {"n_params_matmul": n_params, "model_flops": per_token * rate}
+    if "gemm_flops" in result:
+        peak = max(result["gemm_flops"].values())
+        figures["model_utilisation"] = per_token * rate / peak
+        figures["hardware_utilisation"] = (per_token + again) * rate / peak
+    return figures
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one line of JSON."""
+    import json
+
+    print(json.dumps(result))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the figures for people."""
+    engine, plan = result["engine"], result["plan"]
+    print(f"model        {result['model']}, {result['n_params_matmul'] / 1e6:.1f} M in products")
+    print(f"engine       {engine['precision']}, {engine['kernels']} kernels, {engine['device']}")
+    print(f"             {engine['threads']} threads, ggml {engine['ggml_version']}")
+    print(f"step         {result['rows']} x {result['row_tokens']} tokens, in micro-batches of")
+    print(
+        f"             {plan['micro_batch_rows']} rows, block internals "
+        + ("kept" if plan["keep"] else "recomputed")
+    )
+    print(f"tokens/s     {result['tokens_per_s']:.1f}")
+    print(f"peak memory  {result['peak_rss_bytes'] / 2**20:.0f} MiB, mapped weights included")
+    print(f"first step   {result['start_to_first_step_s']:.2f} s after the start of the process")
+    for name, flops in result.get("gemm_flops", {}).items():
+        print(f"GEMM {name:8}{flops / 1e9:.0f} GFLOP/s")
+    if "model_utilisation" in result:
+        print(f"utilisation  model {result['model_utilisation']:.1%}, ", end="")
+        print(f"hardware {result['hardware_utilisation']:.1%} of the best GEMM")
+    parts = result.get("profile_s", {})
+    for name, seconds in parts.items():
+        print(f"  {name:24}{seconds:8.3f} s  {seconds / sum(parts.values()):6.1%}")
