@@ -254,11 +254,15 @@ def utilisation(
     per_token = 4.0 * n_params
     again = 0.0 if plan.keep else 2.0 * block * (info.n_layer - shape.layer_first)
     rate = float(result["tokens_per_s"])
-    figures: dict[str, Any] = {"n_params_matmul": n_params, "model_flops": per_token * rate}
+    figures: dict[str, Any] = {
+        "n_params_matmul": n_params,
+        "model_flops": per_token * rate,
+        "hardware_flops": (per_token + again) * rate,
+    }
     if "gemm_flops" in result:
         peak = max(result["gemm_flops"].values())
-        figures["model_utilisation"] = per_token * rate / peak
-        figures["hardware_utilisation"] = (per_token + again) * rate / peak
+        figures["model_utilisation"] = figures["model_flops"] / peak
+        figures["hardware_utilisation"] = figures["hardware_flops"] / peak
     return figures
 
 

@@ -17,6 +17,7 @@ from ggft import __version__
 from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
+    from ggft.bench import BenchConfig
     from ggft.config import FinetuneConfig
     from ggft.convert import ConvertConfig
     from ggft.doctor import DoctorConfig
@@ -124,6 +125,14 @@ def doctor(config: DoctorConfig) -> int:
     from ggft.doctor import doctor as action
 
     return action(config)
+
+
+@verb(cli, "ggft.bench:BenchConfig")
+def bench(config: BenchConfig) -> None:
+    """Measure a model's training speed and memory here."""
+    from ggft.bench import bench as action
+
+    action(_with_model(config))
 
 
 def main() -> None:

@@ -239,6 +239,14 @@ class Engine:
         """Return every distinct node of the graphs: op, types, shapes, count, supported."""
         return list(self._engine.graph_report())
 
+    def set_profiling(self, on: bool) -> None:
+        """Begin or end timing each node of the graphs by itself, which is slower as a whole."""
+        self._engine.set_profiling(on)
+
+    def profile(self) -> dict[str, float]:
+        """Return seconds by kind of node since `set_profiling(True)`."""
+        return dict(self._engine.profile())
+
     def close(self) -> None:
         """Free everything; the engine cannot be used afterwards."""
         self._engine = None

@@ -19,7 +19,7 @@ from tests.engines import as_batch, make_batch, open_engine, relative, set_rando
 from tests.models import CHATML, Spec, spec_for, write_model
 from tests.reference import token_nats
 
-BARS = {"f32": 1e-4, "fast": 2e-2}
+BARS = {"f32": 1e-5, "fast": 2e-2}
 
 
 @pytest.mark.parametrize("kernels", ["fused", "ggml"])

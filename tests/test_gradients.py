@@ -26,7 +26,7 @@ from tests.engines import (
 from tests.models import Spec, Tiny, spec_for, write_model
 from tests.reference import LINEARS
 
-BARS = {"f32": 1e-4, "fast": 2e-2}
+BARS = {"f32": 1e-5, "fast": 2e-2}
 PRECISIONS = ("f32", "fast")
 KERNELS = ("fused", "ggml")
 
