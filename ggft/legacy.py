@@ -109,7 +109,13 @@ def read_legacy(path: str | Path) -> LegacyFile:
     first = read_part(path)
     embedding = first.tensors.get("tok_embeddings.weight")
     if embedding is None:
-        raise InputError("tensor tok_embeddings.weight is missing", path=path, hint=HINT_FAMILY)
+        raise InputError(
+            "tensor tok_embeddings.weight is missing",
+            path=path,
+            found=f"{len(first.tensors)} other tensors",
+            expected="a llama's tensors",
+            hint=HINT_FAMILY,
+        )
     n_embd = first.hparams.n_embd
     if not embedding.shape[0] or n_embd % embedding.shape[0]:
         raise InputError(
