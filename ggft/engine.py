@@ -235,9 +235,15 @@ class Engine:
         """Return device, kernels, precision, threads, ggml_version, base_bytes, buffers, …."""
         return dict(self._engine.info())
 
-    def graph_report(self) -> list[dict[str, Any]]:
-        """Return every distinct node of the graphs: op, types, shapes, count, supported."""
-        return list(self._engine.graph_report())
+    def graph_report(self, *, gpu: bool = False) -> list[dict[str, Any]]:
+        """Return every distinct node of the graphs.
+
+        A node has op, family (ggml's operation), type, shapes (for people), result and sources
+        (type, ne, nb), count and supported. `gpu` asks for the graphs that a GPU would get, which
+        an engine on the CPU can tell when it was opened with kernels "ggml".
+        """
+        with _native_errors(self._native):
+            return list(self._engine.graph_report(gpu))
 
     def set_profiling(self, on: bool) -> None:
         """Begin or end timing each node of the graphs by itself, which is slower as a whole."""

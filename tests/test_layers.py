@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # one another.
 LAYERS = """
 errors terminal file_kinds options config progress interrupt
-gguf_types cursor gguf_parse gguf_check gguf gguf_write
+gguf_types metal cursor gguf_parse gguf_check gguf gguf_write
 json_stream formats chat_template templates datasets batching corpus schedule steps vocabulary
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
 llamacpp engine adapter checkpoint planner fetch hub rundir report base trainer description
