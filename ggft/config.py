@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ggft.errors import InputError
 from ggft.options import option
@@ -188,6 +191,12 @@ class FinetuneConfig:
     json: bool = option(
         "--json", default=False, recorded=False, help="Print events as JSON lines on stdout"
     )
+
+    @staticmethod
+    def default_file(given: Mapping[str, Any]) -> Path | None:
+        """Return the settings of the run that is to be continued, if there is one."""
+        path = Path(str(given.get("output", "results"))) / "config.yaml"
+        return path if given.get("resume") and path.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)

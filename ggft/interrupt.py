@@ -116,7 +116,8 @@ class StopSignals:
             for number in numbers:
                 if number in SIGNALS:
                     self.request(number)
-                    reader.settimeout(REPEAT_S)
+            with contextlib.suppress(OSError):
+                reader.settimeout(REPEAT_S if self.signal_number is not None else None)
 
     def _python_handler(self, number: int, frame: FrameType | None) -> None:
         """Do nothing: the watcher acts, this keeps Python's default from acting."""

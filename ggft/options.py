@@ -136,13 +136,17 @@ def make(
     """Build a config from flags over a config file over defaults, all values checked.
 
     `given` holds what the user gave, by field name. Keys of the YAML `config_file` are field names
-    or long flags without the leading dashes.
+    or long flags without the leading dashes. A class may have a `default_file(given)`, which names
+    the file where the user named none.
 
     Raises:
         InputError: an unknown key (names the nearest), a wrong type, a value out of range.
     """
     values: dict[str, Any] = {}
     options = {entry.name: entry for entry in options_of(config_class)}
+    default_file = getattr(config_class, "default_file", None)
+    if config_file is None and default_file is not None:
+        config_file = default_file(given)
     if config_file is not None:
         for name, value in read_config_file(config_class, config_file).items():
             values[name] = _convert(options[name], value, where=str(config_file))
@@ -208,7 +212,7 @@ def _unknown_key(
     config_class: type, key: str, path: str | Path | None, line: int | None = None
 ) -> InputError:
     near = difflib.get_close_matches(key.replace("-", "_"), _names_by_key(config_class), n=1)
-    hint = f"did you mean `{near[0]}`?" if near else "see `ggft finetune --help` for the keys"
+    hint = f"did you mean `{near[0]}`?" if near else "the keys are the long flags of the command"
     return InputError(f"unknown setting `{key}`", path=path, line=line, hint=hint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,11 @@ from ggft.progress import Progress
 from ggft.report import Outcome, write_report
 from ggft.rundir import RunDirectory
 from ggft.steps import Steps
+
+# Settings that do not change the course of a run: where things lie, what is shown and kept.
+_MAY_CHANGE = (
+    "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,8 +87,8 @@ class Trainer:
     def circumstances(self) -> dict[str, Any]:
         """Return all that must be the same for a run to be continued to the bit."""
         record = to_record(self.config)
-        for name in ("model", "data", "memory", "save_steps", "keep_checkpoints", "recompute"):
-            record.pop(name, None)
+        for name in _MAY_CHANGE:
+            del record[name]
         record.update(
             model_sha256=self.meta.base_sha256,
             data_sha256=self.data.sha256(),
@@ -93,17 +99,28 @@ class Trainer:
         return record
 
     def begin(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Initialize the adapter, or restore a checkpoint."""
+        """Initialize the adapter, or restore a checkpoint.
+
+        Raises:
+            InputError: the checkpoint is of a run under other circumstances.
+        """
+        self._circumstances = self.circumstances()
         if saved is None:
             self.engine.init_lora(self.config.seed)
             self.run.clear()
         else:
-            checkpoint.check_same(saved.state["circumstances"], self.circumstances(), saved.path)
+            checkpoint.check_same(saved.state["circumstances"], self._circumstances, saved.path)
             saved.restore(self.engine)
             self.state = State(**saved.state["progress"])
             self.saved_step = saved.step
             self.progress.note(f"resuming after step {saved.step} of {self.n_steps}")
-        self.run.write_text(self.run.config, to_yaml(to_record(self.config)))
+            if self.state.best_val is not None and not self.run.adapter.exists():
+                self.progress.warn("the best adapter is gone; the next evaluation counts as best")
+                self.state.best_val = None
+        record = to_record(self.config)
+        record["model"] = os.path.abspath(self.config.model)
+        record["data"] = [os.path.abspath(path) for path in self.config.data]
+        self.run.write_text(self.run.config, to_yaml(record))
         self.run.open_metrics(self.state.metrics_bytes)
 
     def loop(self) -> None:
@@ -111,15 +128,21 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; what was done is saved.
+            NumericError: NaN or infinity, with the step and the tensor.
         """
+        if self.state.ended:
+            self.progress.note("the run is finished already")
+            return
         self.progress.start(self.n_steps, self.engine.step)
         try:
             while True:
                 if self._evaluation_is_due():
                     self._evaluate()
-                if self.engine.step % self.config.save_steps == 0:
+                if self.engine.step >= self.n_steps:
+                    self.state.ended = self.state.ended or "all steps done"
+                if self.state.ended or self.engine.step % self.config.save_steps == 0:
                     self._save()
-                if self.engine.step >= self.n_steps or self.state.ended:
+                if self.state.ended:
                     break
                 self.stop.check()
                 self._step()
@@ -129,11 +152,7 @@ class Trainer:
             self.progress.stop()
 
     def finish(self) -> None:
-        """Save the end and write the report."""
-        self.state.ended = self.state.ended or "all steps done"
-        self._save()
-        if not len(self.data.validation):
-            self._write_adapter()
+        """Write the report and say what came of it."""
         outcome = Outcome(
             config=to_record(self.config),
             model=self.base.name,
@@ -249,10 +268,10 @@ class Trainer:
     def _write_adapter(self) -> None:
         write_adapter(self.run.adapter, self.engine.parameters, self.engine.get, self.meta)
 
-    def _save(self) -> None:
-        """Write a checkpoint, unless this step has one or nothing was done yet."""
+    def _save(self, *, at_start: bool = False) -> None:
+        """Write a checkpoint, unless this step has one; before the first step only `at_start`."""
         step = self.engine.step
-        if step in (0, self.saved_step) and self.state.ended is None:
+        if step == self.saved_step or (step == 0 and not at_start):
             return
         self.state.metrics_bytes = self.run.metrics_bytes
         checkpoint.save(
@@ -261,7 +280,7 @@ class Trainer:
             self.meta,
             {
                 "ggft": __version__,
-                "circumstances": self.circumstances(),
+                "circumstances": self._circumstances,
                 "progress": asdict(self.state),
             },
             keep=self.config.keep_checkpoints,
@@ -273,7 +292,7 @@ class Trainer:
     def _save_interrupted(self) -> None:
         """Save after a signal, then raise Interrupted."""
         self.engine.zero_grad()
-        self._save()
+        self._save(at_start=True)
         if not self.run.adapter.exists():
             self._write_adapter()
         step = self.engine.step

@@ -20,6 +20,8 @@ _ISOLATED = {
     "HF_HOME": f"{_HOME.name}/hf",
     "HF_ENDPOINT": "http://127.0.0.1:9",
     "PIP_NO_INDEX": "1",
+    # Tiny products: NumPy's threads would only wait for one another on a busy machine.
+    "OPENBLAS_NUM_THREADS": "1",
 }
 os.environ.update(_ISOLATED)
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "GGFT_MODELS"):

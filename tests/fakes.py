@@ -54,7 +54,7 @@ class FakeEngine:
         return [(name, state["value"].shape) for name, state in self.state.items()]
 
     def get_tensor(self, name: str, which: str) -> np.ndarray:
-        return self.state[name][which].copy()
+        return np.array(self.state[name][which])
 
     def set_tensor(self, name: str, which: str, array: np.ndarray) -> None:
         assert array.dtype == np.float32

@@ -78,8 +78,9 @@ def test_llama_cpp_applies_it_as_the_formula_says(base: GGUFFile, tmp_path: Path
         data = values.astype(np.float32).tobytes()
         tokens.append(Tensor(name, "F32", values.shape, data))
     merged = tmp_path / "merged.gguf"
-    metadata = {k: list(v) if hasattr(v, "__len__") and not isinstance(v, str) else v
-                for k, v in file.metadata.items()}  # fmt: skip
+    metadata = {
+        k: v if isinstance(v, int | float | str) else list(v) for k, v in file.metadata.items()
+    }
     write_gguf(merged, metadata, tokens)
     ids = [5, 100, 42, 7, 200]
     with LlamaModel(tiny.path, path) as with_adapter, LlamaModel(merged) as with_merge:

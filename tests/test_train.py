@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggft.adapter import read_adapter
+from ggft.checkpoint import load_newest
+from ggft.config import FinetuneConfig
+from ggft.errors import GgftError, InputError, Interrupted, NumericError, ResourceError
+from ggft.gguf import read_gguf
+from ggft.options import make
+from ggft.progress import Progress
+from ggft.train import finetune
+from tests.fakes import FakeEngine, native_module
+from tests.models import Spec, write_model
+
+ROWS = [
+    {"instruction": f"question {i}", "input": "", "output": f"answer {i * 7}"} for i in range(23)
+]
+
+
+class Case:
+    """A tiny model, a data file and a place for runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_model(folder / "tiny.gguf", Spec(n_layer=1)).path
+        self.data = folder / "rows.json"
+        self.data.write_text(json.dumps(ROWS))
+
+    def config(self, output: str = "run", **given: Any) -> FinetuneConfig:
+        values = {
+            "model": str(self.model),
+            "data": [str(self.data)],
+            "output": str(self.folder / output),
+            "threads": 1,
+            "val_split": 0,
+            "save_steps": 5,
+        }
+        return make(FinetuneConfig, {**values, **given})
+
+    def train(self, output: str = "run", **given: Any) -> Path:
+        finetune(self.config(output, **given), Progress("quiet"))
+        return self.folder / output
+
+    def fails(self, kind: type[GgftError], output: str = "run", **given: Any) -> str:
+        with pytest.raises(kind) as caught:
+            self.train(output, **given)
+        return str(caught.value)
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr("ggft.engine.load_native", native_module)
+    return Case(tmp_path)
+
+
+def use_engine(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
+    engine = type("Changed", (FakeEngine,), attributes)
+    monkeypatch.setattr("ggft.engine.load_native", lambda: native_module(engine))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in lines
+    ]
+
+
+def test_a_run_directory_holds_all_that_it_should(case: Case) -> None:
+    run = case.train(epochs=3)
+    adapter = read_adapter(run / "adapter.gguf", read_gguf(case.model))
+    assert len(adapter.base_names) == 7
+    assert adapter.meta.template == "instruction"
+    assert adapter.meta.base_sha256 == read_gguf(case.model).sha256()
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert lines[-1]["epoch"] == 3
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000015", "step-000018"]
+    report = json.loads((run / "report.json").read_text())
+    assert report["verdict"]
+    again = make(FinetuneConfig, {"output": str(run)}, run / "config.yaml")
+    assert (again.rank, again.lr, again.epochs, again.batch_size) == (8, 3e-4, 3, 4)
+
+
+def test_the_last_partial_batch_is_trained(case: Case) -> None:
+    lines = metrics(case.train(epochs=1))
+    per_example = [line["trained_tokens"] for line in lines]
+    assert len(per_example) == 6
+    # 23 rows in steps of 4: the last step has 3 of them.
+    assert per_example[-1] < min(per_example[:-1])
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+def test_fewer_rows_than_a_batch(case: Case, n_rows: int) -> None:
+    case.data.write_text(json.dumps(ROWS[:n_rows]))
+    assert len(metrics(case.train(epochs=2))) == 2
+
+
+def test_the_same_seed_gives_the_same_adapter(case: Case) -> None:
+    first, second = case.train("a", epochs=1), case.train("b", epochs=1)
+    other = case.train("c", epochs=1, seed=7)
+    assert (first / "adapter.gguf").read_bytes() == (second / "adapter.gguf").read_bytes()
+    assert (first / "adapter.gguf").read_bytes() != (other / "adapter.gguf").read_bytes()
+
+
+def test_grad_accum_is_a_larger_batch(case: Case) -> None:
+    large = case.train("a", epochs=1, batch_size=8)
+    summed = case.train("b", epochs=1, batch_size=4, grad_accum=2)
+    assert metrics(large) == metrics(summed)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11, 17])
+@pytest.mark.parametrize("how", ["between", "within"])
+def test_resumed_equals_uninterrupted(
+    case: Case, monkeypatch: pytest.MonkeyPatch, stop_at: int, how: str
+) -> None:
+    """A signal between two calls or within one; to the bit, dropout included."""
+    whole = case.train("whole", epochs=3)
+
+    def forward_backward(self: FakeEngine, *args: Any) -> tuple[float, int]:
+        if self.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if how == "within":
+                assert self._cancel.wait(5)
+        return FakeEngine.forward_backward(self, *args)
+
+    use_engine(monkeypatch, forward_backward=forward_backward)
+    with pytest.raises(Interrupted) as caught:
+        case.train("parts", epochs=3)
+    assert caught.value.exit_code == 143
+    monkeypatch.setattr("ggft.engine.load_native", native_module)
+    read_adapter(case.folder / "parts" / "adapter.gguf", read_gguf(case.model))
+    parts = case.train("parts", epochs=3, resume=True)
+    assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+    assert metrics(parts) == metrics(whole)
+    saved = [load_newest(run / "checkpoints", pytest.fail) for run in (parts, whole)]
+    assert saved[0] is not None
+    assert saved[1] is not None
+    for name in ("adapter.gguf", "optimizer.gguf"):
+        assert (saved[0].path / name).read_bytes() == (saved[1].path / name).read_bytes()
+
+
+def test_resuming_after_a_kill_goes_back_to_the_checkpoint(case: Case) -> None:
+    """A killed run has metrics after its last checkpoint; they are not doubled."""
+    whole = case.train("whole", epochs=3)
+    killed = case.train("killed", epochs=3)
+    shutil.rmtree(killed / "checkpoints" / "step-000018")
+    path = killed / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 19, "los')
+    case.train("killed", epochs=3, resume=True)
+    assert metrics(killed) == metrics(whole)
+    assert (killed / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+
+
+def test_resume_takes_the_settings_of_the_run(case: Case) -> None:
+    run = case.train(epochs=2, rank=3, lr=1e-3)
+    (newest,) = (run / "checkpoints").glob("step-000012")
+    shutil.rmtree(newest)
+    config = make(FinetuneConfig, {"output": str(run), "resume": True})
+    assert (config.rank, config.lr, config.epochs) == (3, 1e-3, 2)
+    finetune(config, Progress("quiet"))
+    assert len(metrics(run)) == 12
+
+
+def test_resuming_a_finished_run_does_nothing(case: Case) -> None:
+    run = case.train(epochs=1)
+    before = (run / "adapter.gguf").read_bytes()
+    case.train(epochs=1, resume=True)
+    assert (run / "adapter.gguf").read_bytes() == before
+    assert len(metrics(run)) == 6
+
+
+def test_resume_with_nothing_there_starts(case: Case) -> None:
+    assert len(metrics(case.train(epochs=1, resume=True))) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"seed": 7}, "seed: 42 → 7"),
+        ({"threads": 2}, "threads: 1 → 2"),
+        ({"lr": 1e-3}, "lr: 0.0003 → 0.001"),
+        ({"epochs": 4}, "epochs: 3 → 4"),
+        ({"packing": False}, "packing: True → False"),
+    ],
+)
+def test_resuming_otherwise_is_refused(case: Case, changes: dict[str, Any], part: str) -> None:
+    case.train(epochs=3)
+    assert part in case.fails(InputError, **{"epochs": 3, "resume": True, **changes})
+
+
+def test_resuming_with_other_data_or_model_is_refused(case: Case) -> None:
+    case.train(epochs=1)
+    case.data.write_text(json.dumps([*ROWS[1:], ROWS[0]]))
+    assert "data_sha256" in case.fails(InputError, epochs=1, resume=True)
+    case.data.write_text(json.dumps(ROWS))
+    write_model(case.model, Spec(n_layer=1, seed=5))
+    assert "model_sha256" in case.fails(InputError, epochs=1, resume=True)
+
+
+def test_an_adapter_without_a_checkpoint_is_not_resumed(case: Case) -> None:
+    run = case.train(epochs=1)
+    shutil.rmtree(run / "checkpoints")
+    assert "no checkpoint" in case.fails(InputError, epochs=1, resume=True)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_an_older_run_is_neither_overwritten_nor_touched(case: Case) -> None:
+    run = case.train(epochs=1)
+    before = snapshot(run)
+    message = case.fails(InputError, epochs=1)
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert snapshot(run) == before
+    assert len(metrics(case.train(epochs=2, overwrite=True))) == 12
+
+
+def test_nothing_is_written_by_a_dry_run(case: Case) -> None:
+    before = snapshot(case.folder)
+    case.train(dry_run=True)
+    assert snapshot(case.folder) == before
+    assert not (case.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "parts"),
+    [
+        ({"target_modules": "q_prj"}, InputError, ["'q_prj'", "q_proj"]),
+        ({"layers": "9"}, InputError, ["--layers", "0-0"]),
+        ({"data": []}, InputError, ["--data"]),
+        ({"data": ["none.json"]}, InputError, ["none.json"]),
+        ({"model": "none.gguf"}, InputError, ["none.gguf"]),
+        ({"template": "nope"}, InputError, ["'nope'"]),
+        ({"memory": "1M"}, ResourceError, ["--memory", "needed", "at most 1 MiB"]),
+        ({"max_length": 8}, InputError, ["nothing to train on"]),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(
+    case: Case, given: dict[str, Any], kind: type[GgftError], parts: list[str]
+) -> None:
+    before = snapshot(case.folder)
+    message = case.fails(kind, **given)
+    for part in parts:
+        assert part in message
+    assert snapshot(case.folder) == before
+    assert not (case.folder / "run").exists()
+
+
+def test_a_file_in_the_way(case: Case) -> None:
+    (case.folder / "run").write_text("mine")
+    assert "not a directory" in case.fails(InputError)
+    assert "not a directory" in case.fails(InputError, "run/deeper")
+    assert (case.folder / "run").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(case: Case) -> None:
+    (case.folder / "locked").mkdir(mode=0o500)
+    assert "no permission" in case.fails(InputError, "locked/run")
+
+
+def test_too_little_disk_space(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(case.folder)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = case.fails(ResourceError)
+    assert "1 MiB" in message
+    assert not (case.folder / "run").exists()
+
+
+def test_nan_stops_with_step_and_tensor(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_engine(monkeypatch, nan_at_step=7)
+    message = case.fails(NumericError, epochs=3)
+    assert "step 8" in message
+    assert "attn_q.weight.lora_a" in message
+    found = load_newest(case.folder / "run" / "checkpoints", pytest.fail)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_events_are_json_lines(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune(case.config(epochs=1, json=True))
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds == ["plan", *["step"] * 6, "done"]
+    assert err == ""
+
+
+def test_lines_for_people_without_a_terminal(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(case.config(epochs=1))
+    out, err = capsys.readouterr()
+    assert "step 6/6" in err
+    assert "\r" not in err
+    assert str(case.folder / "run" / "adapter.gguf") in out
+
+
+CHILD = """
+import sys
+import ggft.engine
+from tests.fakes import FakeEngine, native_module
+FakeEngine.delay_s = 0.2
+ggft.engine.load_native = native_module
+from ggft.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
+    case: Case, number: int, code: int
+) -> None:
+    run = case.folder / "run"
+    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stderr is not None
+    lines = []
+    for line in child.stderr:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            break
+    sent_s = time.monotonic()
+    child.send_signal(number)
+    _, rest = child.communicate(timeout=20)
+    assert child.returncode == code, (lines, rest)
+    assert time.monotonic() - sent_s < 2
+    assert "stopped after step" in rest
+    assert "--resume" in rest
+    read_adapter(run / "adapter.gguf", read_gguf(case.model))
+    assert not list(run.rglob("*.tmp"))
