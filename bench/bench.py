@@ -105,7 +105,7 @@ def gemm_peaks(args: argparse.Namespace) -> dict[str, float]:
     if not args.no_peer:
         shapes = [f"{n_out}x{n_in}x{count}" for (n_out, n_in), count in matrices.items()]
         script = ROOT / "bench" / "peer_gemm.py"
-        command = [PEER_PYTHON, script, str(n_tokens), str(args.threads), *shapes]
+        command = [str(PEER_PYTHON), str(script), str(n_tokens), str(args.threads), *shapes]
         peaks |= {f"torch {k}": v for k, v in run_json(command, {"PYTHONPATH": ""}).items()}
     return peaks
 
