@@ -8,6 +8,16 @@ static Tensor as_heads(Graph & g, Tensor x, int64_t head_size) {
 
 static Tensor as_rows(Graph & g, Tensor x) { return ggml_reshape_2d(g.ctx(), x, x->ne[0] * x->ne[1], x->ne[2]); }
 
+LinearInput Decoder::input(Graph & g, int64_t l, int which, Tensor x, bool dropout) const {
+    static const std::vector<int> READERS[N_INPUTS] = {
+        {ATTN_Q, ATTN_K, ATTN_V}, {ATTN_OUTPUT}, {FFN_GATE, FFN_UP}, {FFN_DOWN}};
+    std::vector<const LoraPair *> adapters;
+    for (int site : READERS[which]) {
+        if (lora_.pair(l, site)) { adapters.push_back(&lora_.pair(l, site)); }
+    }
+    return ops_.linear_input(g, in_, x, (int) l * N_INPUTS + which, dropout, std::move(adapters));
+}
+
 Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
     const Hparams & h     = model_.hparams;
     const Layer &   layer = model_.layers[(size_t) l];
@@ -89,7 +99,7 @@ Tensor Decoder::head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) c
 Tensor Decoder::logits(Graph & g, Tensor x, int64_t first, int64_t n) const {
     Tensor part = ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], (size_t) first * x->nb[1]);
     Tensor norm = ops_.rms_norm(g, part, model_.output_norm, model_.hparams.norm_eps);
-    return ops_.linear(g, {model_.output, nullptr}, {}, ops_.linear_input(g, in_, norm, 0, false), nullptr);
+    return ops_.linear(g, {model_.output, nullptr}, {}, ops_.linear_input(g, in_, norm, 0, false, {}), nullptr);
 }
 
 }  // namespace ggft

@@ -34,9 +34,7 @@ class Decoder {
   private:
     enum { IN_ATTN, IN_OUTPUT, IN_FFN, IN_DOWN, N_INPUTS };
 
-    LinearInput input(Graph & g, int64_t layer, int which, Tensor x, bool dropout) const {
-        return ops_.linear_input(g, in_, x, (int) layer * N_INPUTS + which, dropout);
-    }
+    LinearInput input(Graph & g, int64_t layer, int which, Tensor x, bool dropout) const;
     Tensor linear(Graph & g, int64_t layer, int site, const LinearInput & in, Tensor residual = nullptr) const {
         return ops_.linear(g, model_.layers[(size_t) layer].linear[site], lora_.pair(layer, site), in, residual);
     }

@@ -95,7 +95,7 @@ void Engine::allocate_saved() {
         saved_.push_back(saved_buffer_->add(GGML_TYPE_F32, {C, N}, "saved." + std::to_string(i)));
     }
     dx_   = saved_buffer_->add(GGML_TYPE_F32, {C, N}, "dx");
-    nats_ = saved_buffer_->add(GGML_TYPE_F32, {N}, "nats");
+    nats_ = saved_buffer_->add(fused_ ? GGML_TYPE_F64 : GGML_TYPE_F32, {N}, "nats");
     if (config_.keep) {
         // Sized by a block's graph at the largest shape.
         in_.B = config_.n_rows;
@@ -192,7 +192,8 @@ Graph Engine::block_backward_graph(int64_t layer) {
                                      : decoder_->forward(g, layer, x, true);
     const bool  need_dx = layer > config_.lora.layer_first;
     Tensor      dx      = decoder_->backward(g, layer, x, block, dy, true, need_dx);
-    if (need_dx) { g.expand(ggml_cpy(g.ctx(), dx, dy)); }
+    // Fused gradients are already accumulated in place.
+    if (need_dx) { g.expand(base_of(dx) == dx_ ? dx : ggml_cpy(g.ctx(), dx, dy)); }
     return g;
 }
 
@@ -200,7 +201,7 @@ Graph Engine::head_graph(int64_t first, int64_t n, bool training) {
     Graph  g(GRAPH_NODES);
     Tensor x    = input_of(g, model_->hparams.n_layer, training);
     Tensor nats = decoder_->head(g, x, first, n, training ? rows_of(g, dx_) : nullptr);
-    g.expand(ggml_cpy(g.ctx(), nats, ggml_view_1d(g.ctx(), nats_, n, (size_t) first * sizeof(float))));
+    g.expand(ggml_cpy(g.ctx(), nats, ggml_view_1d(g.ctx(), nats_, n, (size_t) first * nats_->nb[0])));
     return g;
 }
 
@@ -274,11 +275,21 @@ void Engine::backward() {
     }
 }
 
-double Engine::sum_nats(int64_t n) {
-    std::vector<float> nats((size_t) n);
-    ggml_backend_tensor_get(nats_, nats.data(), 0, nats.size() * sizeof(float));
+std::vector<double> Engine::read_nats(int64_t n) const {
+    std::vector<double> nats((size_t) n);
+    if (nats_->type == GGML_TYPE_F64) {
+        ggml_backend_tensor_get(nats_, nats.data(), 0, nats.size() * sizeof(double));
+        return nats;
+    }
+    std::vector<float> single((size_t) n);
+    ggml_backend_tensor_get(nats_, single.data(), 0, single.size() * sizeof(float));
+    std::copy(single.begin(), single.end(), nats.begin());
+    return nats;
+}
+
+double Engine::sum_nats(int64_t n) const {
     double sum = 0;
-    for (float x : nats) { sum += x; }
+    for (double x : read_nats(n)) { sum += x; }
     require(std::isfinite(sum), ErrorKind::numeric, "the loss is not finite");
     return sum;
 }
@@ -306,10 +317,9 @@ LossSum Engine::evaluate(const MicroBatch & batch) {
 
 void Engine::token_nats(const MicroBatch & batch, float * out) {
     evaluate(batch);
-    std::vector<float> nats((size_t) n_targets_);
-    ggml_backend_tensor_get(nats_, nats.data(), 0, nats.size() * sizeof(float));
-    size_t next = 0;
-    for (int64_t i = 0; i < batch.B * batch.T; i++) { out[i] = batch.targets[i] >= 0 ? nats[next++] : 0.0f; }
+    const std::vector<double> nats = read_nats(n_targets_);
+    size_t                    next = 0;
+    for (int64_t i = 0; i < batch.B * batch.T; i++) { out[i] = batch.targets[i] >= 0 ? (float) nats[next++] : 0.0f; }
 }
 
 void Engine::logits(const MicroBatch & batch, float * out) {
@@ -332,7 +342,7 @@ void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint6
     Graph  g(64);
     Tensor ones = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, width, B * T);
     ggml_set_input(ones);
-    Tensor dropped = ops_->linear_input(g, in_, ones, (int) id, true).dropped;
+    Tensor dropped = ops_->dropped(g, ops_->linear_input(g, in_, ones, (int) id, true, {}));
     if (dropped == ones) {
         std::fill(out, out + width * B * T, 1.0f);
         return;

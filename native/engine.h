@@ -16,7 +16,7 @@ namespace ggft {
 struct EngineConfig {
     std::vector<std::string> paths;
     LoraConfig               lora;
-    AdamW                    adamw;
+    AdamWConfig                    adamw;
     Mode mode = Mode::fast;
     std::string              device    = "auto";
     std::string              kernels   = "auto";  // "fused", "ggml" or "auto"
@@ -88,7 +88,8 @@ class Engine {
     void   compute(Graph & g);
     void   run_profiled(Graph & g);
     void   check_cancelled() const;
-    double sum_nats(int64_t n);
+    double sum_nats(int64_t n) const;
+    std::vector<double> read_nats(int64_t n) const;
 
     Tensor      rows_of(Graph & g, Tensor buffer) const;  // first N columns
     Tensor      input_of(Graph & g, int64_t layer, bool training) const;

@@ -23,7 +23,10 @@ void Engine::allocate_inputs() {
     in_.rows      = i32(N, "rows");
     in_.labels    = i32(N, "labels");
     in_.starts = i32(N, "starts");
-    if (fused_) { in_.rope_cache = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims, N}, "rope cache"); }
+    if (fused_) {
+        in_.rope_cos = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope cos");
+        in_.rope_sin = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope sin");
+    }
     int64_t width = 0, n_rows_max = h.n_vocab;
     for (const Layer & layer : model_->layers) {
         for (const Linear & l : layer.linear) {
@@ -100,24 +103,26 @@ void Engine::set_inputs(const MicroBatch & b) {
     set_portable_inputs(b, starts, labels);
 }
 
-// Rotates unit vectors with ggml's own operation, so that every scaling of angles and magnitude is its.
+// Rotates the pairs (1, 0) with ggml's own operation, so that every scaling of angles and magnitude is its.
 void Engine::fill_rope_cache() {
-    const Rope & r = model_->hparams.rope;
-    Graph        g(64);
-    Tensor       unit = ggml_new_tensor_3d(g.ctx(), GGML_TYPE_F32, r.n_dims, 1, in_.N());
+    const Rope &  r    = model_->hparams.rope;
+    const int64_t half = r.n_dims / 2, N = in_.N();
+    Graph         g(64);
+    Tensor        unit = ggml_new_tensor_3d(g.ctx(), GGML_TYPE_F32, r.n_dims, 1, N);
     ggml_set_input(unit);
-    Tensor at     = ggml_view_1d(g.ctx(), in_.positions, in_.N(), 0);
-    Tensor cached = ggml_rope_ext(g.ctx(), unit, at, r.freq_factors, r.n_dims, r.mode, r.n_ctx_orig, r.freq_base,
-                                  r.freq_scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow);
-    g.expand(ggml_cpy(g.ctx(), cached, ggml_view_3d(g.ctx(), in_.rope_cache, r.n_dims, 1, in_.N(), in_.rope_cache->nb[1],
-                                                    in_.rope_cache->nb[1], 0)));
+    Tensor at      = ggml_view_1d(g.ctx(), in_.positions, N, 0);
+    Tensor rotated = ggml_rope_ext(g.ctx(), unit, at, r.freq_factors, r.n_dims, GGML_ROPE_TYPE_NEOX, r.n_ctx_orig,
+                                   r.freq_base, r.freq_scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow);
+    auto   part    = [&](size_t first) {
+        return ggml_view_2d(g.ctx(), rotated, half, N, rotated->nb[2], first * sizeof(float));
+    };
+    auto into = [&](Tensor t) { return ggml_view_2d(g.ctx(), t, half, N, t->nb[1], 0); };
+    g.expand(ggml_cpy(g.ctx(), part(0), into(in_.rope_cos)));
+    g.expand(ggml_cpy(g.ctx(), part((size_t) half), into(in_.rope_sin)));
     allocate_graph(g);
-    std::vector<float> ones((size_t) (r.n_dims * in_.N()));
-    for (size_t i = 0; i < ones.size(); i++) {
-        const auto j = (int64_t) i % r.n_dims;
-        ones[i]      = (r.mode == GGML_ROPE_TYPE_NEOX ? j < r.n_dims / 2 : j % 2 == 0) ? 1.0f : 0.0f;
-    }
-    ggml_backend_tensor_set(unit, ones.data(), 0, ones.size() * sizeof(float));
+    std::vector<float> pairs((size_t) (r.n_dims * N), 0.0f);
+    for (int64_t t = 0; t < N; t++) { std::fill_n(pairs.begin() + t * r.n_dims, half, 1.0f); }
+    ggml_backend_tensor_set(unit, pairs.data(), 0, pairs.size() * sizeof(float));
     compute(g);
 }
 

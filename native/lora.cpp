@@ -120,7 +120,7 @@ Graph Lora::step_graph() const {
     return g;
 }
 
-double Lora::step(const AdamW & o, float lr, int64_t n_targets, int64_t t) {
+double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t) {
     const auto       buft = ggml_backend_get_default_buffer_type(backend_);
     ggml_gallocr_ptr alloc(ggml_gallocr_new(buft));
 

@@ -29,7 +29,7 @@ struct LoraPair {
     explicit operator bool() const { return a != nullptr; }
 };
 
-struct AdamW {
+struct AdamWConfig {
     float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0, max_grad_norm = 1;
 };
 
@@ -55,7 +55,7 @@ class Lora {
     // One AdamW update (Loshchilov & Hutter 2019, decoupled decay) with the gradient divided by n_targets
     // and clipped to max_grad_norm. Returns the norm before clipping; throws Error(numeric) when it is not
     // finite, leaving the weights untouched.
-    double step(const AdamW & options, float lr, int64_t n_targets, int64_t t);
+    double step(const AdamWConfig & options, float lr, int64_t n_targets, int64_t t);
 
     const LoraConfig & config() const { return config_; }
     size_t             bytes() const { return buffer_.bytes(); }

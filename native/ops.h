@@ -11,6 +11,7 @@
 #include "model.h"
 
 #include <memory>
+#include <vector>
 
 namespace ggft {
 
@@ -24,7 +25,8 @@ struct Inputs {
     Tensor  positions = nullptr;  // I32 [N], restart at each example
     Tensor  starts    = nullptr;  // I32 [N], index of the first token of a token's example
     Tensor  mask      = nullptr;  // F16 [T, T, 1, B], 0 where attended, -inf elsewhere; GgmlOps only
-    Tensor  rope_cache = nullptr;  // F32 [n_dims, N] cosines and sines by position; FusedOps only
+    Tensor  rope_cos  = nullptr;  // F32 [n_dims/2, N] cosine of each pair's angle; FusedOps only
+    Tensor  rope_sin  = nullptr;
     Tensor  rows      = nullptr;  // I32 [N], indices of the trained positions, then padding
     Tensor  labels    = nullptr;  // I32 [N], their targets
     Tensor  label_at  = nullptr;  // I32 [N], label + V * (index within its chunk); GgmlOps only
@@ -38,10 +40,13 @@ struct Inputs {
 
 // The input of one or more linears: x, and what LoRA sees of it.
 struct LinearInput {
-    Tensor x       = nullptr;  // [C_in, N]
-    Tensor dropped = nullptr;  // dropout(x), or x itself without dropout
-    Tensor keep    = nullptr;  // [C_in, N] the multipliers, or null
-    int    id      = 0;        // which dropout mask: distinct per layer and input
+    Tensor   x       = nullptr;  // [C_in, N]
+    Tensor   dropped = nullptr;  // dropout(x), or x itself without dropout; GgmlOps only
+    Tensor   keep    = nullptr;  // [C_in, N] the multipliers, or null; GgmlOps only
+    Tensor   u       = nullptr;  // [R * adapters, N] A dropout(x) of each adapter, stacked; FusedOps only
+    float    dropout = 0;        // its probability and the seed of its mask; FusedOps only
+    uint64_t seed    = 0;
+    std::vector<const LoraPair *> adapters;  // those that read this input
 };
 
 // The activations of a block that its backward pass reads. Recomputed, or kept between the passes.
@@ -65,11 +70,16 @@ class Ops {
 
     // n = x / rms(x) * w over the first dimension (Zhang & Sennrich 2019). w may be null: 1.
     virtual Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) = 0;
-    // dx = residual + r (dn*w - n̂ mean(dn*w * n̂)) with r = 1/rms, n̂ = x r. residual may be null.
+    // dx = residual + r (dn*w - n̂ mean(dn*w * n̂)) with r = 1/rms, n̂ = x r. residual may be null, and may be
+    // overwritten.
     virtual Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn, Tensor residual) = 0;
 
-    // x with its dropout (inverted: kept values are divided by 1 - p).
-    virtual LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout) = 0;
+    // x with its dropout (inverted: kept values are divided by 1 - p). `id` tells one mask from another:
+    // distinct per layer and input. `adapters` are those of the linears that will read x.
+    virtual LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout,
+                                     std::vector<const LoraPair *> adapters) = 0;
+    // dropout(x) itself.
+    virtual Tensor dropped(Graph & g, const LinearInput & in) = 0;
     // y = W x + bias + scale B (A dropout(x)) + residual. [C_out, N]; residual may be null.
     virtual Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in, Tensor residual) = 0;
     // Adds dA and dB, returns dx + acc where dx = Wᵀ dy + dropout'(scale Aᵀ Bᵀ dy); acc may be null.
@@ -90,11 +100,12 @@ class Ops {
     struct SwigluBack {
         Tensor dgate, dup;
     };
+    // dh may be overwritten.
     virtual SwigluBack swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) = 0;
 
     // Cross entropy of rows n [C, M] against labels [M] through the output matrix W [C, V].
     struct Loss {
-        Tensor nats;  // [M]
+        Tensor nats;  // [M] F32 or F64
         Tensor dn;    // [C, M] gradient of the sum of nats, null when not asked for
     };
     virtual Loss loss(Graph & g, const Linear & w, Tensor n, Tensor labels, Tensor label_at, bool need_dn) = 0;

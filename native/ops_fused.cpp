@@ -1,8 +1,10 @@
 // FusedOps: the operations on custom CPU kernels (kernels_*.h). Weights are dequantized inside the matrix
 // products, attention never holds its scores, and dropout masks are hashed, not stored.
 #include "kernels_elementwise.h"
+#include "kernels_dropout.h"
 #include "kernels_gemm.h"
 #include "kernels_loss.h"
+#include "kernels_lowrank.h"
 #include "ops.h"
 
 namespace ggft {
@@ -25,73 +27,98 @@ class FusedOps : public Ops {
     const char * name() const override { return "fused"; }
 
     Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) override {
-        return g.custom("rms_norm", GGML_TYPE_F32, {x->ne[0], x->ne[1]}, {x, w}, [=](Tensor n, int ith, int nth) {
-            ggft::rms_norm(floats(x), floats(w), eps, floats(n), x->ne[0], x->ne[1], ith, nth);
+        return g.custom("rms_norm", linear_type(), {x->ne[0], x->ne[1]}, {x, w}, [=](Tensor n, int ith, int nth) {
+            ggft::rms_norm(floats(x), floats(w), eps, x->ne[0], x->ne[1], as_f32(n), as_bf16(n), nullptr, ith, nth);
         });
     }
 
+    // In place on the residual, which is the gradient that nothing else reads any more.
     Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn, Tensor residual) override {
-        std::vector<Tensor> args = {x, w, dn};
-        if (residual != nullptr) { args.push_back(residual); }
-        auto kernel = [=](Tensor dx, int ith, int nth) {
-            ggft::rms_norm_back(floats(x), floats(w), eps, floats(dn), residual ? floats(residual) : nullptr, floats(dx),
-                                x->ne[0], x->ne[1], ith, nth);
-        };
-        return g.custom("rms_norm_back", GGML_TYPE_F32, {x->ne[0], x->ne[1]}, args, kernel);
+        Tensor r = g.custom("rms", GGML_TYPE_F32, {x->ne[1]}, {x, w}, [=](Tensor r, int ith, int nth) {
+            ggft::rms_norm(floats(x), floats(w), eps, x->ne[0], x->ne[1], nullptr, nullptr, floats(r), ith, nth);
+        });
+        if (residual == nullptr) { residual = ggml_scale(g.ctx(), dn, 0.0f); }
+        return g.custom_inplace("rms_norm_back", residual, {x, w, r, dn}, [=](Tensor dx, int ith, int nth) {
+            rms_norm_backward(floats(dn), floats(x), floats(w), floats(r), x->ne[0], x->ne[1], floats(dx), ith, nth);
+        });
     }
 
-    LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout) override {
-        return portable_->linear_input(g, in, x, id, dropout);
+    // All adapters that read x are projected down in one pass over it.
+    LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout,
+                             std::vector<const LoraPair *> adapters) override {
+        LinearInput r;
+        r.x        = x;
+        r.adapters = std::move(adapters);
+        if (dropout && in.seed != 0) {
+            r.dropout = dropout_;
+            r.seed    = dropout_mix(in.seed + (uint64_t) id * 0x9e3779b97f4a7c15ull);
+        }
+        if (r.adapters.empty()) { return r; }
+        std::vector<Tensor> args = {x};
+        int64_t             R    = 0;
+        for (const LoraPair * p : r.adapters) {
+            args.push_back(p->a);
+            R += p->a->ne[1];
+        }
+        auto kernel = [=, a = args](Tensor u, int ith, int nth) {
+            LoraDown down[N_SITES];
+            int64_t  at = 0;
+            for (size_t i = 1; i < a.size(); i++) {
+                down[i - 1] = {floats(a[i]), (int) a[i]->ne[1], floats(u) + at, u->ne[0]};
+                at += a[i]->ne[1];
+            }
+            lora_down(rows_of(x), {r.dropout, r.seed}, x->ne[0], x->ne[1], down, (int) a.size() - 1, ith, nth);
+        };
+        r.u = g.custom("lora_down", GGML_TYPE_F32, {R, x->ne[1]}, args, kernel);
+        return r;
+    }
+
+    Tensor dropped(Graph & g, const LinearInput & in) override {
+        if (in.dropout == 0) { return in.x; }
+        Tensor      x = in.x;
+        const float p = in.dropout;
+        return g.custom("dropout", GGML_TYPE_F32, {x->ne[0], x->ne[1]}, {x},
+                        [=, seed = in.seed](Tensor y, int ith, int nth) {
+                            for (int64_t t = ith; t < x->ne[1]; t += nth) {
+                                for (int64_t c = 0; c < x->ne[0]; c++) {
+                                    const int64_t i = t * x->ne[0] + c;
+                                    floats(y)[i]    = floats(x)[i] * dropout_factor(seed, t, c, p);
+                                }
+                            }
+                        });
     }
 
     Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in, Tensor residual) override {
-        ggml_context *    c = g.ctx();
-        Tensor            x = in.x, W = w.weight, b = lora.b;
-        const Precision   precision = precision_;
-        const float       scale     = lora.scale;
-        std::vector<Tensor> args    = {W, x};
-        Tensor              u       = nullptr;
-        if (lora) {
-            u = ggml_mul_mat(c, lora.a, in.dropped);
-            args.push_back(u);
-        }
+        Tensor              x = in.x, W = w.weight, u = lora ? in.u : nullptr;
+        const Precision     precision = precision_;
+        const LoraPair      pair      = lora;
+        const int64_t       at        = lora ? row_of(in, lora) : 0;
+        std::vector<Tensor> args      = {W, x};
+        if (u != nullptr) { args.push_back(u); }
         Tensor y = g.custom("matmul", GGML_TYPE_F32, {W->ne[1], x->ne[1]}, args, [=](Tensor y, int ith, int nth) {
             LowRank low{};
-            if (u != nullptr) { low = {floats(u), u->ne[0], floats(b), (int) u->ne[0], scale}; }
+            if (u != nullptr) { low = {floats(u) + at, u->ne[0], floats(pair.b), (int) pair.b->ne[0], pair.scale}; }
             matmul_nt(precision, weight_of(W), rows_of(x), u ? &low : nullptr, {floats(y), y->ne[0]}, y->ne[1], ith, nth);
         });
-        if (w.bias != nullptr) { y = ggml_add(c, y, w.bias); }
-        return residual == nullptr ? y : ggml_add(c, y, residual);
+        if (w.bias != nullptr) { y = ggml_add(g.ctx(), y, w.bias); }
+        return residual == nullptr ? y : ggml_add(g.ctx(), y, residual);
     }
 
     Tensor linear_back(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in, Tensor dy, Tensor acc,
                        bool need_dx) override {
-        ggml_context * c  = g.ctx();
-        Tensor         du = nullptr;
-        auto           tr = [&](Tensor t) { return ggml_cont(c, ggml_transpose(c, t)); };
-        if (lora) {
-            Tensor u = ggml_scale(c, ggml_mul_mat(c, lora.a, in.dropped), lora.scale);
-            g.expand(ggml_add_inplace(c, lora.db, ggml_mul_mat(c, tr(u), tr(dy))));
-            du = ggml_scale(c, ggml_mul_mat(c, tr(lora.b), dy), lora.scale);
-            g.expand(ggml_add_inplace(c, lora.da, ggml_mul_mat(c, tr(in.dropped), tr(du))));
-        }
+        Tensor              W = w.weight, du = lora ? lora_gradients(g, lora, in, dy) : nullptr;
+        const LoraPair      pair = lora;
+        std::vector<Tensor> args = {W, dy};
         if (!need_dx) { return acc; }
-        Tensor          W = w.weight, a = lora.a;
-        const Precision precision = precision_;
-        const bool      masked    = in.keep != nullptr;
-        std::vector<Tensor> args  = {W, dy};
         if (du != nullptr) { args.push_back(du); }
-        const bool fuse_lora = du != nullptr && !masked;
-        auto       kernel    = [=](Tensor dx, int ith, int nth) {
+        auto kernel = [=, precision = precision_, p = in.dropout, seed = in.seed](Tensor dx, int ith, int nth) {
             LowRank low{};
-            if (fuse_lora) { low = {floats(du), du->ne[0], floats(a), (int) du->ne[0]}; }
-            matmul_nn(precision, weight_of(W), rows_of(dy), fuse_lora ? &low : nullptr,
-                      {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], ith, nth);
+            if (du != nullptr) { low = {floats(du), du->ne[0], floats(pair.a), (int) du->ne[0], 1.0f, p, seed}; }
+            matmul_nn(precision, weight_of(W), rows_of(dy), du ? &low : nullptr, {floats(dx), dx->ne[0], acc != nullptr},
+                      dx->ne[1], ith, nth);
         };
-        Tensor dx = acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
-                                   : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], dy->ne[1]}, args, kernel);
-        if (du != nullptr && masked) { dx = ggml_add(c, dx, ggml_mul(c, ggml_mul_mat(c, tr(a), du), in.keep)); }
-        return dx;
+        return acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
+                              : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], dy->ne[1]}, args, kernel);
     }
 
     Tensor rope(Graph & g, const Inputs & in, const Rope & r, Tensor x) override {
@@ -110,44 +137,90 @@ class FusedOps : public Ops {
         return portable_->attention_back(g, in, x, attn, dout, scale);
     }
     Tensor swiglu(Graph & g, Tensor gate, Tensor up) override {
-        return g.custom("swiglu", GGML_TYPE_F32, {gate->ne[0], gate->ne[1]}, {gate, up}, [=](Tensor h, int ith, int nth) {
-            ggft::swiglu(floats(gate), floats(up), floats(h), ggml_nelements(gate), ith, nth);
+        return g.custom("swiglu", linear_type(), {gate->ne[0], gate->ne[1]}, {gate, up}, [=](Tensor h, int ith, int nth) {
+            ggft::swiglu(floats(gate), floats(up), ggml_nelements(gate), as_f32(h), as_bf16(h), ith, nth);
         });
     }
 
+    // dup takes the place of dh.
     SwigluBack swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) override {
-        const int64_t F = gate->ne[0], N = gate->ne[1];
-        auto          kernel = [=](Tensor d, int ith, int nth) {
-            ggft::swiglu_back(floats(gate), floats(up), floats(dh), floats(d), floats(d) + F * N, F * N, ith, nth);
-        };
-        Tensor d = g.custom("swiglu_back", GGML_TYPE_F32, {F, N, 2}, {gate, up, dh}, kernel);
-        return {ggml_view_2d(g.ctx(), d, F, N, d->nb[1], 0), ggml_view_2d(g.ctx(), d, F, N, d->nb[1], d->nb[2])};
+        Tensor dgate = g.custom("swiglu_back", GGML_TYPE_F32, {gate->ne[0], gate->ne[1]}, {gate, up, dh},
+                                [=](Tensor d, int ith, int nth) {
+                                    swiglu_backward(floats(dh), floats(gate), floats(up), ggml_nelements(gate), floats(d),
+                                                    floats(dh), ith, nth);
+                                });
+        return {g.expand(dgate), dh};
     }
 
+    // The logits' gradient takes the logits' place, in fast mode as BF16 in the first half of each row.
     Loss loss(Graph & g, const Linear & w, Tensor n, Tensor labels, Tensor, bool need_dn) override {
-        const LinearInput in{n, n, nullptr, 0};
-        Tensor            logits = linear(g, w, {}, in, nullptr);
-        auto              kernel = [=](Tensor nats, int ith, int nth) {
-            cross_entropy_inplace(floats(logits), (const int32_t *) labels->data, floats(nats), need_dn, logits->ne[0],
-                                  logits->ne[1], ith, nth);
-        };
-        Tensor nats = g.custom("cross_entropy", GGML_TYPE_F32, {n->ne[1]}, {logits, labels}, kernel);
+        LinearInput in;
+        in.x                = n;
+        Tensor        z     = linear(g, w, {}, in, nullptr);
+        const bool    bf16  = linear_type() == GGML_TYPE_BF16;
+        const int64_t V     = z->ne[0], M = z->ne[1];
+        Tensor nats = g.custom("cross_entropy", GGML_TYPE_F64, {M}, {z, labels}, [=](Tensor nats, int ith, int nth) {
+            const LogitGradient gradient{need_dn, bf16 ? (uint16_t *) z->data : nullptr, 2 * V};
+            cross_entropy(floats(z), V, (const int32_t *) labels->data, V, M, gradient, (double *) nats->data, ith, nth);
+        });
         if (!need_dn) { return {nats, nullptr}; }
-        g.expand(nats);
-        // Depends on nats by order only: the node above has turned the logits into their gradient.
-        return {nats, linear_back(g, w, {}, in, logits, nullptr, true)};
+        Tensor W  = w.weight;
+        Tensor dn = g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, z},
+                             [=, precision = precision_](Tensor dn, int ith, int nth) {
+                                 matmul_nn(precision, weight_of(W), {z->data, bf16, bf16 ? 2 * V : V}, nullptr,
+                                           {floats(dn), dn->ne[0]}, M, ith, nth);
+                             });
+        return {nats, dn};
     }
 
   private:
+    // Where in the stacked u an adapter's rows begin.
+    static int64_t row_of(const LinearInput & in, const LoraPair & lora) {
+        int64_t at = 0;
+        for (const LoraPair * p : in.adapters) {
+            if (p->a == lora.a) { break; }
+            at += p->a->ne[1];
+        }
+        return at;
+    }
+
+    // du = scale Bᵀ dy; adds dA = du dropout(x)ᵀ and dB = scale dy uᵀ.
+    static Tensor lora_gradients(Graph & g, const LoraPair & lora, const LinearInput & in, Tensor dy) {
+        Tensor         x = in.x, u = in.u;
+        const LoraPair pair = lora;
+        const int64_t  at = row_of(in, lora), C = x->ne[0], N = x->ne[1];
+        const int      R = (int) lora.b->ne[0];
+        Tensor du = g.custom("lora_up_t", GGML_TYPE_F32, {R, N}, {dy, lora.b}, [=](Tensor du, int ith, int nth) {
+            lora_up_t(rows_of(dy), floats(pair.b), R, pair.scale, dy->ne[0], N, floats(du), R, ith, nth);
+        });
+        g.expand(g.custom_inplace("lora_grad_b", lora.db, {dy, u}, [=](Tensor db, int ith, int nth) {
+            lora_grad_b(rows_of(dy), floats(u) + at, u->ne[0], R, pair.scale, dy->ne[0], N, floats(db), ith, nth);
+        }));
+        const Dropout dropout{in.dropout, in.seed};
+        g.expand(g.custom_inplace("lora_grad_a", lora.da, {x, du}, [=](Tensor da, int ith, int nth) {
+            lora_grad_a(rows_of(x), dropout, floats(du), R, R, 1.0f, C, N, floats(da), ith, nth);
+        }));
+        return du;
+    }
+
     // In place on a linear's result, which nothing else reads.
-    static Tensor rotate(Graph & g, const Inputs & in, const Rope & r, Tensor x, bool inverse) {
-        const int64_t   n_dims = r.n_dims, N = in.N();
-        const RopePairs pairs = r.mode == GGML_ROPE_TYPE_NEOX ? RopePairs::halves : RopePairs::adjacent;
-        Tensor          cache = in.rope_cache;
-        return g.custom_inplace("rope", x, {cache}, [=](Tensor y, int ith, int nth) {
-            rope_inplace(floats(y), floats(cache), pairs, inverse, n_dims, y->ne[0], y->ne[1], N, ith, nth);
+    static Tensor rotate(Graph & g, const Inputs & in, const Rope & r, Tensor x, bool backward) {
+        const RopeMode mode  = r.mode == GGML_ROPE_TYPE_NEOX ? RopeMode::neox : RopeMode::norm;
+        const int      n_rot = r.n_dims;
+        Tensor         cos = in.rope_cos, sin = in.rope_sin;
+        return g.custom_inplace("rope", x, {cos, sin}, [=](Tensor y, int ith, int nth) {
+            const int64_t row = y->ne[0] * y->ne[1];
+            ggft::rope(floats(y), row, floats(cos), floats(sin), mode, n_rot, (int) y->ne[0], (int) y->ne[1], y->ne[2],
+                       backward, floats(y), row, ith, nth);
         });
     }
+
+    // What the inputs of linears are stored as: what the matrix products read.
+    ggml_type linear_type() const {
+        return precision_ == Precision::bf16 && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+    }
+    static float *    as_f32(Tensor t) { return t->type == GGML_TYPE_F32 ? floats(t) : nullptr; }
+    static uint16_t * as_bf16(Tensor t) { return t->type == GGML_TYPE_BF16 ? (uint16_t *) t->data : nullptr; }
 
     Precision            precision_;
     float                dropout_;

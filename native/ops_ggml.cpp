@@ -46,8 +46,11 @@ class GgmlOps : public Ops {
     }
 
     // Dropout multiplies by rows gathered from a pool of random masks by random ids.
-    LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout) override {
-        LinearInput r{x, x, nullptr, id};
+    LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout,
+                             std::vector<const LoraPair *> adapters) override {
+        LinearInput r;
+        r.x = r.dropped = x;
+        r.adapters      = std::move(adapters);
         if (!dropout || in.seed == 0 || in.pool == nullptr) { return r; }
         ggml_context * c    = g.ctx();
         Tensor         pool = ggml_view_2d(c, in.pool, x->ne[0], in.pool->ne[1], in.pool->nb[1], 0);
@@ -56,6 +59,8 @@ class GgmlOps : public Ops {
         r.dropped           = ggml_mul(c, x, r.keep);
         return r;
     }
+
+    Tensor dropped(Graph &, const LinearInput & in) override { return in.dropped; }
 
     Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in, Tensor residual) override {
         ggml_context * c = g.ctx();

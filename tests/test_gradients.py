@@ -1,9 +1,9 @@
 """The engine's LoRA gradient against the float64 reference, and against itself.
 
-Norm: Frobenius norm of the difference over that of the reference, for every lora_a and lora_b and
-for all together. Bars: 1e-4 on the F32 path (float32 sums of up to 256 products through two
-blocks); 2e-2 on the fast path (BF16, F16 or quantized operands: 2^-8 per product, averaged by the
-sums). What must not depend on rounding is compared bit for bit.
+Norm: Frobenius norm of the difference over that of the reference, for all lora_a and lora_b
+together (`whole`); a single small tensor averages rounding less and may be half as far off again.
+Bars: 1e-5 on the F32 path (float32 sums of up to 256 products through two blocks); 2e-2 on the
+fast path (BF16, F16 or quantized operands: 2^-8 per product, averaged by the sums). What must not depend on rounding is compared bit for bit.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def check_gradient(tiny: Tiny, bar: float, **settings: Any) -> None:
     assert count == (batch["targets"] >= 0).sum()
     assert nats == pytest.approx(want_nats, rel=bar)
     errors = gradient_errors(got, want)
-    assert max(errors.values()) <= bar, errors
+    assert errors["whole"] <= bar, errors
+    assert max(errors.values()) <= 1.5 * bar, errors
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
