@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <utility>
 #include <vector>
 
 #include "kernels_dropout.h"
@@ -16,12 +15,6 @@ namespace {
 
 constexpr int64_t GROUP = 256;  // columns whose panels are in cache together: 512 KB
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-#if defined(GGFT_BF16_DOT)
-constexpr bool HAS_BF16 = true;
-#else
-constexpr bool HAS_BF16 = false;
-#endif
 
 struct FreeDeleter {
     void operator()(void* p) const { std::free(p); }
@@ -46,19 +39,6 @@ struct Scratch {
         keep = spill + round_up(MR * NR, 16);
     }
 };
-
-using TileFunction = void (*)(const TileArgs&);
-template <bool BF16, size_t... I>
-TileFunction tile_function(int rows, std::index_sequence<I...>) {
-    static constexpr TileFunction table[] = {tile_product<(int)I + 1, BF16>...};
-    return table[rows - 1];
-}
-TileFunction tile_function(bool bf16, int rows) {
-    if constexpr (HAS_BF16) {
-        if (bf16) return tile_function<true>(rows, std::make_index_sequence<MR>());
-    }
-    return tile_function<false>(rows, std::make_index_sequence<MR>());
-}
 
 /// A product out = x * panels, in one direction.
 struct Product {

@@ -3,9 +3,11 @@
 //   y[i][j] = (add ? y[i][j] : 0) + keep[i][j] * sum_r u[i][r] * B[r][j] + sum_k a[i][k] * P[k][j]
 //
 // The main reduction runs over `steps` 32-bit words: two BF16 (product and sum in F32) or one F32.
-// Rows of `a` are TILE_STRIDE words apart; panels hold NR words per step, so that both operands are
+// Rows of `a` are a constant number of words apart; panels hold NR words per step, so that both operands are
 // read forward. The low-rank part (LoRA's up-projection) is F32 and needs no pass of its own.
 #pragma once
+
+#include <utility>
 
 #include "kernels_simd.h"
 
@@ -25,7 +27,7 @@ inline constexpr int MAX_STEPS = 512;              // words of a tile row
 inline constexpr int TILE_STRIDE = MAX_STEPS + 16;  // rows fall into different cache sets
 
 struct TileArgs {
-    const uint32_t* rows;   // [M] rows, TILE_STRIDE words apart
+    const uint32_t* rows;   // [M] rows, STRIDE words apart
     const uint32_t* panel;  // [steps][NR]
     int steps;
     const float* low_rows;  // u: [M] rows, low_stride floats apart
@@ -70,7 +72,7 @@ GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t* rows, int64_t strid
     }
 }
 
-template <int M, bool BF16>
+template <int M, bool BF16, int STRIDE = TILE_STRIDE>
 void tile_product(const TileArgs& g) {
     V acc[M][NV];
     clear(acc);
@@ -84,13 +86,35 @@ void tile_product(const TileArgs& g) {
             }
         }
     }
-    accumulate<M, BF16>(acc, g.rows, TILE_STRIDE, g.panel, g.steps);
+    accumulate<M, BF16>(acc, g.rows, STRIDE, g.panel, g.steps);
     float* y = g.y;
     GGFT_UNROLL for (int i = 0; i < M; i++, y += g.ldy) {
         GGFT_UNROLL for (int j = 0; j < NV; j++) {
             store(y + j * LANES, g.add ? load(y + j * LANES) + acc[i][j] : acc[i][j]);
         }
     }
+}
+
+/// Machines without a BF16 dot product never call the BF16 tiles: they are not compiled there.
+#if defined(GGFT_BF16_DOT)
+inline constexpr bool HAS_BF16 = true;
+#else
+inline constexpr bool HAS_BF16 = false;
+#endif
+
+/// The tile for `rows` in 1..MR.
+using TileFunction = void (*)(const TileArgs&);
+template <bool BF16, int STRIDE, size_t... I>
+TileFunction tile_of(int rows, std::index_sequence<I...>) {
+    static constexpr TileFunction table[] = {tile_product<(int)I + 1, BF16, STRIDE>...};
+    return table[rows - 1];
+}
+template <int STRIDE = TILE_STRIDE>
+TileFunction tile_function(bool bf16, int rows) {
+    if constexpr (HAS_BF16) {
+        if (bf16) return tile_of<true, STRIDE>(rows, std::make_index_sequence<MR>());
+    }
+    return tile_of<false, STRIDE>(rows, std::make_index_sequence<MR>());
 }
 
 }  // namespace ggft

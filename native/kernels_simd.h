@@ -128,14 +128,8 @@ GGFT_INLINE void store_bf16(uint16_t* p, V x) {
     std::memcpy(p, &h, sizeof h);
 }
 
-/// e^x within 2 ulp over [-87.3, 88.3]; 0 below, +inf above; NaN stays NaN.
-/// e^x = 2^n * e^r, n = round(x/ln 2), |r| <= ln(2)/2, ln 2 split in two (Cody and Waite).
-GGFT_INLINE V vexp(V x) {
-    const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const V shifted = fma(x, splat(1.44269504f), magic);
-    const V n = shifted - magic;
-    V r = fma(n, splat(-0.693145752f), x);
-    r = fma(n, splat(-1.42860677e-6f), r);
+/// e^r for |r| <= ln(2)/2, Taylor to the seventh power.
+GGFT_INLINE V exp_reduced(V r) {
     V p = splat(1.98412698e-4f);
     p = fma(p, r, splat(1.38888889e-3f));
     p = fma(p, r, splat(8.33333333e-3f));
@@ -143,13 +137,30 @@ GGFT_INLINE V vexp(V x) {
     p = fma(p, r, splat(1.66666667e-1f));
     p = fma(p, r, splat(0.5f));
     p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
-    // 2^n as bits; x is bounded first, so n + 127 stays a valid exponent.
-    const VI exponent = ((VI)shifted << 23) + (VI)splat(1.0f);
-    V y = p * (V)exponent;
+    return fma(p, r, splat(1.0f));
+}
+
+/// e^x within 2 ulp over [-87.3, 88.3]; 0 below, +inf above; NaN stays NaN.
+/// e^x = 2^n * e^r, n = round(x/ln 2), ln 2 split in two (Cody and Waite 1980).
+GGFT_INLINE V vexp(V x) {
+#if defined(GGFT_AVX512)
+    // max and min return their second operand if one is NaN
+    const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x);
+    const __m512 v = _mm512_min_ps(_mm512_set1_ps(100.0f), bounded);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 0);
+    const V r = fma((V)n, splat(-1.42860677e-6f), fma((V)n, splat(-0.693145752f), (V)v));
+    return (V)_mm512_scalef_ps((__m512)exp_reduced(r), n);
+#else
+    const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const V shifted = fma(x, splat(1.44269504f), magic);
+    const V n = shifted - magic;
+    const V r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+    const VI exponent = ((VI)shifted << 23) + (VI)splat(1.0f);  // 2^n as bits
+    V y = exp_reduced(r) * (V)exponent;
     y = select(x < splat(-87.3f), V{}, y);
     y = select(x > splat(88.3f), splat(__builtin_inff()), y);
     return select(x == x, y, x);
+#endif
 }
 
 /// [first, last) of `n` items for thread `ith` of `nth`, in whole multiples of `unit`.
