@@ -1,0 +1,237 @@
+"""Find equal and nearly equal rows, and split rows so that such stay on one side.
+
+Nearly equal: the sets of five-character shingles overlap (Jaccard) by an estimated three quarters
+or more, by MinHash signatures. Memory is about 150 bytes a row, whatever the rows' length.
+Source: Broder, "On the resemblance and containment of documents" (1997); banding as in Leskovec,
+Rajaraman and Ullman, "Mining of Massive Datasets", ch. 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .chat_template import Message
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+N_HASHES = 32
+BANDS = 8  # of four hashes: rows that overlap by 0.75 meet in a band with probability 0.95
+NEAR = 0.75
+SHINGLE = 5
+MAX_CHARS = 20_000  # of a row's text that are compared
+MAX_BUCKET = 64  # rows that are compared with one another when more share a band
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What rows have to do with one another.
+
+    Attributes:
+        copy_of: For each row the first row that is equal to it, itself if none is; (N,).
+        near: For each row an earlier row that is nearly equal, −1 if none is; (N,).
+        group: For each row a number that it shares with all rows it must not be separated from:
+            equal, nearly equal or asking the same; (N,).
+    """
+
+    copy_of: npt.NDArray[np.int64]
+    near: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64]
+
+
+class Fingerprints:
+    """Fingerprints of rows, one after the other."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(20240726)  # any fixed seed
+        self._mul = rng.integers(1, 2**63, N_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self._add = rng.integers(0, 2**63, N_HASHES, dtype=np.uint64)
+        self._powers = np.array(
+            [pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(SHINGLE)], np.uint64
+        )
+        self._whole = array("Q")
+        self._asked = array("Q")
+        self._signatures = array("I")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._whole)
+
+    def add(self, messages: Sequence[Message], text: str | None) -> None:
+        """Take in a row: a conversation, or plain text."""
+        if text is not None:
+            whole, asked = text, text
+        else:
+            whole = "\x1e".join(
+                f"{m['role']}\x1f{m['content']}\x1f{m.get('input', '')}" for m in messages
+            )
+            asked = "\x1e".join(
+                f"{m['content']}\x1f{m.get('input', '')}"
+                for m in messages
+                if m["role"] != "assistant"
+            )
+        self._whole.append(_hash(whole))
+        self._asked.append(_hash(normalized(asked)))
+        self._signatures.extend(self._signature(normalized(whole[:MAX_CHARS])))
+
+    def _signature(self, text: str) -> list[int]:
+        """Return the MinHash signature of a text's shingles."""
+        import numpy as np
+
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        points = points.astype(np.uint64)
+        if len(points) < SHINGLE:
+            points = np.pad(points, (0, SHINGLE - len(points)))
+        n = len(points) - SHINGLE + 1
+        shingles = np.zeros(n, np.uint64)
+        for i in range(SHINGLE):
+            shingles += points[i : i + n] * self._powers[i]
+        shingles ^= shingles >> np.uint64(29)
+        least = np.full(N_HASHES, 2**32 - 1, np.uint64)
+        for at in range(0, n, 2048):  # in pieces that fit the cache
+            hashes = shingles[at : at + 2048, None] * self._mul + self._add
+            np.minimum(least, (hashes >> np.uint64(32)).min(axis=0), out=least)
+        return least.tolist()  # type: ignore[no-any-return]
+
+    def duplicates(self) -> Duplicates:
+        """Compare all rows."""
+        import numpy as np
+
+        n = len(self)
+        whole = np.frombuffer(self._whole, np.uint64) if n else np.zeros(0, np.uint64)
+        asked = np.frombuffer(self._asked, np.uint64) if n else np.zeros(0, np.uint64)
+        copy_of = _first_of(whole)
+        union = _Union(n)
+        for first in (copy_of, _first_of(asked)):
+            for i in np.flatnonzero(first != np.arange(n)).tolist():
+                union.join(i, int(first[i]))
+        near = self._near(copy_of)
+        for i in np.flatnonzero(near >= 0).tolist():
+            union.join(i, int(near[i]))
+        return Duplicates(copy_of, near, union.groups())
+
+    def _near(self, copy_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return for each row that is no copy an earlier nearly equal row, or −1."""
+        import numpy as np
+
+        n = len(self)
+        near = np.full(n, -1, np.int64)
+        rows = np.flatnonzero(copy_of == np.arange(n))
+        if len(rows) < 2:
+            return near
+        signatures = np.frombuffer(self._signatures, np.uint32).reshape(n, N_HASHES)
+        width = N_HASHES // BANDS
+        weights = np.array([pow(0xD1B54A32D192ED03, i + 1, 2**64) for i in range(width)], np.uint64)
+        for band in range(BANDS):
+            keys = np.zeros(len(rows), np.uint64)
+            for i in range(width):
+                keys += signatures[rows, band * width + i].astype(np.uint64) * weights[i]
+            order = np.argsort(keys, kind="stable")
+            ordered = keys[order]
+            starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+            ends = np.r_[starts[1:], len(ordered)]
+            for start, end in zip(starts, ends, strict=True):
+                if end - start > 1:
+                    _compare(signatures, rows[order[start:end]], near)
+        return near
+
+
+def _compare(
+    signatures: npt.NDArray[np.uint32],
+    rows: npt.NDArray[np.int64],
+    near: npt.NDArray[np.int64],
+) -> None:
+    """Enter into `near` which of the rows of a bucket, in ascending order, are nearly equal."""
+    for at in range(1, len(rows)):
+        if near[rows[at]] >= 0:
+            continue
+        before = rows[max(0, at - MAX_BUCKET) : at]
+        alike = (signatures[before] == signatures[rows[at]]).mean(axis=1) >= NEAR
+        if alike.any():
+            near[rows[at]] = before[int(alike.argmax())]
+
+
+class _Union:
+    """Disjoint sets of numbers."""
+
+    def __init__(self, n: int) -> None:
+        self._parent = array("q", range(n))
+
+    def _root(self, i: int) -> int:
+        parent = self._parent
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    def join(self, i: int, j: int) -> None:
+        """Put two numbers into one set."""
+        i, j = self._root(i), self._root(j)
+        self._parent[max(i, j)] = min(i, j)
+
+    def groups(self) -> npt.NDArray[np.int64]:
+        """Return the least member of each number's set."""
+        import numpy as np
+
+        return np.array([self._root(i) for i in range(len(self._parent))], np.int64)
+
+
+def _first_of(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return for each key the index at which it occurs first."""
+    import numpy as np
+
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse].astype(np.int64)
+
+
+def _hash(text: str) -> int:
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def normalized(text: str) -> str:
+    """Return a text without case, width, punctuation and differences of blanks."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
+
+
+def split(
+    group: npt.NDArray[np.int64], usable: npt.NDArray[np.bool_], n_held_out: int, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Choose about `n_held_out` rows for validation, whole groups at a time.
+
+    Args:
+        group: Rows with the same number stay together; (N,).
+        usable: Rows that may be chosen; (N,).
+        n_held_out: How many rows; a group that would exceed it by more than half is passed over.
+        seed: Seed of the choice.
+
+    Returns:
+        True for the rows held out, (N,).
+    """
+    import numpy as np
+
+    held_out = np.zeros(len(group), np.bool_)
+    rows = np.flatnonzero(usable)
+    if n_held_out <= 0 or not len(rows):
+        return held_out
+    names, sizes = np.unique(group[rows], return_counts=True)
+    order = np.random.default_rng([seed, 1]).permutation(len(names))
+    room = n_held_out + n_held_out // 2
+    chosen: list[int] = []
+    taken = 0
+    for i in order.tolist():
+        if taken >= n_held_out:
+            break
+        if taken + sizes[i] <= room and taken + sizes[i] < len(rows):
+            chosen.append(int(names[i]))
+            taken += int(sizes[i])
+    held_out[rows] = np.isin(group[rows], chosen)
+    return held_out

@@ -1,0 +1,193 @@
+"""What a small data set needs: settings from its size, and a verdict from its losses.
+
+Pure functions. The thresholds are rules of thumb for LoRA on a few to many thousand rows; each
+stands next to its reason, and every choice comes with the words to print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MIN_SPLIT_ROWS = 20  # below, a held-out row costs more than its loss can tell
+MAX_HELD_OUT = 256  # more make the estimate hardly better and evaluation slow
+SHORT_ROW = 32
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings for the ones that the user left open.
+
+    Attributes:
+        epochs: Passes over the data.
+        batch_size: Examples per optimizer step.
+        rank: LoRA rank.
+        lr: Peak learning rate.
+        dropout: Dropout of the LoRA input.
+        reasons: Why, a line each.
+    """
+
+    epochs: int
+    batch_size: int
+    rank: int
+    lr: float
+    dropout: float
+    reasons: tuple[str, ...]
+
+
+def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Suggestion:
+    """Return settings for a data set.
+
+    Small sets need more passes, since the number of optimizer steps is what lets an adapter move,
+    and a higher learning rate with smaller batches for the same reason. The rank follows from how
+    many tokens there are to store; dropout hinders a set that is small enough to be learned by
+    heart, which is then what the user wants of it.
+
+    Args:
+        n_rows: Training rows.
+        n_trained: Tokens in them that the loss counts.
+        batch_size: The user's choice, if any; the learning rate follows it.
+    """
+    tiny, small = n_rows < 200, n_rows < 2_000
+    epochs = max(1, min(10, math.ceil(800 / max(n_rows, 1)))) if tiny else 3
+    if n_rows > 20_000:
+        epochs = 1 if n_rows > 100_000 else 2
+    batch = batch_size or (2 if n_rows < 32 else 4 if small else 8 if n_rows <= 20_000 else 16)
+    rank = 8 if n_trained < 200_000 else 16 if n_trained < 2_000_000 else 32
+    lr = 1e-3 if tiny else 5e-4 if small else 3e-4
+    if batch > 16:
+        lr *= math.sqrt(batch / 16)  # Adam's square-root rule for large batches
+    steps = math.ceil(n_rows / batch) * epochs
+    reasons = (
+        f"{n_rows} rows: {epochs} epochs of {math.ceil(n_rows / batch)} steps, {steps} in all",
+        f"{n_trained} tokens to learn: rank {rank}",
+    )
+    return Suggestion(epochs, batch, rank, lr, 0.0 if tiny else 0.05, reasons)
+
+
+def choose_max_length(lengths: Sequence[int], n_ctx: int) -> int:
+    """Return the length in tokens at which examples are cut.
+
+    No example is cut while the longest needs at most 1,024 tokens; beyond that, at most one in a
+    hundred is, since a few very long rows would decide how much memory each step takes.
+
+    Args:
+        lengths: Tokens of each example.
+        n_ctx: The model's context.
+    """
+    ordered = sorted(lengths) or [SHORT_ROW]
+    longest = ordered[-1]
+    if longest > 1024:
+        longest = max(1024, ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))])
+    return min(n_ctx, math.ceil(longest / SHORT_ROW) * SHORT_ROW)
+
+
+def held_out_rows(n_rows: int, share: float | None) -> tuple[int, str]:
+    """Return how many rows to hold out for validation, and why.
+
+    Args:
+        n_rows: Rows there are.
+        share: The user's `--val-split`, None if not given.
+    """
+    if share is not None:
+        n = min(n_rows - 1, math.ceil(share * n_rows)) if share > 0 else 0
+        return max(0, n), f"{max(0, n)} of {n_rows} rows held out (--val-split {share:g})"
+    if n_rows < MIN_SPLIT_ROWS:
+        return 0, (
+            f"no validation: with {n_rows} rows (fewer than {MIN_SPLIT_ROWS}) every one is needed"
+            " for training; --val-split 0.1 forces it"
+        )
+    n = max(2, min(MAX_HELD_OUT, n_rows // 10))
+    return n, f"{n} of {n_rows} rows held out for validation (--val-split 0 trains on all)"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean nats per trained token.
+
+    Attributes:
+        train_before: On training rows at the start.
+        train_after: On training rows at the end.
+        val_before: On held-out rows before training; None without any.
+        val_best: Of the adapter that was kept.
+        val_last: At the end.
+        n_val: Held-out rows.
+    """
+
+    train_before: float
+    train_after: float
+    val_before: float | None = None
+    val_best: float | None = None
+    val_last: float | None = None
+    n_val: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run came to.
+
+    Attributes:
+        kind: `learned`, `too little` or `memorised`.
+        text: The same in a sentence or two, with the numbers.
+    """
+
+    kind: str
+    text: str
+
+
+def judge(losses: Losses) -> Verdict:
+    """Say plainly what was learned.
+
+    - *too little*: not even the loss on the training rows fell by a tenth.
+    - *memorised*: the training loss fell, the held-out loss by less than a twentieth; or, without
+      held-out rows, the training answers are nearly certain (less than 0.1 nats a token).
+    - *learned*: the held-out loss fell, too; or, without held-out rows, the training loss did.
+    """
+    x = losses
+    train = f"training loss {x.train_before:.3f} → {x.train_after:.3f}"
+    fell = _drop(x.train_before, x.train_after)
+    if x.val_before is None or x.val_best is None:
+        return _judge_alone(x, train, fell)
+    val = f"held-out loss {x.val_before:.3f} → {x.val_best:.3f} on {x.n_val} rows"
+    gained = _drop(x.val_before, x.val_best)
+    if gained >= 0.05:
+        text = f"learned: {val}, {train}."
+        if x.val_last is not None and x.val_last > 1.05 * x.val_best:
+            text += (
+                f" Later epochs only memorised (held-out loss {x.val_last:.3f} at the end);"
+                " the best adapter was kept."
+            )
+        if x.n_val < MIN_SPLIT_ROWS:
+            text += f" With {x.n_val} held-out rows this is a rough estimate."
+        return Verdict("learned", text)
+    if fell < 0.1:
+        return Verdict(
+            "too little",
+            f"too little: {train}, {val}. Train longer (--epochs), with a higher --lr, or give"
+            " more rows.",
+        )
+    return Verdict(
+        "memorised",
+        f"memorised: {train}, but {val}. The adapter repeats its rows and does not carry over to"
+        " others: give more and more varied rows, or fewer --epochs. If repeating them is the aim,"
+        " this is it.",
+    )
+
+
+def _judge_alone(x: Losses, train: str, fell: float) -> Verdict:
+    """Judge a run without held-out rows."""
+    blind = "nothing was held out, so whether it carries over to other questions is not known"
+    if fell < 0.1:
+        return Verdict(
+            "too little",
+            f"too little: {train}. Train longer (--epochs), with a higher --lr, or give more rows.",
+        )
+    if x.train_after < 0.1:
+        return Verdict("memorised", f"memorised: {train}, the answers are known by heart; {blind}.")
+    return Verdict("learned", f"learned: {train}; {blind}.")
+
+
+def _drop(before: float, after: float) -> float:
+    """Return the share of a loss that is gone."""
+    return (before - after) / before if before > 0 else 0.0
