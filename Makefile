@@ -12,6 +12,7 @@ PYTEST_ARGS =
 
 SHELL := /bin/bash
 VENV := .venv
+PEER := .venv-peer
 BIN := $(VENV)/bin
 GGFT := $(BIN)/ggft
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
@@ -67,6 +68,11 @@ format: dev ## format all sources
 stub: dev ## write the stub of the native module anew
 	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o ggft/_native.pyi
 
+bench: setup model bench-setup ## measure ggft beside PEFT on this machine (ARGS="--runs 5")
+	@$(BIN)/python bench/bench.py $(ARGS)
+
+bench-setup: $(PEER)/.setup ## make the peer's environment (torch and PEFT: about 1 GB)
+
 clean: ## remove what was built (models/ and results/ stay)
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find ggft tests bench -name __pycache__ -prune -exec rm -rf {} +
@@ -116,3 +122,9 @@ $(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
 	@echo "Building ggft, with the tools for its development"
 	@$(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $(VENV)/.setup "$@"
+
+$(PEER)/.setup: bench/peer-requirements.txt | $(VENV)/bin/python
+	@echo "Installing the peer (torch and PEFT) into $(PEER)"
+	@$(BIN)/python -m venv $(PEER)
+	@$(PEER)/bin/python -m pip --disable-pip-version-check -q install -r bench/peer-requirements.txt
+	@touch "$@"
