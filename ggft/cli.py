@@ -18,7 +18,7 @@ from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
     from ggft.bench import BenchConfig
-    from ggft.config import FinetuneConfig
+    from ggft.config import EvalConfig, FinetuneConfig
     from ggft.convert import ConvertConfig
     from ggft.doctor import DoctorConfig
     from ggft.generate import GenerateConfig
@@ -50,6 +50,22 @@ def finetune(config: FinetuneConfig) -> Any:
     from ggft.train import finetune as action
 
     return action(_with_model(config))
+
+
+@verb(cli, "ggft.config:FinetuneConfig", config_file=True)
+def plan(config: FinetuneConfig) -> None:
+    """Say what training would need, from the model's header alone."""
+    from ggft.train import plan as action
+
+    action(_with_model(config))
+
+
+@verb(cli, "ggft.config:EvalConfig", name="eval", config_file=True)
+def evaluate(config: EvalConfig) -> None:
+    """Measure the loss of data under a model and an adapter."""
+    from ggft.evaluate import evaluate as action
+
+    action(_with_model(config))
 
 
 @verb(cli, "ggft.generate:GenerateConfig")

@@ -12,6 +12,7 @@ from ggft.base import Base, Data, load_data, open_base
 from ggft.config import FinetuneConfig, parse_layers, parse_size, parse_targets
 from ggft.engine import Engine, EngineSettings
 from ggft.errors import InputError
+from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.interrupt import StopSignals
 from ggft.options import to_record
 from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
@@ -21,6 +22,8 @@ from ggft.steps import Steps
 from ggft.trainer import Trainer
 
 MAX_LENGTH = 512
+BATCH_SIZE = 4
+RANK = 8
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
@@ -44,36 +47,59 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             check=stop.check,
         )
         config = choose_settings(config, data)
-        shape = make_shape(config, base)
+        shape = make_shape(config, base.file, base.info)
         steps = make_steps(config, data)
-        plan = make_plan(
+        planned = make_plan(
             shape,
             n_tokens=steps.row_tokens,
             max_rows=steps.max_rows,
             keep=None if config.recompute is None else not config.recompute,
             memory_bytes=None if config.memory is None else parse_size(config.memory),
         )
-        announce(config, base, data, plan, progress)
+        announce(config, base, data, planned, progress)
         if config.dry_run:
             return
-        check_free(output, checkpoint.n_bytes(plan.n_trained), config.keep_checkpoints)
+        check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
             stop.check()
-            with open_engine(config, base, shape, plan, stop) as engine:
-                trainer = Trainer(config, base, data, steps, plan, run, engine, progress, stop)
+            with open_engine(config, base, shape, planned, stop) as engine:
+                trainer = Trainer(config, base, data, steps, planned, run, engine, progress, stop)
                 trainer.begin(saved)
                 trainer.loop()
                 trainer.finish()
 
 
+def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
+    """Print what a run would need, from the model's header alone.
+
+    Raises:
+        ResourceError: it would not fit.
+    """
+    progress = progress or Progress("json" if config.json else "auto")
+    file = read_gguf(config.model)
+    info = check_model(file)
+    config = replace(config, rank=config.rank or RANK)
+    n_tokens = min(config.max_length or MAX_LENGTH, info.n_ctx)
+    made = make_plan(
+        make_shape(config, file, info),
+        n_tokens=n_tokens,
+        max_rows=(config.batch_size or BATCH_SIZE) * config.grad_accum,
+        keep=None if config.recompute is None else not config.recompute,
+        memory_bytes=None if config.memory is None else parse_size(config.memory),
+    )
+    progress.event("plan", plan=made.record())
+    for line in made.lines():
+        progress.result(line)
+
+
 def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     """Fill what the user left open; only `max_steps`, `memory` and `recompute` may stay None."""
-    rank = config.rank or 8
+    rank = config.rank or RANK
     return replace(
         config,
         epochs=config.epochs or 3,
-        batch_size=config.batch_size or 4,
+        batch_size=config.batch_size or BATCH_SIZE,
         lr=config.lr or 3e-4,
         rank=rank,
         alpha=config.alpha or 4.0 * rank,
@@ -85,13 +111,13 @@ def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     )
 
 
-def make_shape(config: FinetuneConfig, base: Base) -> Shape:
+def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape:
     """Return what memory depends on."""
-    first, last = parse_layers(config.layers, base.info.n_layer)
+    first, last = parse_layers(config.layers, info.n_layer)
     assert config.rank is not None
     return Shape(
-        model=base.info,
-        weights_bytes=weights_bytes(base.file),
+        model=info,
+        weights_bytes=weights_bytes(file),
         targets=parse_targets(config.target_modules),
         layer_first=first,
         layer_last=last,

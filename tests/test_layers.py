@@ -17,7 +17,7 @@ gguf_types metal cursor gguf_parse gguf_check gguf gguf_write
 json_stream formats chat_template templates datasets batching corpus schedule steps vocabulary
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
 llamacpp engine adapter checkpoint planner fetch hub rundir report base trainer description
-train convert inspect generate doctor
+train evaluate convert inspect generate doctor
 command cli
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]
