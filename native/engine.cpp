@@ -35,6 +35,7 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
     allocate_inputs();
     allocate_saved();
     check_graphs();
+    reserve();
 }
 
 Engine::~Engine() = default;

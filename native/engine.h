@@ -79,6 +79,7 @@ class Engine {
     void   allocate_inputs();
     void   allocate_saved();
     void   check_graphs();
+    void   reserve();
     void   set_inputs(const MicroBatch & batch);
     void   set_portable_inputs(const MicroBatch & batch, const std::vector<int32_t> & starts,
                                const std::vector<int32_t> & labels);

@@ -203,4 +203,19 @@ std::vector<NodeReport> Engine::graph_report(bool gpu) {
 
 void Engine::check_graphs() { require_supported(graph_report(), device_); }
 
+// Allocates the compute buffer for the largest graphs now, so that a run that starts does not end for want of it.
+void Engine::reserve() {
+    in_.B         = config_.n_rows;
+    in_.T         = config_.n_tokens;
+    in_.seed      = config_.lora.dropout > 0 ? 1 : 0;
+    auto largest  = [&](Graph g) {
+        require(ggml_gallocr_reserve(alloc_.get(), g.graph()), ErrorKind::resource,
+                std::string("out of memory for the compute buffer on ") + ggml_backend_dev_name(device_));
+    };
+    const int64_t last = model_->hparams.n_layer - 1;
+    largest(block_forward_graph(last, true));
+    largest(block_backward_graph(last));
+    largest(head_graph(0, std::min(chunk_, in_.N()), true));
+}
+
 }  // namespace ggft
