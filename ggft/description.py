@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ggft.terminal import printable
-
 _MAX_SHOWN = 100
 
 
@@ -80,8 +78,7 @@ def _line(text: str, limit: int = _MAX_SHOWN) -> str:
     """Return text from a file as one harmless line."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def render(description: ModelDescription, *, tensors: bool = False, keys: bool = False) -> str:
