@@ -297,6 +297,12 @@ static void translate(const std::exception_ptr & p, void * type) {
 
 NB_MODULE(_native, m) {
     using namespace ggft;
+    // Structures are passed by layout: another ggml than that of the build could crash instead of failing.
+    if (std::string(ggml_version()) != GGFT_GGML_VERSION) {
+        const std::string message = std::string("built with ggml " GGFT_GGML_VERSION ", but llama-cpp-python now carries ggml ") +
+                                    ggml_version() + "; rebuild with `make setup`";
+        throw nb::import_error(message.c_str());
+    }
     m.doc() = "Training engine over llama.cpp's ggml; see ggft.engine for the documented interface.";
     nb::object error = nb::steal(PyErr_NewException("ggft._native.Error", PyExc_RuntimeError, nullptr));
     m.attr("Error")  = error;

@@ -24,7 +24,7 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
     require(config.kernels != "fused" || cpu, ErrorKind::input, "fused kernels exist for the CPU only");
     fused_ = cpu && config.kernels != "ggml";
     if (fused_) {
-        ops_ = make_fused_ops(in_, config.mode, config.lora.dropout);
+        ops_ = make_fused_ops(config.mode, config.lora.dropout);
     } else {
         ops_ = make_ggml_ops(in_, config.mode, /*quantized_forward=*/!cpu);
     }

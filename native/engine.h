@@ -84,6 +84,7 @@ class Engine {
     void   set_portable_inputs(const MicroBatch & batch, const std::vector<int32_t> & starts,
                                const std::vector<int32_t> & labels);
     void   fill_rope_cache();
+    void   fill_pool();
     void   run(Graph & g);
     void   allocate_graph(Graph & g);
     void   compute(Graph & g);

@@ -22,10 +22,12 @@ void Engine::allocate_inputs() {
     in_.positions = i32(N, "positions");
     in_.rows      = i32(N, "rows");
     in_.labels    = i32(N, "labels");
-    in_.starts = i32(N, "starts");
     if (fused_) {
+        in_.starts   = i32(N, "starts");
         in_.rope_cos = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope cos");
         in_.rope_sin = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope sin");
+        inputs_->allocate();
+        return;
     }
     int64_t width = 0, n_rows_max = h.n_vocab;
     for (const Layer & layer : model_->layers) {
@@ -34,7 +36,7 @@ void Engine::allocate_inputs() {
             n_rows_max = std::max(n_rows_max, l.weight->ne[1]);
         }
     }
-    in_.mask = inputs_->add(GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows}, "mask");
+    in_.mask     = inputs_->add(GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows}, "mask");
     in_.label_at = i32(N, "label_at");
     in_.arange   = i32(n_rows_max, "arange");
     if (config_.lora.dropout > 0) {
@@ -42,19 +44,20 @@ void Engine::allocate_inputs() {
         in_.pool_ids = inputs_->add(GGML_TYPE_I32, {N, h.n_layer * INPUTS_PER_BLOCK}, "pool_ids");
     }
     inputs_->allocate();
-
     std::vector<int32_t> ids((size_t) n_rows_max);
     for (size_t i = 0; i < ids.size(); i++) { ids[i] = (int32_t) i; }
     ggml_backend_tensor_set(in_.arange, ids.data(), 0, ids.size() * sizeof(int32_t));
-    if (in_.pool != nullptr) {
-        std::mt19937       random(0x9e3779b9);
-        std::vector<float> row((size_t) width);
-        const float        p     = config_.lora.dropout;
-        const auto         limit = (uint32_t) (p * 4294967296.0);
-        for (int64_t r = 0; r < POOL_ROWS; r++) {
-            for (float & x : row) { x = random() < limit ? 0.0f : 1.0f / (1.0f - p); }
-            ggml_backend_tensor_set(in_.pool, row.data(), (size_t) r * in_.pool->nb[1], row.size() * sizeof(float));
-        }
+    if (in_.pool != nullptr) { fill_pool(); }
+}
+
+void Engine::fill_pool() {
+    std::mt19937       random(0x9e3779b9);
+    std::vector<float> row((size_t) in_.pool->ne[0]);
+    const float        p     = config_.lora.dropout;
+    const auto         limit = (uint32_t) (p * 4294967296.0);
+    for (int64_t r = 0; r < POOL_ROWS; r++) {
+        for (float & x : row) { x = random() < limit ? 0.0f : 1.0f / (1.0f - p); }
+        ggml_backend_tensor_set(in_.pool, row.data(), (size_t) r * in_.pool->nb[1], row.size() * sizeof(float));
     }
 }
 
@@ -99,8 +102,11 @@ void Engine::set_inputs(const MicroBatch & b) {
     set(in_.starts, starts.data(), (size_t) N);
     set(in_.rows, rows.data(), rows.size());
     set(in_.labels, labels.data(), labels.size());
-    if (fused_) { fill_rope_cache(); }
-    set_portable_inputs(b, starts, labels);
+    if (fused_) {
+        fill_rope_cache();
+    } else {
+        set_portable_inputs(b, starts, labels);
+    }
 }
 
 // Rotates the pairs (1, 0) with ggml's own operation, so that every scaling of angles and magnitude is its.

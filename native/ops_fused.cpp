@@ -1,6 +1,7 @@
-// FusedOps: the operations on custom CPU kernels (kernels_*.h). Weights are dequantized inside the matrix
-// products, attention never holds its scores, and dropout masks are hashed, not stored.
+// FusedOps: the operations on custom CPU kernels (kernels_*.h), one node each. Weights are dequantized inside the
+// matrix products, attention never holds its scores, and dropout masks are hashed, not stored.
 #include "kernels_elementwise.h"
+#include "kernels_attention.h"
 #include "kernels_dropout.h"
 #include "kernels_gemm.h"
 #include "kernels_loss.h"
@@ -19,10 +20,8 @@ float * floats(Tensor t) { return (float *) t->data; }
 
 class FusedOps : public Ops {
   public:
-    FusedOps(const Inputs & in, Mode mode, float dropout) :
-        precision_(mode == Mode::fast ? Precision::bf16 : Precision::f32),
-        dropout_(dropout),
-        portable_(make_ggml_ops(in, Mode::f32, false)) {}
+    FusedOps(Mode mode, float dropout) :
+        precision_(mode == Mode::fast ? Precision::bf16 : Precision::f32), dropout_(dropout) {}
 
     const char * name() const override { return "fused"; }
 
@@ -127,15 +126,40 @@ class FusedOps : public Ops {
     Tensor rope_back(Graph & g, const Inputs & in, const Rope & r, Tensor dy) override {
         return rotate(g, in, r, dy, true);
     }
+    // Rows of the result, one after the other: o [D, H, N], then the logsumexp of the scores [H, N].
     Tensor attention(Graph & g, const Inputs & in, const Qkv & x, float scale) override {
-        return portable_->attention(g, in, x, scale);
+        const AttentionShape shape  = attention_shape(in, x, scale);
+        Tensor               starts = in.starts;
+        const int64_t        size   = ggml_nelements(x.q);
+        auto                 kernel = [=, precision = precision_](Tensor y, int ith, int nth) {
+            ggft::attention(precision, shape, floats(x.q), floats(x.k), floats(x.v), (const int32_t *) starts->data,
+                            floats(y), floats(y) + size, ith, nth);
+        };
+        return g.custom("attention", GGML_TYPE_F32, {size + shape.n_head * in.N()}, {x.q, x.k, x.v, starts}, kernel);
     }
+
     Tensor attention_out(Graph & g, Tensor attn, int64_t n_embd, int64_t n_tokens) override {
-        return portable_->attention_out(g, attn, n_embd, n_tokens);
+        return ggml_view_2d(g.ctx(), attn, n_embd, n_tokens, (size_t) n_embd * sizeof(float), 0);
     }
+
     Qkv attention_back(Graph & g, const Inputs & in, const Qkv & x, Tensor attn, Tensor dout, float scale) override {
-        return portable_->attention_back(g, in, x, attn, dout, scale);
+        ggml_context *       c      = g.ctx();
+        const AttentionShape shape  = attention_shape(in, x, scale);
+        Tensor               starts = in.starts;
+        const int64_t        nq = ggml_nelements(x.q), nk = ggml_nelements(x.k);
+        auto                 kernel = [=, precision = precision_](Tensor d, int ith, int nth) {
+            attention_backward(precision, shape, floats(x.q), floats(x.k), floats(x.v), (const int32_t *) starts->data,
+                               floats(attn), floats(attn) + nq, floats(dout), floats(d), floats(d) + nq,
+                               floats(d) + nq + nk, ith, nth);
+        };
+        Tensor d = g.custom("attention_back", GGML_TYPE_F32, {nq + 2 * nk}, {x.q, x.k, x.v, starts, attn, dout}, kernel);
+        auto   part = [&](Tensor like, int64_t at) {
+            return ggml_view_3d(c, d, like->ne[0], like->ne[1], like->ne[2], like->nb[1], like->nb[2],
+                                (size_t) at * sizeof(float));
+        };
+        return {part(x.q, 0), part(x.k, nq), part(x.v, nq + nk)};
     }
+
     Tensor swiglu(Graph & g, Tensor gate, Tensor up) override {
         return g.custom("swiglu", linear_type(), {gate->ne[0], gate->ne[1]}, {gate, up}, [=](Tensor h, int ith, int nth) {
             ggft::swiglu(floats(gate), floats(up), ggml_nelements(gate), as_f32(h), as_bf16(h), ith, nth);
@@ -174,6 +198,10 @@ class FusedOps : public Ops {
     }
 
   private:
+    static AttentionShape attention_shape(const Inputs & in, const Qkv & x, float scale) {
+        return {in.N(), (int) x.q->ne[1], (int) x.k->ne[1], (int) x.q->ne[0], scale};
+    }
+
     // Where in the stacked u an adapter's rows begin.
     static int64_t row_of(const LinearInput & in, const LoraPair & lora) {
         int64_t at = 0;
@@ -224,13 +252,12 @@ class FusedOps : public Ops {
 
     Precision            precision_;
     float                dropout_;
-    std::unique_ptr<Ops> portable_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_fused_ops(const Inputs & in, Mode mode, float dropout) {
-    return std::make_unique<FusedOps>(in, mode, dropout);
+std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout) {
+    return std::make_unique<FusedOps>(mode, dropout);
 }
 
 }  // namespace ggft

@@ -1,0 +1,268 @@
+#include <algorithm>
+
+#include "kernels_attention.h"
+#include "kernels_attention_plan.h"
+#include "kernels_pack.h"
+
+// For every block of query rows and every block of keys it sees, with everything in L2:
+//
+//   S = q k', dP = d_o v'         one register tile each
+//   p = e^(scale*S - lse), dS = p * (dP - delta) * scale
+//   dq += dS k                    rows of dS against k
+//   dv += p' d_o, dk += dS' q     p and dS transposed, then rows of them against d_o and q
+//
+// dk and dv gather in buffers of the thread. On a unit that all threads share, each owns some query
+// blocks (for dq) and some key blocks (for dk and dv), and computes the tiles that either needs.
+
+namespace ggft {
+
+using namespace attention_detail;
+
+namespace {
+
+constexpr int64_t BLOCK_KEYS = 128;
+
+/// Where a thread's working memory holds what, in words.
+struct Layout {
+    int64_t k_columns, v_columns, k_depth, q_rows, o_rows, q_depth, o_depth, p, ds, ds_rows,
+        transposed, dq, dk, dv, end = 0;
+    int64_t take(int64_t words) {
+        const int64_t at = end;
+        end += round_up(words, 16);
+        return at;
+    }
+    Layout(bool bf16, const AttentionShape& s) {
+        const int64_t steps = head_steps(bf16, s.head_size), width = head_columns(s.head_size);
+        const int64_t n = round_up(s.n_tokens, NR);
+        k_columns = take(n * steps);
+        v_columns = take(n * steps);
+        k_depth = take(width * n / per_word(bf16));
+        q_rows = take(ROWS * STRIDE);
+        o_rows = take(ROWS * STRIDE);
+        q_depth = take(width * ROWS_PADDED / per_word(bf16));
+        o_depth = take(width * ROWS_PADDED / per_word(bf16));
+        p = take(ROWS_PADDED * BLOCK_KEYS);
+        ds = take(ROWS_PADDED * BLOCK_KEYS);
+        ds_rows = take(ROWS * STRIDE);
+        transposed = take(BLOCK_KEYS * STRIDE);
+        dq = take(ROWS * width);
+        dk = take(n * width);
+        dv = take(n * width);
+    }
+};
+
+struct Backward {
+    bool bf16;
+    const AttentionShape& s;
+    const float *q, *k, *v;
+    const int32_t* start;
+    const float *o, *lse, *d_o;
+    float *dq, *dk, *dv;
+    Layout at;
+    uint32_t* memory;
+
+    uint32_t* words(int64_t offset) const { return memory + offset; }
+    float* floats(int64_t offset) const { return (float*)(memory + offset); }
+};
+
+/// S and dP of all rows for keys [k0, k0+n); zero where a row tile sees nothing of a panel.
+void score_tiles(const Backward& b, const Unit& unit, const QueryBlock& block, int64_t k0,
+                 int64_t n) {
+    TileArgs g = {};
+    const int64_t rows = block.rows(), steps = head_steps(b.bf16, b.s.head_size);
+    g.steps = (int)steps;
+    g.ldy = BLOCK_KEYS;
+    for (int64_t r = 0; r < rows; r += MR) {
+        const int n_rows = (int)std::min<int64_t>(MR, rows - r);
+        const Range keys = seen_keys(block, r, r + n_rows, b.start, unit.first);
+        const TileFunction tile = tile_function<STRIDE>(b.bf16, n_rows);
+        for (int64_t c = 0; c < n; c += NR) {
+            float* p = b.floats(b.at.p) + r * BLOCK_KEYS + c;
+            float* ds = b.floats(b.at.ds) + r * BLOCK_KEYS + c;
+            if (k0 + c >= keys.last || k0 + c + NR <= keys.first) {
+                for (int i = 0; i < n_rows; i++) {
+                    std::memset(p + i * BLOCK_KEYS, 0, NR * 4);
+                    std::memset(ds + i * BLOCK_KEYS, 0, NR * 4);
+                }
+                continue;
+            }
+            g.rows = b.words(b.at.q_rows) + r * STRIDE;
+            g.panel = b.words(b.at.k_columns) + (k0 + c) * steps;
+            g.y = p;
+            tile(g);
+            g.rows = b.words(b.at.o_rows) + r * STRIDE;
+            g.panel = b.words(b.at.v_columns) + (k0 + c) * steps;
+            g.y = ds;
+            tile(g);
+        }
+    }
+}
+
+/// Scores become p and dP becomes dS, for keys [first, last) of n; zero elsewhere.
+void gradient_row(float* p, float* ds, int64_t n, int64_t first, int64_t last, float scale,
+                  float lse, float delta) {
+    VI lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t c = 0; c < n; c += LANES) {
+        const VI index = lane + (int32_t)c;
+        const VI seen = (index >= (int32_t)first) & (index < (int32_t)last);
+        const V e = select(seen, vexp(fma(load(p + c), splat(scale), splat(-lse))), V{});
+        store(p + c, e);
+        store(ds + c, e * (load(ds + c) - splat(delta)) * scale);
+    }
+}
+
+/// dq += dS k for the block's rows and keys [k0, k0+n).
+void add_dq(const Backward& b, const Unit& unit, const QueryBlock& block, int64_t k0, int64_t n) {
+    const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
+    const int64_t depth = (unit.last - unit.first + per - 1) / per, rows = block.rows();
+    uint32_t* ds_rows = b.words(b.at.ds_rows);
+    for (int64_t r = 0; r < rows; r++) {
+        std::memcpy(ds_rows + r * STRIDE, b.floats(b.at.ds) + r * BLOCK_KEYS, (size_t)n * 4);
+    }
+    narrow_rows(b.bf16, ds_rows, rows, n);
+    TileArgs g = {};
+    g.ldy = width;
+    g.add = true;
+    g.steps = (int)std::min(n / per, depth - k0 / per);
+    for (int64_t r = 0; r < rows; r += MR) {
+        const TileFunction tile =
+            tile_function<STRIDE>(b.bf16, (int)std::min<int64_t>(MR, rows - r));
+        g.rows = ds_rows + r * STRIDE;
+        for (int64_t c = 0; c < width; c += NR) {
+            g.panel = b.words(b.at.k_depth) + c * depth + k0 / per * NR;
+            g.y = b.floats(b.at.dq) + r * width + c;
+            tile(g);
+        }
+    }
+}
+
+/// sums += x' panels for keys [k0, k0+n): x is p or dS, panels are d_o or q by depth.
+void add_transposed(const Backward& b, const QueryBlock& block, const float* x,
+                    const uint32_t* panels, int64_t k0, int64_t n, float* sums) {
+    const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
+    const int64_t rows = block.rows(), padded = round_up(rows, LANES);
+    uint32_t* transposed = b.words(b.at.transposed);
+    for (int64_t r = 0; r < padded; r += LANES) {
+        transpose_words((const uint32_t*)x + r * BLOCK_KEYS, BLOCK_KEYS, n, transposed + r, STRIDE);
+    }
+    narrow_rows(b.bf16, transposed, n, padded);
+    TileArgs g = {};
+    g.ldy = width;
+    g.add = true;
+    g.steps = (int)((rows + per - 1) / per);
+    for (int64_t i = 0; i < n; i += MR) {
+        const TileFunction tile = tile_function<STRIDE>(b.bf16, (int)std::min<int64_t>(MR, n - i));
+        g.rows = transposed + i * STRIDE;
+        for (int64_t c = 0; c < width; c += NR) {
+            g.panel = panels + c * g.steps;
+            g.y = sums + (k0 + i) * width + c;
+            tile(g);
+        }
+    }
+}
+
+/// Pack the block's q and d_o, compute its deltas, clear its dq.
+void begin_block(const Backward& b, const QueryBlock& block, float* lse, float* delta) {
+    const AttentionShape& s = b.s;
+    const int64_t rows = block.rows(), width = head_columns(s.head_size);
+    const int64_t at = (block.first * s.n_head + block.head) * s.head_size;
+    const int64_t token = s.n_head * s.head_size;
+    const HeadRows q = {b.q + at, token, block.heads, s.head_size};
+    const HeadRows o = {b.o + at, token, block.heads, s.head_size};
+    const HeadRows d_o = {b.d_o + at, token, block.heads, s.head_size};
+    pack_tile_rows(b.bf16, q, rows, b.words(b.at.q_rows));
+    pack_tile_rows(b.bf16, d_o, rows, b.words(b.at.o_rows));
+    pack_depth(b.bf16, q, rows, b.words(b.at.q_depth));
+    pack_depth(b.bf16, d_o, rows, b.words(b.at.o_depth));
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = o.row(r), *y = d_o.row(r);
+        V dots = {};
+        int d = 0;
+        for (; d + LANES <= s.head_size; d += LANES) dots = fma(load(x + d), load(y + d), dots);
+        delta[r] = sum_lanes(dots);
+        for (; d < s.head_size; d++) delta[r] += x[d] * y[d];
+        lse[r] = b.lse[(block.first + r / block.heads) * s.n_head + block.head + r % block.heads];
+    }
+    std::memset(b.words(b.at.dq), 0, (size_t)(rows * width) * 4);
+    for (int64_t r = rows; r < round_up(rows, LANES); r++) {  // padding of the transposed tiles
+        std::memset(b.floats(b.at.p) + r * BLOCK_KEYS, 0, BLOCK_KEYS * 4);
+        std::memset(b.floats(b.at.ds) + r * BLOCK_KEYS, 0, BLOCK_KEYS * 4);
+    }
+}
+
+/// One query block: against the key blocks it sees, or of those only the thread's own.
+void run_block(const Backward& b, const Unit& unit, const QueryBlock& block, bool own_queries,
+               int ith, int nth) {
+    const AttentionShape& s = b.s;
+    const int64_t rows = block.rows(), width = head_columns(s.head_size);
+    float lse[ROWS], delta[ROWS];
+    begin_block(b, block, lse, delta);
+    const Range keys = seen_keys(block, 0, rows, b.start, unit.first);
+    for (int64_t k = keys.first / BLOCK_KEYS; k * BLOCK_KEYS < keys.last; k++) {
+        const bool own_keys = !unit.shared || (int)(k % nth) == ith;
+        if (!own_queries && !own_keys) continue;
+        const int64_t k0 = k * BLOCK_KEYS;
+        const int64_t n = round_up(std::min(BLOCK_KEYS, keys.last - k0), NR);
+        score_tiles(b, unit, block, k0, n);
+        for (int64_t r = 0; r < rows; r++) {
+            const Range seen = seen_keys(block, r, r + 1, b.start, unit.first);
+            gradient_row(b.floats(b.at.p) + r * BLOCK_KEYS, b.floats(b.at.ds) + r * BLOCK_KEYS, n,
+                         seen.first - k0, seen.last - k0, s.scale, lse[r], delta[r]);
+        }
+        if (own_queries) add_dq(b, unit, block, k0, n);
+        if (!own_keys) continue;
+        add_transposed(b, block, b.floats(b.at.p), b.words(b.at.o_depth), k0, n,
+                       b.floats(b.at.dv));
+        add_transposed(b, block, b.floats(b.at.ds), b.words(b.at.q_depth), k0, n,
+                       b.floats(b.at.dk));
+    }
+    if (!own_queries) return;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t token = block.first + r / block.heads, head = block.head + r % block.heads;
+        std::memcpy(b.dq + (token * s.n_head + head) * s.head_size,
+                    b.floats(b.at.dq) + r * width, (size_t)s.head_size * 4);
+    }
+}
+
+void run_unit(const Backward& b, const Unit& unit, int ith, int nth) {
+    const AttentionShape& s = b.s;
+    const int64_t n = unit.last - unit.first, width = head_columns(s.head_size);
+    const int64_t token = s.n_head_kv * s.head_size;
+    const int64_t at = unit.first * token + unit.head_kv * s.head_size;
+    const HeadRows k = {b.k + at, token, 1, s.head_size}, v = {b.v + at, token, 1, s.head_size};
+    pack_columns(b.bf16, k, n, b.words(b.at.k_columns));
+    pack_columns(b.bf16, v, n, b.words(b.at.v_columns));
+    pack_depth(b.bf16, k, n, b.words(b.at.k_depth));
+    std::memset(b.words(b.at.dk), 0, (size_t)(round_up(n, NR) * width) * 4);
+    std::memset(b.words(b.at.dv), 0, (size_t)(round_up(n, NR) * width) * 4);
+    const std::vector<QueryBlock> blocks = query_blocks(s, unit);
+    for (size_t i = 0; i < blocks.size(); i++) {
+        const bool own = !unit.shared || (int)(i % (size_t)nth) == ith;
+        run_block(b, unit, blocks[i], own, ith, nth);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (unit.shared && (int)(i / BLOCK_KEYS % nth) != ith) continue;
+        std::memcpy(b.dk + at + i * token, b.floats(b.at.dk) + i * width, (size_t)s.head_size * 4);
+        std::memcpy(b.dv + at + i * token, b.floats(b.at.dv) + i * width, (size_t)s.head_size * 4);
+    }
+}
+
+}  // namespace
+
+void attention_backward(Precision precision, const AttentionShape& s, const float* q,
+                        const float* k, const float* v, const int32_t* start, const float* o,
+                        const float* lse, const float* d_o, float* dq, float* dk, float* dv,
+                        int ith, int nth) {
+    const bool bf16 = HAS_BF16 && precision == Precision::bf16;
+    const Layout at(bf16, s);
+    const Backward b = {bf16, s,   q,   k,  v,  start, o,
+                        lse,  d_o, dq, dk, dv, at,    scratch((size_t)at.end)};
+    for (const Unit& unit : plan_units(s, start, ith, nth)) run_unit(b, unit, ith, nth);
+}
+
+size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape& shape) {
+    return (size_t)Layout(HAS_BF16 && precision == Precision::bf16, shape).end * 4;
+}
+
+}  // namespace ggft

@@ -1,0 +1,155 @@
+#include "kernels_attention_plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels_pack.h"
+
+namespace ggft::attention_detail {
+namespace {
+
+constexpr int64_t SMALL = 64;  // shorter examples are joined into units of this many tokens
+
+struct Piece {
+    int64_t first, last;
+    double cost;  // query-key pairs, plus something per token
+};
+
+std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t* start) {
+    std::vector<Piece> pieces;
+    for (int64_t i = 0; i < n_tokens; i++) {
+        const bool starts_example = start[i] == i;
+        if (pieces.empty() || (starts_example && i - pieces.back().first >= SMALL)) {
+            pieces.push_back({i, i, 0});
+        }
+        pieces.back().last = i + 1;
+        pieces.back().cost += (double)(i - start[i]) + 32;
+    }
+    return pieces;
+}
+
+}  // namespace
+
+std::vector<Unit> plan_units(const AttentionShape& s, const int32_t* start, int ith, int nth) {
+    std::vector<Piece> pieces = pieces_of(s.n_tokens, start);
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+    double total = 0;
+    for (const Piece& p : pieces) total += p.cost * s.n_head_kv;
+    std::vector<double> load((size_t)nth);
+    std::vector<Unit> mine;
+    for (const Piece& p : pieces) {
+        for (int h = 0; h < s.n_head_kv; h++) {
+            const size_t least =
+                (size_t)(std::min_element(load.begin(), load.end()) - load.begin());
+            const bool shared = load[least] + p.cost > 1.05 * total / nth;
+            if (shared) {
+                for (double& l : load) l += p.cost / nth;
+            } else {
+                load[least] += p.cost;
+            }
+            if (shared || least == (size_t)ith) mine.push_back({p.first, p.last, h, shared});
+        }
+    }
+    return mine;
+}
+
+std::vector<QueryBlock> query_blocks(const AttentionShape& s, const Unit& unit) {
+    const int group = s.n_head / s.n_head_kv;
+    const int heads = (int)std::min<int64_t>(group, ROWS);
+    const int64_t tokens = ROWS / heads;
+    std::vector<QueryBlock> blocks;
+    for (int64_t t = unit.first; t < unit.last; t += tokens) {
+        for (int g = 0; g < group; g += heads) {
+            blocks.push_back({t, std::min(t + tokens, unit.last), unit.head_kv * group + g,
+                              std::min(heads, group - g)});
+        }
+    }
+    return blocks;
+}
+
+Range seen_keys(const QueryBlock& block, int64_t r0, int64_t r1, const int32_t* start,
+                int64_t unit_first) {
+    const int64_t first = block.first + r0 / block.heads;
+    const int64_t last = block.first + (r1 - 1) / block.heads;
+    return {start[first] - unit_first, last + 1 - unit_first};
+}
+
+void narrow_rows(bool bf16, uint32_t* words, int64_t rows, int64_t n) {
+    if (!bf16) return;
+    for (int64_t i = 0; i < rows; i++, words += STRIDE) {
+        const float* from = (const float*)words;
+        uint16_t* to = (uint16_t*)words;
+        int64_t k = 0;
+        for (; k + LANES <= n; k += LANES) store_bf16(to + k, load(from + k));
+        for (; k < n; k++) to[k] = to_bf16(from[k]);
+        if (n % 2) to[n] = 0;
+    }
+}
+
+void pack_tile_rows(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+    for (int64_t i = 0; i < n_rows; i++) {
+        std::memcpy(out + i * STRIDE, x.row(i), (size_t)x.head_size * 4);
+    }
+    narrow_rows(bf16, out, n_rows, x.head_size);
+}
+
+void pack_columns(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+    alignas(64) uint32_t rows[LANES * STRIDE];
+    const int64_t steps = head_steps(bf16, x.head_size);
+    for (int64_t r = 0; r < round_up(n_rows, NR); r += LANES) {
+        for (int64_t i = 0; i < LANES; i++) {
+            uint32_t* row = rows + i * STRIDE;
+            if (r + i < n_rows) {
+                std::memcpy(row, x.row(r + i), (size_t)x.head_size * 4);
+            } else {
+                std::memset(row, 0, (size_t)x.head_size * 4);
+            }
+        }
+        narrow_rows(bf16, rows, LANES, x.head_size);
+        transpose_words(rows, STRIDE, steps, out + r / NR * steps * NR + r % NR, NR);
+    }
+}
+
+void pack_depth(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+    const int64_t per = per_word(bf16), steps = (n_rows + per - 1) / per;
+    alignas(64) float first[MAX_HEAD_SIZE + NR] = {}, second[MAX_HEAD_SIZE + NR] = {};
+    for (int64_t s = 0; s < steps; s++) {
+        std::memcpy(first, x.row(per * s), (size_t)x.head_size * 4);
+        if (bf16 && per * s + 1 < n_rows) {
+            std::memcpy(second, x.row(per * s + 1), (size_t)x.head_size * 4);
+        } else {
+            std::fill(second, second + x.head_size, 0.0f);
+        }
+        for (int64_t c = 0; c < head_columns(x.head_size); c += LANES) {
+            uint32_t* to = out + (c / NR * steps + s) * NR + c % NR;
+            V words = load(first + c);
+            if (bf16) {
+                const VU low = __builtin_convertvector(to_bf16(words), VU);
+                const VU high = __builtin_convertvector(to_bf16(load(second + c)), VU);
+                words = (V)(low | (high << 16));
+            }
+            std::memcpy(to, &words, sizeof words);
+        }
+    }
+}
+
+uint32_t* scratch(size_t words) {
+    struct Free {
+        void operator()(uint32_t* p) const { std::free(p); }
+    };
+    static thread_local std::unique_ptr<uint32_t, Free> memory;
+    static thread_local size_t size = 0;
+    if (words > size) {
+        memory.reset();
+        size = 0;
+        memory.reset((uint32_t*)std::aligned_alloc(64, (size_t)round_up((int64_t)words * 4, 64)));
+        if (!memory) throw std::bad_alloc();
+        size = words;
+    }
+    return memory.get();
+}
+
+}  // namespace ggft::attention_detail
