@@ -12,10 +12,12 @@ int main(int argc, char** argv) {
         const int nth = argc > 2 ? std::atoi(argv[2]) : 2;
         ggft_test::bench_gemm(nth);
         ggft_test::bench_rows(nth);
+        ggft_test::bench_attention(nth);
         return 0;
     }
     ggft_test::test_gemm();
     ggft_test::test_rows();
+    ggft_test::test_attention();
     std::printf(ggft_test::failures ? "%d failures\n" : "all passed\n", ggft_test::failures);
     return ggft_test::failures ? 1 : 0;
 }

@@ -60,6 +60,20 @@ inline void expect_close(const std::string& what, const std::vector<float>& got,
                 what.c_str(), worst / rms, tolerance, at, want.size(), got[at], want[at]);
 }
 
+/// Fail unless the norm of got - want is at most tolerance * norm(want).
+inline void expect_near(const std::string& what, const std::vector<float>& got,
+                        const std::vector<double>& want, double tolerance) {
+    double square = 0, error = 0;
+    for (size_t i = 0; i < want.size(); i++) {
+        square += want[i] * want[i];
+        error += (got[i] - want[i]) * (got[i] - want[i]);
+    }
+    const double relative = std::sqrt(error / (square + 1e-30));
+    if (got.size() == want.size() && relative <= tolerance) return;
+    failures++;
+    std::printf("FAIL %s: relative error %.3g (limit %.3g)\n", what.c_str(), relative, tolerance);
+}
+
 template <class T>
 void expect_same(const std::string& what, const T& a, const T& b) {
     if (a == b) return;
@@ -120,5 +134,7 @@ void test_gemm();
 void bench_gemm(int nth);
 void test_rows();
 void bench_rows(int nth);
+void test_attention();
+void bench_attention(int nth);
 
 }  // namespace ggft_test
