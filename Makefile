@@ -9,6 +9,8 @@ ARGS =
 # The Python to make .venv with; the first one of 3.10 or newer is found when this is empty.
 PYTHON =
 PYTEST_ARGS =
+# How many damaged files make fuzz tries.
+MUTANTS = 100000
 
 SHELL := /bin/bash
 VENV := .venv
@@ -22,7 +24,7 @@ NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test check format stub bench bench-setup clean help
+.PHONY: setup dev model finetune chat test fuzz check format stub bench bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -51,6 +53,9 @@ model: setup
 
 test: dev model ## run the tests (set-up and the default model included)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: dev ## give damaged model files to all readers: make fuzz MUTANTS=100000
+	@GGFT_MUTANTS=$(MUTANTS) $(BIN)/python -m pytest -s tests/test_fuzz_files.py $(PYTEST_ARGS)
 
 check: dev ## formatting, lint, types, and whether the stub of the native module is current
 	@$(BIN)/ruff format --check -q .
