@@ -12,16 +12,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # One line a layer; within a line, a module may import what stands before it. Verbs never import
 # one another.
 LAYERS = """
-errors terminal file_kinds options config progress interrupt
-gguf_types metal cursor gguf_parse gguf_check gguf gguf_write
-json_stream formats chat_template templates datasets batching corpus schedule steps vocabulary
+errors terminal file_kinds options config description progress interrupt
+gguf_types cursor gguf_parse gguf_check gguf gguf_write metal matmul_peak
+chat_template jinja encoding builtin_templates templates vocabulary
+json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
-llamacpp engine adapter checkpoint planner fetch hub rundir report base trainer description
-train evaluate convert inspect generate doctor
+llamacpp ggml_quants engine adapter checkpoint planner fetch hub base rundir report trainer
+evaluate train convert inspect generate doctor bench
 command cli
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]
-VERBS = 5
+VERBS = len(ROWS) - 2
 LEVEL = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 # Who alone may import what is heavy or foreign.
 ONLY = {
@@ -30,7 +31,7 @@ ONLY = {
     "click": {"command", "cli"},
     "huggingface_hub": {"hub"},
     "httpx2": {"fetch", "hub"},
-    "jinja2": {"chat_template"},
+    "jinja2": {"jinja"},
 }
 
 
