@@ -3,7 +3,8 @@
 Norm: Frobenius norm of the difference over that of the reference, for all lora_a and lora_b
 together (`whole`); a single small tensor averages rounding less and may be half as far off again.
 Bars: 1e-5 on the F32 path (float32 sums of up to 256 products through two blocks); 2e-2 on the
-fast path (BF16, F16 or quantized operands: 2^-8 per product, averaged by the sums). What must not depend on rounding is compared bit for bit.
+fast path (BF16, F16 or quantized operands: 2^-8 per product, averaged by the sums). What must not
+depend on rounding is compared bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pytest
 
 from tests.blocks import TYPES
 from tests.engines import (
+    PACKED,
+    T,
     as_batch,
     gradient_errors,
     make_batch,
@@ -78,9 +81,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make_model
 
 
-def check_gradient(tiny: Tiny, bar: float, **settings: Any) -> None:
+def check_gradient(
+    tiny: Tiny, bar: float, lengths: tuple[tuple[int, ...], ...] = PACKED, **settings: Any
+) -> None:
     """Compare loss and the whole gradient of a packed batch with the reference."""
-    batch = make_batch(tiny.shape.n_vocab)
+    n_tokens = settings.get("n_tokens", T)
+    batch = make_batch(tiny.shape.n_vocab, lengths, n_tokens)
     with open_engine(tiny, **settings) as engine:
         lora = set_random_lora(engine)
         nats, count = engine.forward_backward(batch, 0)
@@ -98,6 +104,32 @@ def check_gradient(tiny: Tiny, bar: float, **settings: Any) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_gradient(make: Make, model: str, precision: str, kernels: str) -> None:
     check_gradient(make(MODELS[model]), BARS[precision], precision=precision, kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("lengths", "changes"),
+    [
+        (((70, 1, 63, 64, 2), (129, 71)), {}),
+        (((200,), (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)), {"n_head_kv": 1, "head_size": 64}),
+        (((65, 64, 63), (128, 1, 1)), {"n_head": 2, "n_head_kv": 2, "head_size": 128}),
+        (((199,),), {"n_head": 6, "n_head_kv": 2, "head_size": 40, "vocab": "spm"}),
+    ],
+    ids=["16", "64", "128", "40"],
+)
+def test_long_rows(
+    make: Make,
+    lengths: tuple[tuple[int, ...], ...],
+    changes: dict[str, Any],
+    precision: str,
+    kernels: str,
+) -> None:
+    """Examples that begin and end at, before and after the borders of 32- and 64-token blocks."""
+    tiny = make(Spec(**changes))
+    threads = 2 if kernels == "fused" else 1
+    settings = {"precision": precision, "kernels": kernels, "n_tokens": 200, "threads": threads}
+    check_gradient(tiny, BARS[precision], lengths, **settings)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
