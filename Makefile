@@ -36,7 +36,7 @@ setup: $(VENV)/.setup ## make .venv: llama.cpp for this machine, the native modu
 dev: $(VENV)/.dev
 
 finetune: setup ## train MODEL on DATA into OUT (all set-up included)
-	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)" $(ARGS)
+	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)" --resume $(ARGS)
 	@echo
 	@echo "Now talk to it:  make chat MODEL=\"$(MODEL)\" OUT=\"$(OUT)\""
 
@@ -48,7 +48,7 @@ chat: setup ## talk to MODEL with the adapter in OUT
 	    $(GGFT) chat -m "$(MODEL)" $(ARGS); \
 	fi
 
-model: setup
+model: setup ## download MODEL
 	@$(GGFT) download "$(MODEL)"
 
 test: dev model ## run the tests (set-up and the default model included)
@@ -72,6 +72,9 @@ format: dev ## format all sources
 
 stub: dev ## write the stub of the native module anew
 	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o ggft/_native.pyi
+
+docs: dev ## write the generated parts of the READMEs anew
+	@$(BIN)/python -m tests.test_docs
 
 bench: setup model bench-setup ## measure ggft beside PEFT on this machine (ARGS="--runs 5")
 	@$(BIN)/python bench/bench.py $(ARGS)

@@ -1,0 +1,153 @@
+"""The READMEs say what is so: generated parts are current, commands exist, files are there.
+
+python -m tests.test_docs     writes the generated parts anew (make docs)
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from ggft.cli import cli
+from ggft.command import run
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+READMES = [ENGLISH, CHINESE]
+COMMANDS = re.compile(r"(<!-- commands: .*? -->\n).*?(<!-- /commands -->)", re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)\)")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def commands_text() -> str:
+    """Return the list of commands as ggft's help gives it."""
+    context = click.Context(cli)
+    rows = [
+        f"ggft {name:<10} {command.get_short_help_str(limit=100).rstrip('.')}"
+        for name in cli.list_commands(context)
+        if (command := cli.get_command(context, name)) is not None
+    ]
+    return "```\n" + "\n".join(rows) + "\n```\n"
+
+
+def with_commands(text: str) -> str:
+    """Return a README with its list of commands made anew."""
+    return COMMANDS.sub(lambda match: match[1] + commands_text() + match[2], text)
+
+
+def shell_lines() -> list[str]:
+    """Return the commands that the README tells people to type."""
+    blocks = BLOCK.findall(ENGLISH.read_text(encoding="utf-8"))
+    return [line for kind, text in blocks if kind == "sh" for line in text.splitlines() if line]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_list_of_commands_is_current(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert COMMANDS.search(text)
+    assert text == with_commands(text), "make docs"
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_both_languages_tell_the_same() -> None:
+    english, chinese = (path.read_text(encoding="utf-8") for path in READMES)
+    assert BLOCK.findall(english) == BLOCK.findall(chinese)
+    levels = [re.findall(r"^(#+) ", text, re.MULTILINE) for text in (english, chinese)]
+    assert levels[0] == levels[1]
+    code = [sorted(set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))) for text in (english, chinese)]
+    assert code[0] == code[1]
+
+
+def test_the_tree_names_what_exists() -> None:
+    (tree,) = (
+        text for _, text in BLOCK.findall(ENGLISH.read_text(encoding="utf-8")) if "native/" in text
+    )
+    for line in tree.splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_commands_exist(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:.*## ", MAKEFILE, re.MULTILINE), f"no target {words[1]}"
+        for word in words[2:]:
+            assert re.search(rf"^{word.partition('=')[0]} =", MAKEFILE, re.MULTILINE), word
+    elif words[0] == "ggft":
+        command = cli.commands[words[1]]
+        context = command.make_context(words[1], words[2:])
+        assert all(flag in words or not flag.startswith("--") for flag in context.args)
+    else:
+        assert words[0] in ("git", "cd", ".")
+
+
+def test_the_commands_run(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the README's ggft commands in order, on its own example, for one step and four tokens."""
+    (example,) = (
+        text for kind, text in BLOCK.findall(ENGLISH.read_text(encoding="utf-8")) if kind == "json"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_data.json").write_text(example, encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / smollm2.name).symlink_to(smollm2)
+    short = {"finetune": ["--max-steps", "1"], "generate": ["-n", "4"], "chat": ["-n", "4"]}
+    lines = [shlex.split(line)[1:] for line in shell_lines() if line.startswith("ggft ")]
+    assert len(lines) >= 8
+    start = [sys.executable, "-c", "from ggft.cli import main; main()"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for args in lines:
+        process = subprocess.run(
+            [*start, *args, *short.get(args[0], [])],
+            input="hello\n", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, f"ggft {shlex.join(args)}: {process.stderr}"
+        if args[0] != "finetune":  # which reports on stderr
+            assert process.stdout.strip()
+
+
+def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.commands.items():
+        for parameter in command.get_params(click.Context(command)):
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"ggft {name} {parameter.opts[0]} has no help"
+    assert run(cli, ["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in cli.commands)
+
+
+def test_the_makefile_suits_old_tools() -> None:
+    """GNU Make 3.81 knows none of these, and bash 3.2 none of those."""
+    for new in (
+        ".ONESHELL",
+        "!=",
+        "$(file",
+        "&:",
+        "$(let",
+        ".EXTRA_PREREQS",
+        "|&",
+        "mapfile",
+        "${!",
+        ",,}",
+    ):
+        assert new not in MAKEFILE, new
+    names = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert names
+    for name in " ".join(names).split():
+        assert re.search(rf"^{name}:", MAKEFILE, re.MULTILINE), f"no rule for {name}"
+
+
+if __name__ == "__main__":
+    for readme in READMES:
+        readme.write_text(with_commands(readme.read_text(encoding="utf-8")), encoding="utf-8")
