@@ -52,62 +52,78 @@ void score_tile(bool bf16, const uint32_t* rows, int n_rows, const uint32_t* pan
     }
 }
 
-/// One row's softmax over n scores (n a multiple of LANES), of which [first, last) are seen: the
-/// scores become e^(scale*z - max); max and sum are running values. Returns the factor by which
+struct Running {
+    float max = NO_SCORE, sum = 0;
+};
+
+/// One row's softmax over n scores (n a multiple of LANES), of which [first, last) are seen:
+/// p = e^(scale*z - max), 0 where unseen, as tile row of BF16 or F32. Returns the factor by which
 /// what was summed before must shrink.
-float softmax_row(float* z, int64_t n, int64_t first, int64_t last, float scale, float& max,
-                  float& sum) {
+template <bool BF16>
+float softmax_row(const float* z, int64_t n, int64_t first, int64_t last, float scale, Running& run,
+                  uint32_t* p) {
     VI lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
+    first = std::max<int64_t>(first, 0);
+    last = std::min(last, n);
+    const auto at_edge = [&](int64_t c) { return c < first || c + LANES > last; };
     const auto seen = [&](int64_t c) {
         const VI index = lane + (int32_t)c;
         return (index >= (int32_t)first) & (index < (int32_t)last);
     };
+    const auto put = [&](int64_t c, V e) {
+        if (BF16) {
+            store_bf16((uint16_t*)p + c, e);
+        } else {
+            store((float*)p + c, e);
+        }
+    };
     V best = splat(NO_SCORE);
-    for (int64_t c = 0; c < n; c += LANES) {
-        best = vmax(select(seen(c), load(z + c) * scale, splat(NO_SCORE)), best);
+    const int64_t begin = first / LANES * LANES;
+    for (int64_t c = begin; c < last; c += LANES) {
+        const V s = load(z + c);
+        best = vmax(at_edge(c) ? select(seen(c), s, splat(NO_SCORE)) : s, best);
     }
-    const float new_max = std::max(max, max_lanes(best));
+    const float new_max = std::max(run.max, max_lanes(best) * scale);
     V total = {};
-    for (int64_t c = 0; c < n; c += LANES) {
-        const V e = select(seen(c), vexp(fma(load(z + c), splat(scale), splat(-new_max))), V{});
-        store(z + c, e);
+    int64_t c = 0;
+    for (; c < begin; c += LANES) put(c, V{});
+    for (; c < last; c += LANES) {
+        V e = vexp(fma(load(z + c), splat(scale), splat(-new_max)));
+        if (at_edge(c)) e = select(seen(c), e, V{});
+        put(c, e);
         total += e;
     }
-    const float shrink = vexp(splat(max - new_max))[0];
-    sum = sum * shrink + sum_lanes(total);
-    max = new_max;
+    for (; c < n; c += LANES) put(c, V{});
+    const float shrink = run.max == new_max ? 1.0f : vexp(splat(run.max - new_max))[0];
+    run.sum = run.sum * shrink + sum_lanes(total);
+    run.max = new_max;
     return shrink;
 }
 
 /// Add one key block to the result of one row tile: rows [r0, r0+n_rows) of the query block.
-void forward_tile(const Forward& f, const Unit& unit, const QueryBlock& block, uint32_t* memory,
-                  const Layout& at, int64_t r0, int n_rows, int64_t block_k0, float* max,
-                  float* sum) {
-    const Range keys = seen_keys(block, r0, r0 + n_rows, f.start, unit.first);
-    const int64_t k0 = std::max(block_k0, keys.first / NR * NR);
-    const int64_t k1 = std::min(block_k0 + KEYS, keys.last);
+void forward_tile(const Forward& f, uint32_t* memory, const Layout& at, int64_t depth,
+                  const Range* seen, int64_t r0, int n_rows, int64_t block_k0, Running* running) {
+    const int64_t k0 = std::max(block_k0, seen[r0].first / NR * NR);
+    const int64_t k1 = std::min(block_k0 + KEYS, seen[r0 + n_rows - 1].last);
     if (k0 >= k1) return;
-    const int64_t n = round_up(k1 - k0, NR);
+    const int64_t n = round_up(k1 - k0, NR), per = per_word(f.bf16);
     const int64_t width = head_columns(f.s.head_size), steps = head_steps(f.bf16, f.s.head_size);
     float* scores = (float*)(memory + at.scores);
     uint32_t* p = memory + at.probabilities;
     float* result = (float*)(memory + at.result) + r0 * width;
     score_tile(f.bf16, memory + at.queries + r0 * STRIDE, n_rows, memory + at.keys, steps, k0, n,
                scores);
+    const auto softmax = f.bf16 ? softmax_row<true> : softmax_row<false>;
     for (int i = 0; i < n_rows; i++) {
-        const Range seen = seen_keys(block, r0 + i, r0 + i + 1, f.start, unit.first);
-        float* z = scores + i * KEYS;
-        const float shrink = softmax_row(z, n, seen.first - k0, seen.last - k0, f.s.scale,
-                                         max[r0 + i], sum[r0 + i]);
-        std::memcpy(p + i * STRIDE, z, (size_t)n * 4);
+        const float shrink =
+            softmax(scores + i * KEYS, n, seen[r0 + i].first - k0, seen[r0 + i].last - k0,
+                    f.s.scale, running[r0 + i], p + i * STRIDE);
         if (shrink == 1.0f) continue;
         for (int64_t c = 0; c < width; c += LANES) {
             store(result + i * width + c, load(result + i * width + c) * shrink);
         }
     }
-    narrow_rows(f.bf16, p, n_rows, n);
-    const int64_t per = per_word(f.bf16), depth = (unit.last - unit.first + per - 1) / per;
     TileArgs g = {};
     g.rows = p;
     g.steps = (int)((k1 - k0 + per - 1) / per);
@@ -125,26 +141,27 @@ void forward_block(const Forward& f, const Unit& unit, const QueryBlock& block, 
     const AttentionShape& s = f.s;
     const int64_t rows = block.rows(), width = head_columns(s.head_size);
     const int64_t row = (block.first * s.n_head + block.head) * s.head_size;
-    float max[ROWS], sum[ROWS] = {};
-    std::fill(max, max + ROWS, NO_SCORE);
+    const int64_t per = per_word(f.bf16), depth = (unit.last - unit.first + per - 1) / per;
+    Running running[ROWS];
+    Range seen[ROWS];
+    seen_keys(block, f.start, unit.first, seen);
     pack_tile_rows(f.bf16, {f.q + row, s.n_head * s.head_size, block.heads, s.head_size}, rows,
                    memory + at.queries);
     float* result = (float*)(memory + at.result);
     std::fill(result, result + rows * width, 0.0f);
-    const Range keys = seen_keys(block, 0, rows, f.start, unit.first);
-    for (int64_t k0 = keys.first / NR * NR; k0 < keys.last; k0 += KEYS) {
+    for (int64_t k0 = seen[0].first / NR * NR; k0 < seen[rows - 1].last; k0 += KEYS) {
         for (int64_t r = 0; r < rows; r += MR) {
-            forward_tile(f, unit, block, memory, at, r, (int)std::min<int64_t>(MR, rows - r), k0,
-                         max, sum);
+            forward_tile(f, memory, at, depth, seen, r, (int)std::min<int64_t>(MR, rows - r), k0,
+                         running);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = block.first + r / block.heads, head = block.head + r % block.heads;
         float* to = f.o + (token * s.n_head + head) * s.head_size;
         const float* from = result + r * width;
-        const float inv = 1.0f / sum[r];
+        const float inv = 1.0f / running[r].sum;
         for (int d = 0; d < s.head_size; d++) to[d] = from[d] * inv;
-        f.lse[token * s.n_head + head] = max[r] + std::log(sum[r]);
+        f.lse[token * s.n_head + head] = running[r].max + std::log(running[r].sum);
     }
 }
 

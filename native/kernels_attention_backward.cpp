@@ -20,7 +20,7 @@ using namespace attention_detail;
 
 namespace {
 
-constexpr int64_t BLOCK_KEYS = 128;
+constexpr int64_t BLOCK_KEYS = 64;  // scores of a block, and their gradients: 24 KB each
 
 /// Where a thread's working memory holds what, in words.
 struct Layout {
@@ -39,10 +39,10 @@ struct Layout {
         k_depth = take(width * n / per_word(bf16));
         q_rows = take(ROWS * STRIDE);
         o_rows = take(ROWS * STRIDE);
-        q_depth = take(width * ROWS_PADDED / per_word(bf16));
-        o_depth = take(width * ROWS_PADDED / per_word(bf16));
-        p = take(ROWS_PADDED * BLOCK_KEYS);
-        ds = take(ROWS_PADDED * BLOCK_KEYS);
+        q_depth = take(width * ROWS / per_word(bf16));
+        o_depth = take(width * ROWS / per_word(bf16));
+        p = take(ROWS * BLOCK_KEYS);
+        ds = take(ROWS * BLOCK_KEYS);
         ds_rows = take(ROWS * STRIDE);
         transposed = take(BLOCK_KEYS * STRIDE);
         dq = take(ROWS * width);
@@ -65,70 +65,93 @@ struct Backward {
     float* floats(int64_t offset) const { return (float*)(memory + offset); }
 };
 
-/// S and dP of all rows for keys [k0, k0+n); zero where a row tile sees nothing of a panel.
-void score_tiles(const Backward& b, const Unit& unit, const QueryBlock& block, int64_t k0,
-                 int64_t n) {
+/// One query block at work.
+struct BlockState {
+    int64_t rows;
+    Range seen[ROWS];  // keys that each row sees
+    float lse[ROWS], delta[ROWS];
+};
+
+/// S and dP of all rows for keys [k0, k0+n); undefined where a row tile sees nothing of a panel.
+void score_tiles(const Backward& b, const BlockState& block, int64_t k0, int64_t n) {
     TileArgs g = {};
-    const int64_t rows = block.rows(), steps = head_steps(b.bf16, b.s.head_size);
+    const int64_t steps = head_steps(b.bf16, b.s.head_size);
     g.steps = (int)steps;
     g.ldy = BLOCK_KEYS;
-    for (int64_t r = 0; r < rows; r += MR) {
-        const int n_rows = (int)std::min<int64_t>(MR, rows - r);
-        const Range keys = seen_keys(block, r, r + n_rows, b.start, unit.first);
+    for (int64_t r = 0; r < block.rows; r += MR) {
+        const int n_rows = (int)std::min<int64_t>(MR, block.rows - r);
         const TileFunction tile = tile_function<STRIDE>(b.bf16, n_rows);
-        for (int64_t c = 0; c < n; c += NR) {
-            float* p = b.floats(b.at.p) + r * BLOCK_KEYS + c;
-            float* ds = b.floats(b.at.ds) + r * BLOCK_KEYS + c;
-            if (k0 + c >= keys.last || k0 + c + NR <= keys.first) {
-                for (int i = 0; i < n_rows; i++) {
-                    std::memset(p + i * BLOCK_KEYS, 0, NR * 4);
-                    std::memset(ds + i * BLOCK_KEYS, 0, NR * 4);
-                }
-                continue;
-            }
+        const int64_t first = block.seen[r].first, last = block.seen[r + n_rows - 1].last;
+        for (int64_t c = 0; c < n && k0 + c < last; c += NR) {
+            if (k0 + c + NR <= first) continue;
             g.rows = b.words(b.at.q_rows) + r * STRIDE;
             g.panel = b.words(b.at.k_columns) + (k0 + c) * steps;
-            g.y = p;
+            g.y = b.floats(b.at.p) + r * BLOCK_KEYS + c;
             tile(g);
             g.rows = b.words(b.at.o_rows) + r * STRIDE;
             g.panel = b.words(b.at.v_columns) + (k0 + c) * steps;
-            g.y = ds;
+            g.y = b.floats(b.at.ds) + r * BLOCK_KEYS + c;
             tile(g);
         }
     }
 }
 
-/// Scores become p and dP becomes dS, for keys [first, last) of n; zero elsewhere.
-void gradient_row(float* p, float* ds, int64_t n, int64_t first, int64_t last, float scale,
-                  float lse, float delta) {
-    VI lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int64_t c = 0; c < n; c += LANES) {
-        const VI index = lane + (int32_t)c;
-        const VI seen = (index >= (int32_t)first) & (index < (int32_t)last);
-        const V e = select(seen, vexp(fma(load(p + c), splat(scale), splat(-lse))), V{});
-        store(p + c, e);
-        store(ds + c, e * (load(ds + c) - splat(delta)) * scale);
+/// Row r, keys from c on: scores and dP to p and dS; zero where unseen.
+GGFT_INLINE void gradient_lanes(const Backward& b, const BlockState& block, int64_t r, int64_t k0,
+                                int64_t c, V& p, V& ds) {
+    const int64_t at = r * BLOCK_KEYS + c;
+    const Range seen = block.seen[r];
+    p = ds = V{};
+    if (k0 + c >= seen.last || k0 + c + LANES <= seen.first) return;
+    p = vexp(fma(load(b.floats(b.at.p) + at), splat(b.s.scale), splat(-block.lse[r])));
+    ds = p * (load(b.floats(b.at.ds) + at) - splat(block.delta[r])) * b.s.scale;
+    if (k0 + c >= seen.first && k0 + c + LANES <= seen.last) return;
+    VI index;
+    for (int i = 0; i < LANES; i++) index[i] = (int32_t)(k0 + c) + i;
+    const VI mask = (index >= (int32_t)seen.first) & (index < (int32_t)seen.last);
+    p = select(mask, p, V{});
+    ds = select(mask, ds, V{});
+}
+
+/// All rows for n keys. F32: p and dS replace scores and dP. BF16: rows 2i and 2i+1 become words of
+/// row i. dS is also written as tile rows.
+template <bool BF16>
+void gradient_rows(const Backward& b, const BlockState& block, int64_t k0, int64_t n) {
+    constexpr int64_t PER = BF16 ? 2 : 1;
+    for (int64_t i = 0; i < round_up(block.rows, PER * LANES) / PER; i++) {
+        float* p_out = b.floats(b.at.p) + i * BLOCK_KEYS;
+        float* ds_out = b.floats(b.at.ds) + i * BLOCK_KEYS;
+        for (int64_t c = 0; c < n; c += LANES) {
+            V p[PER] = {}, ds[PER] = {};
+            for (int64_t j = 0; j < PER && i * PER + j < block.rows; j++) {
+                const int64_t r = i * PER + j;
+                gradient_lanes(b, block, r, k0, c, p[j], ds[j]);
+                uint32_t* row = b.words(b.at.ds_rows) + r * STRIDE;
+                if (BF16) {
+                    store_bf16((uint16_t*)row + c, ds[j]);
+                } else {
+                    store((float*)row + c, ds[j]);
+                }
+            }
+            store(p_out + c, BF16 ? (V)pair_bf16(p[0], p[PER - 1]) : p[0]);
+            store(ds_out + c, BF16 ? (V)pair_bf16(ds[0], ds[PER - 1]) : ds[0]);
+        }
     }
 }
 
 /// dq += dS k for the block's rows and keys [k0, k0+n).
-void add_dq(const Backward& b, const Unit& unit, const QueryBlock& block, int64_t k0, int64_t n) {
+void add_dq(const Backward& b, const BlockState& block, int64_t depth, int64_t k0, int64_t n) {
     const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
-    const int64_t depth = (unit.last - unit.first + per - 1) / per, rows = block.rows();
-    uint32_t* ds_rows = b.words(b.at.ds_rows);
-    for (int64_t r = 0; r < rows; r++) {
-        std::memcpy(ds_rows + r * STRIDE, b.floats(b.at.ds) + r * BLOCK_KEYS, (size_t)n * 4);
-    }
-    narrow_rows(b.bf16, ds_rows, rows, n);
     TileArgs g = {};
     g.ldy = width;
     g.add = true;
-    g.steps = (int)std::min(n / per, depth - k0 / per);
-    for (int64_t r = 0; r < rows; r += MR) {
-        const TileFunction tile =
-            tile_function<STRIDE>(b.bf16, (int)std::min<int64_t>(MR, rows - r));
-        g.rows = ds_rows + r * STRIDE;
+    for (int64_t r = 0; r < block.rows; r += MR) {
+        const int n_rows = (int)std::min<int64_t>(MR, block.rows - r);
+        const int64_t keys = std::min(n, block.seen[r + n_rows - 1].last - k0);
+        if (keys <= 0) continue;
+        const TileFunction tile = tile_function<STRIDE>(b.bf16, n_rows);
+        g.steps = (int)((keys + per - 1) / per);
+        g.rows = b.words(b.at.ds_rows) + r * STRIDE;
         for (int64_t c = 0; c < width; c += NR) {
             g.panel = b.words(b.at.k_depth) + c * depth + k0 / per * NR;
             g.y = b.floats(b.at.dq) + r * width + c;
@@ -138,24 +161,26 @@ void add_dq(const Backward& b, const Unit& unit, const QueryBlock& block, int64_
 }
 
 /// sums += x' panels for keys [k0, k0+n): x is p or dS, panels are d_o or q by depth.
-void add_transposed(const Backward& b, const QueryBlock& block, const float* x,
+void add_transposed(const Backward& b, const BlockState& block, const float* x,
                     const uint32_t* panels, int64_t k0, int64_t n, float* sums) {
     const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
-    const int64_t rows = block.rows(), padded = round_up(rows, LANES);
+    const int64_t steps = (block.rows + per - 1) / per;
     uint32_t* transposed = b.words(b.at.transposed);
-    for (int64_t r = 0; r < padded; r += LANES) {
+    for (int64_t r = 0; r < steps; r += LANES) {
         transpose_words((const uint32_t*)x + r * BLOCK_KEYS, BLOCK_KEYS, n, transposed + r, STRIDE);
     }
-    narrow_rows(b.bf16, transposed, n, padded);
     TileArgs g = {};
     g.ldy = width;
     g.add = true;
-    g.steps = (int)((rows + per - 1) / per);
+    int64_t row = 0;
     for (int64_t i = 0; i < n; i += MR) {
+        while (row < block.rows && block.seen[row].last <= k0 + i) row++;  // rows before key i
+        const int64_t skip = row / per;
         const TileFunction tile = tile_function<STRIDE>(b.bf16, (int)std::min<int64_t>(MR, n - i));
-        g.rows = transposed + i * STRIDE;
+        g.steps = (int)(steps - skip);
+        g.rows = transposed + i * STRIDE + skip;
         for (int64_t c = 0; c < width; c += NR) {
-            g.panel = panels + c * g.steps;
+            g.panel = panels + c * steps + skip * NR;
             g.y = sums + (k0 + i) * width + c;
             tile(g);
         }
@@ -163,11 +188,10 @@ void add_transposed(const Backward& b, const QueryBlock& block, const float* x,
 }
 
 /// Pack the block's q and d_o, compute its deltas, clear its dq.
-void begin_block(const Backward& b, const QueryBlock& block, float* lse, float* delta) {
+void begin_block(const Backward& b, const Unit& unit, const QueryBlock& block, BlockState& state) {
     const AttentionShape& s = b.s;
-    const int64_t rows = block.rows(), width = head_columns(s.head_size);
+    const int64_t rows = block.rows(), token = s.n_head * s.head_size;
     const int64_t at = (block.first * s.n_head + block.head) * s.head_size;
-    const int64_t token = s.n_head * s.head_size;
     const HeadRows q = {b.q + at, token, block.heads, s.head_size};
     const HeadRows o = {b.o + at, token, block.heads, s.head_size};
     const HeadRows d_o = {b.d_o + at, token, block.heads, s.head_size};
@@ -175,47 +199,43 @@ void begin_block(const Backward& b, const QueryBlock& block, float* lse, float* 
     pack_tile_rows(b.bf16, d_o, rows, b.words(b.at.o_rows));
     pack_depth(b.bf16, q, rows, b.words(b.at.q_depth));
     pack_depth(b.bf16, d_o, rows, b.words(b.at.o_depth));
+    state.rows = rows;
+    seen_keys(block, b.start, unit.first, state.seen);
     for (int64_t r = 0; r < rows; r++) {
         const float *x = o.row(r), *y = d_o.row(r);
         V dots = {};
         int d = 0;
         for (; d + LANES <= s.head_size; d += LANES) dots = fma(load(x + d), load(y + d), dots);
-        delta[r] = sum_lanes(dots);
-        for (; d < s.head_size; d++) delta[r] += x[d] * y[d];
-        lse[r] = b.lse[(block.first + r / block.heads) * s.n_head + block.head + r % block.heads];
+        float delta = sum_lanes(dots);
+        for (; d < s.head_size; d++) delta += x[d] * y[d];
+        state.delta[r] = delta;
+        const int64_t t = block.first + r / block.heads, h = block.head + r % block.heads;
+        state.lse[r] = b.lse[t * s.n_head + h];
     }
-    std::memset(b.words(b.at.dq), 0, (size_t)(rows * width) * 4);
-    for (int64_t r = rows; r < round_up(rows, LANES); r++) {  // padding of the transposed tiles
-        std::memset(b.floats(b.at.p) + r * BLOCK_KEYS, 0, BLOCK_KEYS * 4);
-        std::memset(b.floats(b.at.ds) + r * BLOCK_KEYS, 0, BLOCK_KEYS * 4);
-    }
+    std::memset(b.words(b.at.dq), 0, (size_t)(rows * head_columns(s.head_size)) * 4);
 }
 
 /// One query block: against the key blocks it sees, or of those only the thread's own.
 void run_block(const Backward& b, const Unit& unit, const QueryBlock& block, bool own_queries,
                int ith, int nth) {
     const AttentionShape& s = b.s;
-    const int64_t rows = block.rows(), width = head_columns(s.head_size);
-    float lse[ROWS], delta[ROWS];
-    begin_block(b, block, lse, delta);
-    const Range keys = seen_keys(block, 0, rows, b.start, unit.first);
-    for (int64_t k = keys.first / BLOCK_KEYS; k * BLOCK_KEYS < keys.last; k++) {
+    const int64_t rows = block.rows(), width = head_columns(s.head_size), per = per_word(b.bf16);
+    const int64_t depth = (unit.last - unit.first + per - 1) / per;
+    BlockState state;
+    begin_block(b, unit, block, state);
+    const int64_t last_key = state.seen[rows - 1].last;
+    for (int64_t k = state.seen[0].first / BLOCK_KEYS; k * BLOCK_KEYS < last_key; k++) {
         const bool own_keys = !unit.shared || (int)(k % nth) == ith;
         if (!own_queries && !own_keys) continue;
         const int64_t k0 = k * BLOCK_KEYS;
-        const int64_t n = round_up(std::min(BLOCK_KEYS, keys.last - k0), NR);
-        score_tiles(b, unit, block, k0, n);
-        for (int64_t r = 0; r < rows; r++) {
-            const Range seen = seen_keys(block, r, r + 1, b.start, unit.first);
-            gradient_row(b.floats(b.at.p) + r * BLOCK_KEYS, b.floats(b.at.ds) + r * BLOCK_KEYS, n,
-                         seen.first - k0, seen.last - k0, s.scale, lse[r], delta[r]);
-        }
-        if (own_queries) add_dq(b, unit, block, k0, n);
+        const int64_t n = round_up(std::min(BLOCK_KEYS, last_key - k0), NR);
+        score_tiles(b, state, k0, n);
+        (b.bf16 ? gradient_rows<true> : gradient_rows<false>)(b, state, k0, n);
+        if (own_queries) add_dq(b, state, depth, k0, n);
         if (!own_keys) continue;
-        add_transposed(b, block, b.floats(b.at.p), b.words(b.at.o_depth), k0, n,
-                       b.floats(b.at.dv));
-        add_transposed(b, block, b.floats(b.at.ds), b.words(b.at.q_depth), k0, n,
-                       b.floats(b.at.dk));
+        const float *p = b.floats(b.at.p), *ds = b.floats(b.at.ds);
+        add_transposed(b, state, p, b.words(b.at.o_depth), k0, n, b.floats(b.at.dv));
+        add_transposed(b, state, ds, b.words(b.at.q_depth), k0, n, b.floats(b.at.dk));
     }
     if (!own_queries) return;
     for (int64_t r = 0; r < rows; r++) {

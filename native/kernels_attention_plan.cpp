@@ -70,11 +70,12 @@ std::vector<QueryBlock> query_blocks(const AttentionShape& s, const Unit& unit) 
     return blocks;
 }
 
-Range seen_keys(const QueryBlock& block, int64_t r0, int64_t r1, const int32_t* start,
-                int64_t unit_first) {
-    const int64_t first = block.first + r0 / block.heads;
-    const int64_t last = block.first + (r1 - 1) / block.heads;
-    return {start[first] - unit_first, last + 1 - unit_first};
+void seen_keys(const QueryBlock& block, const int32_t* start, int64_t unit_first, Range* rows) {
+    for (int64_t t = block.first; t < block.last; t++) {
+        for (int g = 0; g < block.heads; g++) {
+            *rows++ = {start[t] - unit_first, t + 1 - unit_first};
+        }
+    }
 }
 
 void narrow_rows(bool bf16, uint32_t* words, int64_t rows, int64_t n) {
@@ -127,9 +128,7 @@ void pack_depth(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
             uint32_t* to = out + (c / NR * steps + s) * NR + c % NR;
             V words = load(first + c);
             if (bf16) {
-                const VU low = __builtin_convertvector(to_bf16(words), VU);
-                const VU high = __builtin_convertvector(to_bf16(load(second + c)), VU);
-                words = (V)(low | (high << 16));
+                words = (V)pair_bf16(words, load(second + c));
             }
             std::memcpy(to, &words, sizeof words);
         }

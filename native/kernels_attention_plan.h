@@ -10,9 +10,8 @@ namespace ggft::attention_detail {
 
 /// Rows of a tile row buffer: MAX_HEAD_SIZE or KEYS words, plus a cache line.
 inline constexpr int STRIDE = 272;
-inline constexpr int64_t KEYS = 256;                         // keys per softmax block
-inline constexpr int64_t ROWS = (64 + MR - 1) / MR * MR;     // query rows (token, head) per block
-inline constexpr int64_t ROWS_PADDED = (ROWS + LANES - 1) / LANES * LANES;
+inline constexpr int64_t KEYS = 256;  // keys of a softmax block
+inline constexpr int64_t ROWS = 96;  // query rows (token, head) of a block: pairs fill LANES
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -38,9 +37,8 @@ std::vector<Unit> plan_units(const AttentionShape& s, const int32_t* start, int 
 /// The query blocks of a unit.
 std::vector<QueryBlock> query_blocks(const AttentionShape& s, const Unit& unit);
 
-/// Keys seen by rows [r0, r1) of a block, relative to the unit: [first, last).
-Range seen_keys(const QueryBlock& block, int64_t r0, int64_t r1, const int32_t* start,
-                int64_t unit_first);
+/// Keys that each row of a block sees, relative to the unit: [first, last). Both never decrease.
+void seen_keys(const QueryBlock& block, const int32_t* start, int64_t unit_first, Range* rows);
 
 /// A set of head vectors: row i is at data + offset(i), D floats.
 struct HeadRows {

@@ -128,6 +128,20 @@ GGFT_INLINE void store_bf16(uint16_t* p, V x) {
     std::memcpy(p, &h, sizeof h);
 }
 
+/// One 32-bit word per lane: the BF16 of `even` below, that of `odd` above.
+GGFT_INLINE VU pair_bf16(V even, V odd) {
+#if defined(GGFT_BF16_DOT)
+    const __m512i low_then_high = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)),
+                                           _mm512_set1_epi32(0x100000));
+    return (VU)_mm512_permutexvar_epi16(index, low_then_high);
+#else
+    return __builtin_convertvector(to_bf16(even), VU) |
+           (__builtin_convertvector(to_bf16(odd), VU) << 16);
+#endif
+}
+
 /// e^r for |r| <= ln(2)/2, Taylor to the seventh power.
 GGFT_INLINE V exp_reduced(V r) {
     V p = splat(1.98412698e-4f);
