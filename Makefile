@@ -20,7 +20,7 @@ GGFT := $(BIN)/ggft
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
 NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
-, := ,
+comma := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
@@ -97,14 +97,18 @@ install = if [ "$$(uname)" = Darwin ]; then echo "$(5)"; \
     else echo "your system's packages: $(1)"; fi
 
 $(VENV)/bin/python:
-	@found=; for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	@found=; for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14); do \
 	    if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; \
 	    then found=$$p; break; fi; done; \
-	[ -n "$$found" ] || $(call fail,Python 3.10 or newer is needed$(,) found $$(python3 --version 2>&1). \
-	    Install it with: $$($(call install,python3 python3-venv,python3,python,python3,brew install python)) \
+	[ -n "$$found" ] || $(call fail,Python 3.10 or newer is needed$(comma) found \
+	    $$($(or $(PYTHON),python3) --version 2>/dev/null || echo none). Install it with: \
+	    $$($(call install,python3 python3-venv python3-dev,python3-devel,python,python3-dev,brew install python)) \
 	    (or name one: make PYTHON=/path/to/python3)); \
 	"$$found" -c 'import ensurepip, venv' 2>/dev/null || $(call fail,this Python has no venv module. \
 	    Install it with: $$($(call install,python3-venv,python3,python,python3,brew install python))); \
+	"$$found" -c 'import os, sysconfig as s; os.stat(s.get_paths()["include"] + "/Python.h")' 2>/dev/null \
+	    || $(call fail,this Python has no C headers. \
+	    Install them with: $$($(call install,python3-dev,python3-devel,python,python3-dev,brew install python))); \
 	echo "Making .venv with $$("$$found" --version)"; \
 	"$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
