@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ggft.generate import GenerateConfig
     from ggft.hub import DownloadConfig, ModelsConfig
     from ggft.inspect import InfoConfig
+    from ggft.merge import MergeConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -133,6 +134,21 @@ def convert(config: ConvertConfig, old: str, new: str) -> None:
     from ggft.convert import convert as action
 
     click.echo(action(old, new, config))
+
+
+@verb(cli, "ggft.merge:MergeConfig")
+@click.argument("base")
+@click.argument("adapter")
+@click.argument("output")
+def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
+    """Merge an adapter into its base model, with a receipt.
+
+    BASE is the model's GGUF or its name, ADAPTER the adapter's GGUF, OUTPUT the GGUF to write.
+    """
+    from ggft.hub import find_model
+    from ggft.merge import merge_files as action
+
+    click.echo(action(str(find_model(base)), adapter, output, config))
 
 
 @verb(cli, "ggft.doctor:DoctorConfig")

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggft.architectures import SUPPORTED_ARCHITECTURES
 from ggft.cursor import read_bytes
 from ggft.errors import InputError
-from ggft.gguf_check import SUPPORTED_ARCHITECTURES, ModelInfo, check_model
+from ggft.gguf_check import ModelInfo, check_model
 from ggft.gguf_parse import read_header
 from ggft.gguf_types import (
     NOT_WEIGHT_TYPES,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
+    "NOT_WEIGHT_TYPES",
     "SUPPORTED_ARCHITECTURES",
     "GGMLType",
     "GGUFFile",

@@ -1,8 +1,7 @@
 """Checks a model's hyper-parameters and vocabulary against its tensors.
 
 `check_model` answers one question: can ggft train this file, and with which numbers? What it
-accepts, the engine and llama.cpp can load without an assertion. The supported architectures and
-what a block of each consists of are data at the top.
+accepts, the engine and llama.cpp can load without an assertion.
 
 Source: the loading code of the pinned llama.cpp (llama-model.cpp, models/llama.cpp, llama-vocab).
 """
@@ -13,65 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ggft.architectures import ARCHITECTURES, ArchitectureTraits
 from ggft.errors import InputError
-from ggft.gguf_types import NOT_WEIGHT_TYPES, GGMLType, GGUFFile, StringArray, TensorInfo, ValueType
+from ggft.gguf_types import NOT_WEIGHT_TYPES, GGMLType, GGUFFile, TensorInfo, ValueType
+from ggft.gguf_vocab import check_special_ids, check_vocabulary
 
 MAX_LAYERS = 512
 MAX_INT32 = (1 << 31) - 1
-TOKEN_BYTE = 6
 
-
-@dataclass(frozen=True)
-class ArchitectureTraits:
-    """What is particular to an architecture.
-
-    Attributes:
-        families: Models that use it, for messages.
-        rope: "normal" rotates neighbouring pairs, "neox" halves.
-        block: Name → shape of each tensor of a block, in letters: C n_embd, F n_ff, Q n_head times
-            head size, K n_head_kv times head size; in ggml's order.
-        model: The same for tensors outside the blocks; V is n_vocab, D half the head size.
-        block_optional: Tensors of a block that may be missing.
-        model_optional: Tensors outside the blocks that may be missing.
-    """
-
-    families: str
-    rope: str
-    block: Mapping[str, str]
-    model: Mapping[str, str]
-    block_optional: Mapping[str, str]
-    model_optional: Mapping[str, str]
-
-
-ARCHITECTURES: Mapping[str, ArchitectureTraits] = {
-    "llama": ArchitectureTraits(
-        families="Llama 1/2/3, Mistral, TinyLlama, SmolLM2",
-        rope="normal",
-        block={
-            "attn_norm.weight": "C",
-            "attn_q.weight": "CQ",
-            "attn_k.weight": "CK",
-            "attn_v.weight": "CK",
-            "attn_output.weight": "QC",
-            "ffn_norm.weight": "C",
-            "ffn_gate.weight": "CF",
-            "ffn_up.weight": "CF",
-            "ffn_down.weight": "FC",
-        },
-        model={"token_embd.weight": "CV", "output_norm.weight": "C"},
-        block_optional={
-            "attn_q.bias": "Q",
-            "attn_k.bias": "K",
-            "attn_v.bias": "K",
-            "attn_output.bias": "C",
-            "ffn_gate.bias": "F",
-            "ffn_up.bias": "F",
-            "ffn_down.bias": "C",
-        },
-        model_optional={"output.weight": "CV", "rope_freqs.weight": "D"},
-    ),
-}
-SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
 
 # Marks of model features inside a supported architecture that change the computation.
 _UNSUPPORTED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -83,10 +31,6 @@ _UNSUPPORTED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"lora_[ab]$"), "an adapter inside the model file"),
 )
 _ROPE_SCALINGS = ("none", "linear", "yarn")
-_TOKENIZERS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "hybriddna", "whitespace")
-_SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "cls", "mask")
-_TURN_ENDS = ("bos", "eot", "eom")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -148,8 +92,10 @@ def check_model(file: GGUFFile) -> ModelInfo:
         "Q": n_head * n_embd_head,
         "K": n_head_kv * n_embd_head,
         "D": n_embd_head // 2,
-        "V": _check_vocabulary(file, keys),
+        "V": check_vocabulary(file),
     }
+    if keys.whole("vocab_size", default=sizes["V"]) != sizes["V"]:
+        raise keys.fail("vocab_size", f"the {sizes['V']} tokens of tokenizer.ggml.tokens")
     _check_tensors(file, traits, n_layer, sizes)
     return ModelInfo(
         architecture=file.architecture,
@@ -170,7 +116,7 @@ def check_model(file: GGUFFile) -> ModelInfo:
         has_rope_freqs="rope_freqs.weight" in file.tensors,
         tied_output="output.weight" not in file.tensors,
         tokenizer=str(file.get("tokenizer.ggml.model")),
-        special_ids=_check_special_ids(file, sizes["V"]),
+        special_ids=check_special_ids(file, sizes["V"]),
     )
 
 
@@ -208,6 +154,7 @@ class _Keys:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise self.fail(key, f"a whole number from {low} to {high}")
+        self.require_type(key, ValueType.UINT32)
         return value
 
     def real(
@@ -221,7 +168,23 @@ class _Keys:
             raise self.fail(key, f"a number from {low:g} to {high:g}")
         if not low <= value <= high:
             raise self.fail(key, f"a number from {low:g} to {high:g}")
+        self.require_type(key, ValueType.FLOAT32)
         return float(value)
+
+    def require_type(self, key: str, wanted: ValueType) -> None:
+        """Refuse a single value of another type, as llama.cpp does; lists may also be INT32."""
+        full = f"{self.prefix}.{key}"
+        single = isinstance(self.file.metadata[full], (int, float))
+        if self.file.types[full] is not wanted and (
+            single or self.file.types[full] is not ValueType.INT32
+        ):
+            raise InputError(
+                f"{full} has the wrong type",
+                path=self.file.path,
+                offset=self.file.value_offsets[full],
+                found=self.file.types[full].name,
+                expected=wanted.name,
+            )
 
 
 def _check_kind(file: GGUFFile) -> ArchitectureTraits:
@@ -286,125 +249,6 @@ def _check_rope_scaling(keys: _Keys) -> tuple[str, float]:
     if kind == "none" or not factor:
         return "none", 1.0
     return str(kind), factor
-
-
-def _check_vocabulary(file: GGUFFile, keys: _Keys) -> int:
-    """Check the vocabulary; return its size."""
-    tokenizer = file.get("tokenizer.ggml.model")
-    tokens = file.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, StringArray) or not len(tokens):
-        raise InputError(
-            "the file has no vocabulary",
-            path=file.path,
-            offset=file.value_offsets.get("tokenizer.ggml.tokens"),
-            found="no tokenizer.ggml.tokens",
-            expected="a list of tokens",
-        )
-    if tokenizer not in _TOKENIZERS:
-        raise InputError(
-            "unknown tokenizer",
-            path=file.path,
-            offset=file.value_offsets.get("tokenizer.ggml.model"),
-            found=ascii(tokenizer)[:40],
-            expected=", ".join(_TOKENIZERS[:2]),
-        )
-    n_vocab = len(tokens)
-    if keys.whole("vocab_size", default=n_vocab) != n_vocab:
-        raise keys.fail("vocab_size", f"the {n_vocab} tokens of tokenizer.ggml.tokens")
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is not None and len(embedding.shape) > 1 and embedding.shape[1] != n_vocab:
-        raise InputError(
-            "the vocabulary does not fit the token embedding",
-            path=file.path,
-            offset=file.value_offsets["tokenizer.ggml.tokens"],
-            found=f"{n_vocab} tokens",
-            expected=f"{embedding.shape[1]}, the rows of token_embd.weight",
-        )
-    _check_list(file, "scores", (ValueType.FLOAT32, ValueType.INT32), n_vocab)
-    _check_list(file, "token_type", (ValueType.INT32,), n_vocab)
-    if tokenizer == "gpt2":
-        _check_list(file, "merges", (ValueType.STRING,), 0, required=True)
-    _check_byte_tokens(file, tokens)
-    duplicate = tokens.first_duplicate()
-    if duplicate is not None:
-        # llama.cpp stops the whole process at this.
-        raise InputError(
-            "two tokens have the same text",
-            path=file.path,
-            offset=file.value_offsets["tokenizer.ggml.tokens"],
-            found=f"tokens {duplicate[0]} and {duplicate[1]}, {ascii(tokens[duplicate[1]])[:40]}",
-            expected="different texts",
-        )
-    return n_vocab
-
-
-def _check_list(
-    file: GGUFFile,
-    name: str,
-    types: tuple[ValueType, ...],
-    least: int,
-    *,
-    required: bool = False,
-) -> None:
-    """Check the element type and the length of a list that goes with the tokens."""
-    key = f"tokenizer.ggml.{name}"
-    value = file.get(key)
-    if value is None and not required:
-        return
-    if value is None or isinstance(value, (str, int, float)):
-        found = "nothing" if value is None else "a single value"
-    elif file.types[key] not in types:
-        found = f"a list of {file.types[key].name}"
-    elif len(value) < least:
-        found = f"{len(value)} elements"
-    else:
-        return
-    raise InputError(
-        f"{key} does not fit the vocabulary",
-        path=file.path,
-        offset=file.value_offsets.get(key),
-        found=found,
-        expected=f"a list of {' or '.join(t.name for t in types)}, at least {least} long",
-    )
-
-
-def _check_byte_tokens(file: GGUFFile, tokens: StringArray) -> None:
-    """Check that every token marked as a byte names one, as llama.cpp parses it unchecked."""
-    types = file.get("tokenizer.ggml.token_type")
-    if types is None or isinstance(types, (str, int, float)):
-        return
-    for i in range(len(tokens)):
-        if types[i] == TOKEN_BYTE and not _BYTE_TOKEN.fullmatch(tokens[i]):
-            raise InputError(
-                f"token {i} is marked as a byte but names none",
-                path=file.path,
-                offset=file.value_offsets["tokenizer.ggml.tokens"],
-                found=ascii(tokens[i])[:40],
-                expected="<0x00> to <0xFF>",
-            )
-
-
-def _check_special_ids(file: GGUFFile, n_vocab: int) -> dict[str, int]:
-    """Check that the ids of special tokens lie within the vocabulary."""
-    ids = {}
-    for name in _SPECIAL_IDS:
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = file.get(key)
-        if value is None:
-            continue
-        if isinstance(value, int) and 0 <= value < n_vocab:
-            ids[name] = value
-        # Real files have padding ids beyond the vocabulary, and -1 for "none": llama.cpp ignores
-        # them, and nothing is trained on them. A wrong end token would spoil every example.
-        elif name == "eos" or (name in _TURN_ENDS and value not in (-1, 0xFFFFFFFF)):
-            raise InputError(
-                f"{key} is outside the vocabulary",
-                path=file.path,
-                offset=file.value_offsets[key],
-                found=ascii(value)[:40],
-                expected=f"0 to {n_vocab - 1}",
-            )
-    return ids
 
 
 def _check_tensors(

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # one another.
 LAYERS = """
 errors terminal file_kinds options config description progress interrupt
-gguf_types cursor gguf_parse gguf_check gguf gguf_write metal matmul_peak
+gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal matmul_peak
 chat_template jinja encoding builtin_templates templates vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
 llamacpp ggml_quants engine adapter checkpoint planner fetch hub base rundir report trainer
-evaluate train convert inspect generate doctor bench
+evaluate train convert inspect merge generate doctor bench
 command cli
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]

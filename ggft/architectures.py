@@ -1,0 +1,62 @@
+"""The architectures that ggft can train, as data: which tensors a model consists of.
+
+Source: the loading code of the pinned llama.cpp (src/models/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ArchitectureTraits:
+    """What is particular to an architecture.
+
+    Attributes:
+        families: Models that use it, for messages.
+        rope: "normal" rotates neighbouring pairs, "neox" halves.
+        block: Name → shape of each tensor of a block, in letters: C n_embd, F n_ff, Q n_head times
+            head size, K n_head_kv times head size; in ggml's order.
+        model: The same for tensors outside the blocks; V is n_vocab, D half the head size.
+        block_optional: Tensors of a block that may be missing.
+        model_optional: Tensors outside the blocks that may be missing.
+    """
+
+    families: str
+    rope: str
+    block: Mapping[str, str]
+    model: Mapping[str, str]
+    block_optional: Mapping[str, str]
+    model_optional: Mapping[str, str]
+
+
+ARCHITECTURES: Mapping[str, ArchitectureTraits] = {
+    "llama": ArchitectureTraits(
+        families="Llama 1/2/3, Mistral, TinyLlama, SmolLM2",
+        rope="normal",
+        block={
+            "attn_norm.weight": "C",
+            "attn_q.weight": "CQ",
+            "attn_k.weight": "CK",
+            "attn_v.weight": "CK",
+            "attn_output.weight": "QC",
+            "ffn_norm.weight": "C",
+            "ffn_gate.weight": "CF",
+            "ffn_up.weight": "CF",
+            "ffn_down.weight": "FC",
+        },
+        model={"token_embd.weight": "CV", "output_norm.weight": "C"},
+        block_optional={
+            "attn_q.bias": "Q",
+            "attn_k.bias": "K",
+            "attn_v.bias": "K",
+            "attn_output.bias": "C",
+            "ffn_gate.bias": "F",
+            "ffn_up.bias": "F",
+            "ffn_down.bias": "C",
+        },
+        model_optional={"output.weight": "CV", "rope_freqs.weight": "D"},
+    ),
+}
+SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
