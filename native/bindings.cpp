@@ -198,6 +198,23 @@ static nb::object dropout_mask(Engine & e, int64_t id, int64_t B, int64_t T, int
     return array;
 }
 
+static nb::dict probe(Engine & e, const std::string & op, IntArray tokens, IntArray positions, IntArray segments,
+                      IntArray targets, uint64_t seed, nb::dict arrays) {
+    check_targets(tokens, targets);
+    Arrays given;
+    for (auto [name, array] : arrays) {
+        const auto a = nb::cast<FloatArray>(array);
+        given[nb::cast<std::string>(name)].assign(a.data(), a.data() + a.size());
+    }
+    nb::dict result;
+    for (const auto & [name, values] : e.probe(op, batch_of(tokens, positions, segments, targets.data(), seed), given)) {
+        float * data;
+        result[name.c_str()] = new_array(values.size(), {values.size()}, data);
+        std::copy(values.begin(), values.end(), data);
+    }
+    return result;
+}
+
 static nb::list parameters(Engine & e) {
     nb::list result;
     for (const Parameter & p : e.lora().parameters()) {
@@ -320,6 +337,7 @@ NB_MODULE(_native, m) {
         .def("evaluate", &evaluate, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
         .def("token_nats", &token_nats, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
         .def("logits", &logits, "tokens"_a, "positions"_a, "segments"_a)
+        .def("probe", &probe, "op"_a, "tokens"_a, "positions"_a, "segments"_a, "targets"_a, "seed"_a, "arrays"_a)
         .def("dropout_mask", &dropout_mask, "id"_a, "n_rows"_a, "n_tokens"_a, "width"_a, "seed"_a)
         .def("optimizer_step", &Engine::optimizer_step, "lr"_a, "n_targets"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("zero_grad", [](Engine & e) { e.lora().zero_grad(); })

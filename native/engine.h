@@ -43,6 +43,8 @@ struct LossSum {
 // Makes every device lack an operation ("" for none), so that a test can see the refusal.
 void deny_family(const std::string & family);
 
+using Arrays = std::map<std::string, std::vector<float>>;
+
 class Engine {
   public:
     explicit Engine(const EngineConfig & config);
@@ -56,6 +58,8 @@ class Engine {
     void    logits(const MicroBatch & batch, float * out);      // [B*T, V]
     // Multipliers of dropout mask `id` = 4 * layer + {attention, output, feed-forward, down}, [N, width].
     void    dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint64_t seed, float * out);
+    // Runs one operation forward and backward on arrays, see probe.cpp; adds to the gradients of its adapter.
+    Arrays  probe(const std::string & op, const MicroBatch & batch, const Arrays & given);
     double  optimizer_step(float lr, int64_t n_targets);
     void    cancel() { cancelled_ = true; }
 
