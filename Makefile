@@ -23,6 +23,9 @@ NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
 comma := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
+# Against the llama.cpp in this environment, in a build folder that only this environment uses.
+IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
+
 .DEFAULT_GOAL := help
 .PHONY: setup dev model finetune chat test fuzz check format stub bench bench-setup clean help
 .NOTPARALLEL:
@@ -113,6 +116,7 @@ $(VENV)/bin/python:
 	"$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # llama.cpp is compiled for this machine: on a Mac with Metal, elsewhere for this very CPU (its defaults).
+# Other CMAKE_ARGS make another llama.cpp, which must neither come from pip's cache nor go there.
 $(VENV)/.$(subst ==,-,$(LLAMA)): | $(VENV)/bin/python
 	@for c in "$${CC:-cc} -x c" "$${CXX:-c++} -x c++"; do \
 	    echo 'int main(void) { return 0; }' | $$c - -o $(VENV)/.probe 2>/dev/null \
@@ -122,17 +126,17 @@ $(VENV)/.$(subst ==,-,$(LLAMA)): | $(VENV)/bin/python
 	@$(PIP) install 'pip>=23.1' cmake ninja $(BUILD_TOOLS)
 	@echo "Building llama.cpp for this machine (once; some minutes)"
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" \
-	    $(PIP) install --no-binary llama-cpp-python "$(LLAMA)"
+	    $(PIP) install $(if $(CMAKE_ARGS),--no-cache-dir) --no-binary llama-cpp-python "$(LLAMA)"
 	@touch "$@"
 
 $(VENV)/.setup: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
 	@echo "Building ggft"
-	@$(PIP) install --no-build-isolation -e .
+	@$(PIP) install $(IN_PLACE) -e .
 	@touch "$@"
 
 $(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
 	@echo "Building ggft, with the tools for its development"
-	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@$(PIP) install $(IN_PLACE) -e '.[dev]'
 	@touch $(VENV)/.setup "$@"
 
 $(PEER)/.setup: bench/peer-requirements.txt | $(VENV)/bin/python
