@@ -262,6 +262,10 @@ static nb::dict info(Engine & e) {
     nb::dict buffers;
     for (const auto & [name, bytes] : e.buffer_bytes()) { buffers[name.c_str()] = bytes; }
     d["buffers"] = buffers;
+    nb::dict traffic;
+    traffic["to_device"]   = e.traffic().to_device;
+    traffic["from_device"] = e.traffic().from_device;
+    d["traffic"]           = traffic;
     return d;
 }
 

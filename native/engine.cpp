@@ -11,7 +11,8 @@ namespace ggft {
 
 static constexpr size_t GRAPH_NODES = 4096;
 // Bytes of logits that exist at once; decides how many positions a chunk of the loss head has.
-static constexpr size_t LOGIT_BYTES = 96u << 20;
+static constexpr size_t  LOGIT_BYTES = 96u << 20;
+static constexpr int64_t CHUNK_ALIGN = 64;
 
 Engine::Engine(const EngineConfig & config) : config_(config) {
     require(config.n_rows >= 1 && config.n_tokens >= 2, ErrorKind::input, "a micro-batch needs rows and tokens");
@@ -31,7 +32,7 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
     decoder_ = std::make_unique<Decoder>(*model_, *lora_, *ops_, in_);
     alloc_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
     const size_t row_bytes = (size_t) model_->hparams.n_vocab * sizeof(float);
-    chunk_ = std::clamp<int64_t>((int64_t) (LOGIT_BYTES / row_bytes), 16, config.n_rows * config.n_tokens);
+    chunk_ = std::max(CHUNK_ALIGN, (int64_t) (LOGIT_BYTES / row_bytes) / CHUNK_ALIGN * CHUNK_ALIGN);
     allocate_inputs();
     allocate_saved();
     check_graphs();
@@ -260,13 +261,18 @@ void Engine::forward(bool training) {
 
 void Engine::head(bool training) {
     if (training) { ggml_backend_tensor_memset(dx_, 0, 0, ggml_nbytes(dx_)); }
-    const int64_t n_chunks = (n_targets_ + chunk_ - 1) / chunk_;
-    for (int64_t i = 0; i < n_chunks; i++) {
-        // Chunks of equal size, so that none is too small to pay for reading the output matrix.
-        const int64_t first = n_targets_ * i / n_chunks, last = n_targets_ * (i + 1) / n_chunks;
-        Graph         g     = head_graph(first, last - first, training);
+    const int64_t size = chunk_of(n_targets_);
+    for (int64_t first = 0; first < n_targets_; first += size) {
+        Graph g = head_graph(first, std::min(size, n_targets_ - first), training);
         run(g);
     }
+}
+
+// Positions per chunk of the loss head: of equal size, so that none is too small to pay for reading the
+// output matrix, and starting where every device can bind a view.
+int64_t Engine::chunk_of(int64_t n) const {
+    const int64_t n_chunks = (n + chunk_ - 1) / chunk_, size = (n + n_chunks - 1) / std::max<int64_t>(n_chunks, 1);
+    return std::min(chunk_, (size + CHUNK_ALIGN - 1) / CHUNK_ALIGN * CHUNK_ALIGN);
 }
 
 void Engine::backward() {
@@ -276,8 +282,9 @@ void Engine::backward() {
     }
 }
 
-std::vector<double> Engine::read_nats(int64_t n) const {
+std::vector<double> Engine::read_nats(int64_t n) {
     std::vector<double> nats((size_t) n);
+    traffic_.from_device += (size_t) n * nats_->nb[0];
     if (nats_->type == GGML_TYPE_F64) {
         ggml_backend_tensor_get(nats_, nats.data(), 0, nats.size() * sizeof(double));
         return nats;
@@ -288,7 +295,7 @@ std::vector<double> Engine::read_nats(int64_t n) const {
     return nats;
 }
 
-double Engine::sum_nats(int64_t n) const {
+double Engine::sum_nats(int64_t n) {
     double sum = 0;
     for (double x : read_nats(n)) { sum += x; }
     require(std::isfinite(sum), ErrorKind::numeric, "the loss is not finite");

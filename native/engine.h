@@ -35,6 +35,11 @@ struct MicroBatch {
     uint64_t        seed = 0;
 };
 
+// Bytes that a micro-batch moves between host and device.
+struct Traffic {
+    size_t to_device = 0, from_device = 0;
+};
+
 struct LossSum {
     double  nats      = 0;
     int64_t n_targets = 0;
@@ -70,6 +75,8 @@ class Engine {
     void                                  set_profiling(bool on);
     const std::map<std::string, double> & profile() const { return profile_; }
 
+    const Traffic & traffic() const { return traffic_; }  // of the last micro-batch
+
     const Model &        model() const { return *model_; }
     Lora &               lora() { return *lora_; }
     const EngineConfig & config() const { return config_; }
@@ -87,6 +94,7 @@ class Engine {
     void   set_inputs(const MicroBatch & batch);
     void   set_portable_inputs(const MicroBatch & batch, const std::vector<int32_t> & starts,
                                const std::vector<int32_t> & labels);
+    void   put(Tensor t, const void * data, size_t bytes);
     void   fill_rope_cache();
     void   fill_pool();
     void   run(Graph & g);
@@ -94,8 +102,9 @@ class Engine {
     void   compute(Graph & g);
     void   run_profiled(Graph & g);
     void   check_cancelled() const;
-    double sum_nats(int64_t n) const;
-    std::vector<double> read_nats(int64_t n) const;
+    double sum_nats(int64_t n);
+    std::vector<double> read_nats(int64_t n);
+    int64_t             chunk_of(int64_t n) const;
 
     Tensor      rows_of(Graph & g, Tensor buffer) const;  // first N columns
     Tensor      input_of(Graph & g, int64_t layer, bool training) const;
@@ -106,6 +115,7 @@ class Engine {
     void        backward();
     Graph       block_forward_graph(int64_t layer, bool training);
     Graph       block_backward_graph(int64_t layer);
+    Graph       mask_graph();
     Graph       embed_graph(bool training);
     Graph       logits_graph(int64_t first, int64_t n);
     Graph       head_graph(int64_t first, int64_t n, bool training);
@@ -131,6 +141,7 @@ class Engine {
     std::vector<std::vector<KeptField>> kept_fields_;  // where, as the last forward pass left them
     Tensor                        dx_ = nullptr, nats_ = nullptr;
     int64_t                       n_targets_ = 0, chunk_ = 0;
+    Traffic                       traffic_;
     ggml_gallocr_ptr              alloc_;
     std::atomic<bool>             cancelled_{false};
     bool                          profiling_ = false;

@@ -3,9 +3,7 @@
 #include "error.h"
 
 #include <algorithm>
-#include <limits>
 #include <random>
-#include <set>
 
 namespace ggft {
 
@@ -37,11 +35,12 @@ void Engine::allocate_inputs() {
         }
     }
     in_.mask     = inputs_->add(GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows}, "mask");
+    in_.spans    = inputs_->add(GGML_TYPE_F32, {1, N, 2}, "spans");
     in_.label_at = i32(N, "label_at");
     in_.arange   = i32(n_rows_max, "arange");
     if (config_.lora.dropout > 0) {
         in_.pool     = inputs_->add(GGML_TYPE_F32, {width, POOL_ROWS}, "pool");
-        in_.pool_ids = inputs_->add(GGML_TYPE_I32, {N, h.n_layer * INPUTS_PER_BLOCK}, "pool_ids");
+        in_.pool_ids = i32((N + 63) / 64 * 64 * h.n_layer * INPUTS_PER_BLOCK, "pool_ids");
     }
     inputs_->allocate();
     std::vector<int32_t> ids((size_t) n_rows_max);
@@ -94,8 +93,9 @@ void Engine::set_inputs(const MicroBatch & b) {
         }
     }
     n_targets_ = (int64_t) rows.size();
-    auto set   = [](Tensor t, const int32_t * data, size_t n) {
-        if (t != nullptr && n > 0) { ggml_backend_tensor_set(t, data, 0, n * sizeof(int32_t)); }
+    traffic_   = {};
+    auto set   = [this](Tensor t, const int32_t * data, size_t n) {
+        if (t != nullptr) { put(t, data, n * sizeof(int32_t)); }
     };
     set(in_.tokens, b.tokens, (size_t) N);
     set(in_.positions, b.positions, (size_t) N);
@@ -134,35 +134,55 @@ void Engine::fill_rope_cache() {
 
 void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t> & starts,
                                  const std::vector<int32_t> & labels) {
-    const int64_t T = b.T, n = (int64_t) labels.size();
-    const auto    zero = ggml_fp32_to_fp16(0.0f), minus_inf = ggml_fp32_to_fp16(-std::numeric_limits<float>::infinity());
-    std::vector<ggml_fp16_t> mask((size_t) (b.B * T * T), minus_inf);
-    for (int64_t i = 0; i < b.B * T; i++) {
-        const int64_t row = i / T * T;
-        for (int64_t j = starts[(size_t) i]; j <= i; j++) { mask[(size_t) (i * T + j - row)] = zero; }
+    const int64_t      N = b.B * b.T, n = (int64_t) labels.size();
+    std::vector<float> spans((size_t) (2 * N));
+    for (int64_t i = 0; i < N; i++) {
+        spans[(size_t) i]       = (float) (starts[(size_t) i] - i / b.T * b.T);
+        spans[(size_t) (N + i)] = (float) (i % b.T);
     }
-    ggml_backend_tensor_set(in_.mask, mask.data(), 0, mask.size() * sizeof(ggml_fp16_t));
+    put(in_.spans, spans.data(), spans.size() * sizeof(float));
+    Graph mask = mask_graph();
+    allocate_graph(mask);
+    compute(mask);
 
-    // The chunks that Engine::head walks; a label's place counts from its chunk's start.
+    // A label's place counts from the start of its chunk.
     std::vector<int32_t> at((size_t) n);
-    const int64_t        n_chunks = (n + chunk_ - 1) / chunk_;
-    for (int64_t c = 0; c < n_chunks; c++) {
-        const int64_t first = n * c / n_chunks, last = n * (c + 1) / n_chunks;
-        for (int64_t i = first; i < last; i++) {
-            at[(size_t) i] = (int32_t) ((i - first) * model_->hparams.n_vocab + labels[(size_t) i]);
-        }
+    for (int64_t i = 0; i < n; i++) {
+        at[(size_t) i] = (int32_t) (i % chunk_of(n) * model_->hparams.n_vocab + labels[(size_t) i]);
     }
-    if (n > 0) { ggml_backend_tensor_set(in_.label_at, at.data(), 0, at.size() * sizeof(int32_t)); }
+    put(in_.label_at, at.data(), at.size() * sizeof(int32_t));
 
     if (in_.seed != 0 && in_.pool != nullptr) {
         std::mt19937_64      random(in_.seed);
-        std::vector<int32_t> ids((size_t) (b.B * T));
-        for (int64_t i = 0; i < in_.pool_ids->ne[1]; i++) {
-            for (int32_t & id : ids) { id = (int32_t) (random() % POOL_ROWS); }
-            ggml_backend_tensor_set(in_.pool_ids, ids.data(), (size_t) i * in_.pool_ids->nb[1],
-                                    ids.size() * sizeof(int32_t));
-        }
+        const int64_t        n_sites = model_->hparams.n_layer * INPUTS_PER_BLOCK;
+        std::vector<int32_t> ids((size_t) (n_sites * in_.pool_stride()));
+        for (int32_t & id : ids) { id = (int32_t) (random() % POOL_ROWS); }
+        put(in_.pool_ids, ids.data(), ids.size() * sizeof(int32_t));
     }
+}
+
+// Sends to the device, and counts.
+void Engine::put(Tensor t, const void * data, size_t bytes) {
+    if (bytes == 0) { return; }
+    ggml_backend_tensor_set(t, data, 0, bytes);
+    traffic_.to_device += bytes;
+}
+
+// The attention mask from each token's span, made where it is needed: T*T values per row never cross.
+Graph Engine::mask_graph() {
+    Graph          g(64);
+    ggml_context * c    = g.ctx();
+    const int64_t  T    = in_.T, N = in_.N();
+    auto           span = [&](size_t which) {
+        return ggml_view_2d(c, in_.spans, 1, N, sizeof(float), which * (size_t) N * sizeof(float));
+    };
+    Tensor key    = ggml_repeat_4d(c, ggml_arange(c, 0.0f, (float) T, 1.0f), T, N, 1, 1);
+    Tensor before = ggml_step(c, ggml_scale_bias(c, ggml_sub(c, key, span(0)), -1.0f, -0.5f));
+    Tensor after  = ggml_step(c, ggml_scale_bias(c, ggml_sub(c, key, span(1)), 1.0f, -0.5f));
+    // The largest that half precision holds; its exponential is 0.
+    Tensor masked = ggml_scale(c, ggml_add(c, before, after), -60000.0f);
+    g.expand(ggml_cpy(c, masked, ggml_view_2d(c, in_.mask, T, N, (size_t) T * sizeof(ggml_fp16_t), 0)));
+    return g;
 }
 
 // ---- the graph against the device ----
@@ -189,6 +209,7 @@ std::vector<NodeReport> Engine::graph_report(bool gpu) {
     in_.seed             = config_.lora.dropout > 0 ? 1 : 0;
     const int64_t first  = config_.lora.layer_first, n = std::min(chunk_, in_.N());
     GraphReport   report(backend_.get(), denied_family);
+    if (in_.mask != nullptr) { report.add(mask_graph()); }
     auto          walk_head = [&](bool training) {
         report.add(embed_graph(training));
         report.add(head_graph(0, n, training));

@@ -24,7 +24,8 @@ struct Inputs {
     Tensor  tokens    = nullptr;  // I32 [N]
     Tensor  positions = nullptr;  // I32 [N], restart at each example
     Tensor  starts    = nullptr;  // I32 [N], index of the first token of a token's example
-    Tensor  mask      = nullptr;  // F16 [T, T, 1, B], 0 where attended, -inf elsewhere; GgmlOps only
+    Tensor  mask      = nullptr;  // F16 [T, T, 1, B], 0 where attended, -60000 elsewhere; GgmlOps only
+    Tensor  spans     = nullptr;  // F32 [1, N, 2], first and last attended position within the row; GgmlOps only
     Tensor  rope_cos  = nullptr;  // F32 [n_dims/2, N] cosine of each pair's angle; FusedOps only
     Tensor  rope_sin  = nullptr;
     Tensor  rows      = nullptr;  // I32 [N], indices of the trained positions, then padding
@@ -32,10 +33,12 @@ struct Inputs {
     Tensor  label_at  = nullptr;  // I32 [N], label + V * (index within its chunk); GgmlOps only
     Tensor  arange    = nullptr;  // I32 [max rows of a weight], 0 1 2 ...; GgmlOps only
     Tensor  pool      = nullptr;  // F32 [max C_in, P] rows of dropout multipliers; GgmlOps only
-    Tensor  pool_ids  = nullptr;  // I32 [N, sites] rows of the pool for each token; GgmlOps only
+    Tensor  pool_ids  = nullptr;  // I32 [sites * stride] rows of the pool for each token; GgmlOps only
     uint64_t seed     = 0;        // 0: no dropout
 
     int64_t N() const { return B * T; }
+    // Elements from one site's ids to the next: views start where every device can bind them.
+    int64_t pool_stride() const { return (N() + 63) / 64 * 64; }
 };
 
 // The input of one or more linears: x, and what LoRA sees of it.

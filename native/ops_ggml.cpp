@@ -13,7 +13,7 @@ namespace {
 
 // Largest piece of a weight that is dequantized at once, and of attention scores that exist at once.
 constexpr int64_t SCRATCH_ELEMENTS = 16 << 20;
-constexpr int64_t SCORE_ELEMENTS   = 64 << 20;
+constexpr int64_t SCORE_ELEMENTS   = 8 << 20;
 
 Tensor transposed(Graph & g, Tensor x) { return ggml_cont(g.ctx(), ggml_transpose(g.ctx(), x)); }
 
@@ -54,7 +54,7 @@ class GgmlOps : public Ops {
         if (!dropout || in.seed == 0 || in.pool == nullptr) { return r; }
         ggml_context * c    = g.ctx();
         Tensor         pool = ggml_view_2d(c, in.pool, x->ne[0], in.pool->ne[1], in.pool->nb[1], 0);
-        Tensor         ids  = ggml_view_1d(c, in.pool_ids, in.N(), (size_t) id * in.pool_ids->nb[1]);
+        Tensor ids = ggml_view_1d(c, in.pool_ids, in.N(), (size_t) (id * in.pool_stride()) * sizeof(int32_t));
         r.keep              = ggml_get_rows(c, pool, ids);
         r.dropped           = ggml_mul(c, x, r.keep);
         return r;
