@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test fuzz check format stub bench bench-setup clean help
+.PHONY: setup dev model finetune chat test fuzz check format stub docs bench bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
