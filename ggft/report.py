@@ -3,32 +3,275 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from ggft import __version__
+from ggft.recipe import Losses, Verdict, judge
 from ggft.rundir import RunDirectory
+
+Points = Sequence[tuple[float, float]]
+
+# Which of the engine's buffers each part of a plan becomes.
+_BUFFERS = {
+    "weights (mapped)": ("weights",),
+    "LoRA, gradients, moments": ("lora",),
+    "saved for the backward pass": ("saved",),
+    "scratch": ("compute", "inputs"),
+}
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #8c959f; --line: #d0d7de;
+  --a: #0969da; --b: #bc4c00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --faint: #7d8590; --line: #30363d; --a: #4493f8;
+    --b: #f0883e; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.verdict { border-left: 4px solid var(--a); padding: .5rem 1rem; background: #8882; }
+table { border-collapse: collapse; } td, th { padding: .2rem 1rem .2rem 0; text-align: left;
+  border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
+pre { white-space: pre-wrap; margin: 0; font: inherit; }
+"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a report is made of."""
+    """All that a report is made of.
 
-    config: dict[str, Any]
+    Attributes:
+        settings: The run's config.yaml.
+        model: The base model's name.
+        plan: What was planned, as `Plan.record` gives it.
+        engine: What `Engine.info` says.
+        account: What became of the rows of the data.
+        state: The run's last state.
+        metrics: The lines of metrics.jsonl.
+        samples: Questions with the answers of base and adapter.
+        peak_bytes: The process's largest resident size.
+        n_held_out: Held-out examples.
+    """
+
+    settings: dict[str, Any]
     model: str
-    n_steps: int
     plan: dict[str, Any]
     engine: dict[str, Any]
+    account: dict[str, Any]
     state: dict[str, Any]
     metrics: list[dict[str, Any]]
+    peak_bytes: int
+    n_held_out: int
+    samples: list[dict[str, str]]
 
-    def verdict(self) -> str:
-        """Return what was learned, in a sentence with its numbers."""
-        losses = [record["loss"] for record in self.metrics if "loss" in record]
-        return f"training loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Metrics of optimizer steps."""
+        return [record for record in self.metrics if "loss" in record]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Metrics of evaluations on held-out examples."""
+        return [record for record in self.metrics if "val_loss" in record]
+
+    def losses(self) -> Losses:
+        """Return the losses that a verdict rests on."""
+        steps, held_out = self.steps, [record["val_loss"] for record in self.evaluations]
+        few = max(1, len(steps) // 20)
+        epoch = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
+        return Losses(
+            train_before=_mean_loss(steps[:few]),
+            train_after=_mean_loss(epoch),
+            val_before=held_out[0] if len(held_out) > 1 else None,
+            val_best=min(held_out[1:]) if len(held_out) > 1 else None,
+            val_last=held_out[-1] if len(held_out) > 1 else None,
+            n_val=self.n_held_out,
+        )
+
+    def verdict(self) -> Verdict:
+        """Return what was learned, with its numbers."""
+        return judge(self.losses())
+
+    def tokens_per_s(self) -> float:
+        """Return tokens of the data trained per second, over all steps but the first."""
+        steps = self.steps
+        if len(steps) < 2:
+            return float(steps[0]["tokens_per_s"]) if steps else 0.0
+        seconds = steps[-1]["elapsed_s"] - steps[0]["elapsed_s"]
+        return float((steps[-1]["tokens_seen"] - steps[0]["tokens_seen"]) / max(seconds, 1e-9))
+
+    def memory(self) -> list[tuple[str, int, int | None]]:
+        """Return (part, predicted bytes, bytes of the engine's buffers) of the plan."""
+        buffers: Mapping[str, int] = self.engine.get("buffers", {})
+        rows: list[tuple[str, int, int | None]] = []
+        for part, predicted in self.plan["parts_bytes"].items():
+            names = _BUFFERS.get(part, ())
+            actual = sum(int(buffers.get(name, 0)) for name in names) if names else None
+            rows.append((part, predicted, actual))
+        rows.append(("peak of the process", self.plan["total_bytes"], self.peak_bytes))
+        return rows
+
+    def record(self) -> dict[str, Any]:
+        """Return the report as plain data; the metrics stay in metrics.jsonl."""
+        data = asdict(self)
+        del data["metrics"]
+        verdict = self.verdict()
+        return {
+            "ggft": __version__,
+            "verdict": {"kind": verdict.kind, "text": verdict.text},
+            "losses": asdict(self.losses()),
+            "steps": len(self.steps),
+            "tokens_per_s": round(self.tokens_per_s(), 1),
+            **data,
+        }
+
+
+def _mean_loss(steps: Sequence[dict[str, Any]]) -> float:
+    """Return the mean loss per trained token over steps."""
+    count = sum(step["trained_tokens"] for step in steps)
+    return float(sum(step["loss"] * step["trained_tokens"] for step in steps) / count)
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_report(run: RunDirectory, outcome: Outcome) -> None:
     """Write report.json and report.html."""
-    record = {"ggft": __version__, **asdict(outcome), "verdict": outcome.verdict()}
-    run.write_text(run.report_json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(outcome.record(), indent=1, ensure_ascii=False)
+    run.write_text(run.report_json, text + "\n")
+    run.write_text(run.report_html, html(outcome))
+
+
+def html(outcome: Outcome) -> str:
+    """Return the report as a page without scripts or links to anything outside."""
+    verdict = outcome.verdict()
+    losses = [("training", "--a", [(s["step"], s["loss"]) for s in outcome.steps])]
+    if outcome.evaluations:
+        held_out = [(e["step"], e["val_loss"]) for e in outcome.evaluations]
+        losses.append(("held out", "--b", held_out))
+    speed = [(s["step"], s["tokens_per_s"]) for s in outcome.steps]
+    rates = [(s["step"], s["lr"]) for s in outcome.steps]
+    sections = [
+        f"<h1>{escape(outcome.model)}</h1>",
+        f'<p class="verdict">{escape(verdict.text)}</p>',
+        "<h2>Loss (nats per trained token)</h2>",
+        chart(losses),
+        *_samples(outcome),
+        "<h2>Memory, predicted and used</h2>",
+        _table(
+            ("part", "predicted", "used"),
+            [(part, _mib(planned), _mib(used)) for part, planned, used in outcome.memory()],
+        ),
+        f"<h2>Speed (tokens per second; {outcome.tokens_per_s():.1f} on average)</h2>",
+        chart([("tokens/s", "--a", speed)], height=120),
+        "<h2>Learning rate</h2>",
+        chart([("lr", "--a", rates)], height=120),
+        "<h2>Data</h2>",
+        _table(("what", ""), _plain(outcome.account)),
+        "<h2>Settings</h2>",
+        _table(("what", ""), _plain(outcome.settings)),
+        "<h2>Engine</h2>",
+        _table(("what", ""), _plain({"ggft": __version__, **outcome.engine})),
+    ]
+    body = "\n".join(sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>ggft: {escape(outcome.model)}</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _samples(outcome: Outcome) -> list[str]:
+    if not outcome.samples:
+        return []
+    rows = [(s["question"], s["before"], s["after"]) for s in outcome.samples]
+    return ["<h2>Answers before and after</h2>", _table(("asked", "before", "after"), rows)]
+
+
+def _plain(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the entries that say something in a cell."""
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in values.items()
+        if value not in (None, [], {}) and not isinstance(value, dict)
+    ]
+
+
+def _mib(n: int | None) -> str:
+    return "" if n is None else f"{n / 2**20:,.0f} MiB"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; cells that begin with a digit are set right."""
+
+    def cell(tag: str, text: str) -> str:
+        number = text[:1].isdigit() and text.endswith("MiB")
+        kind = ' class="n"' if number else ""
+        return f"<{tag}{kind}><pre>{escape(text)}</pre></{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", text) for text in head) + "</tr>"]
+    lines += ["<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows]
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def chart(series: Sequence[tuple[str, str, Points]], *, height: int = 240) -> str:
+    """Return an SVG of lines (name, colour variable, points) over steps.
+
+    The vertical axis begins at 0, so that a loss that hardly moved looks it.
+    """
+    width, left, bottom, top = 800, 56, 22, 10
+    points = [point for _, _, line in series for point in line]
+    if not points:
+        return "<p>no data</p>"
+    x_first, x_last = min(x for x, _ in points), max(x for x, _ in points)
+    y_last = max(y for _, y in points) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = (x - x_first) / ((x_last - x_first) or 1)
+        return (
+            round(left + share * (width - left - 10), 1),
+            round(height - bottom - y / y_last * (height - bottom - top), 1),
+        )
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
+    for i in range(5):
+        value = y_last * i / 4
+        _, y = at(x_first, value)
+        parts.append(
+            f'<line x1="{left}" x2="{width - 10}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
+            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
+        )
+    for x, anchor in ((x_first, "start"), (x_last, "end")):
+        parts.append(
+            f'<text x="{at(x, 0)[0]}" y="{height - 6}" text-anchor="{anchor}">{x:g}</text>'
+        )
+    for number, (name, colour, line) in enumerate(series):
+        path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in _thin(line)))
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.5"/>'
+        )
+        if len(series) > 1:
+            parts.append(
+                f'<text x="{width - 16}" y="{top + 12 + 14 * number}" text-anchor="end" '
+                f'style="fill:var({colour})">{escape(name)}</text>'
+            )
+    return "".join(parts) + "</svg>"
+
+
+def _thin(line: Points, n_max: int = 800) -> Points:
+    """Return at most about `n_max` points: means over equal stretches."""
+    size = -(-len(line) // n_max)
+    if size <= 1:
+        return line
+    blocks = [line[i : i + size] for i in range(0, len(line), size)]
+    return [(block[-1][0], sum(y for _, y in block) / len(block)) for block in blocks]

@@ -18,7 +18,7 @@ from ggft.interrupt import StopSignals
 from ggft.options import to_record, to_yaml
 from ggft.planner import Plan
 from ggft.progress import Progress
-from ggft.report import Outcome, write_report
+from ggft.report import Outcome, peak_rss_bytes, write_report
 from ggft.rundir import RunDirectory
 from ggft.steps import Steps
 
@@ -154,18 +154,26 @@ class Trainer:
     def finish(self) -> None:
         """Write the report and say what came of it."""
         outcome = Outcome(
-            config=to_record(self.config),
+            settings=to_record(self.config),
             model=self.base.name,
-            n_steps=self.engine.step,
             plan=self.plan.record(),
             engine=self.engine.info(),
+            account=asdict(self.data.account),
             state=asdict(self.state),
             metrics=self.run.read_metrics(),
+            peak_bytes=peak_rss_bytes(),
+            n_held_out=len(self.data.validation),
+            samples=[],
         )
         write_report(self.run, outcome)
-        self.progress.event("done", adapter=str(self.run.adapter), verdict=outcome.verdict())
+        verdict = outcome.verdict()
+        self.progress.event(
+            "done", adapter=str(self.run.adapter), verdict=verdict.kind, text=verdict.text,
+            steps=self.engine.step, peak_bytes=outcome.peak_bytes,
+        )  # fmt: skip
+        self.progress.result(verdict.text)
         self.progress.result(f"adapter: {self.run.adapter}")
-        self.progress.result(f"verdict: {outcome.verdict()}")
+        self.progress.result(f"report:  {self.run.report_html}")
 
     def _step(self) -> None:
         """Do one optimizer step: gradients of its micro-batches, then the update."""

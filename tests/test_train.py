@@ -44,6 +44,8 @@ class Case:
             "output": str(self.folder / output),
             "threads": 1,
             "val_split": 0,
+            "lr": 3e-4,
+            "dropout": 0.1,
             "save_steps": 5,
         }
         return make(FinetuneConfig, {**values, **given})
@@ -335,7 +337,7 @@ def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
     run = case.folder / "run"
     arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0"],
+        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stderr is not None

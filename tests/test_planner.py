@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ggft import planner
+from ggft.config import TARGETS
+from ggft.errors import ResourceError
+from ggft.gguf import check_model, read_gguf
+from ggft.planner import Shape, available_bytes, make_plan, physical_cores, predict, weights_bytes
+from tests.models import Spec, write_model
+
+GB = 10**9
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Shape:
+    return shape_of(tmp_path, Spec(n_layer=3))
+
+
+def shape_of(folder: Path, spec: Spec, targets: tuple[str, ...] = TARGETS) -> Shape:
+    file = read_gguf(write_model(folder / "m.gguf", spec).path)
+    return Shape(
+        model=check_model(file), weights_bytes=weights_bytes(file), targets=targets,
+        layer_first=0, layer_last=spec.n_layer, rank=4,
+    )  # fmt: skip
+
+
+def test_trained_parameters_are_counted(shape: Shape) -> None:
+    # q 64+64, k and v 64+32, o 64+64, gate, up and down 64+96
+    assert shape.n_trained() == 3 * 4 * (128 + 96 + 96 + 128 + 3 * 160)
+
+
+def test_more_tokens_and_kept_internals_cost_more(shape: Shape) -> None:
+    def total(rows: int, tokens: int, keep: bool) -> int:
+        return sum(predict(shape, rows, tokens, keep=keep).values())
+
+    assert total(1, 64, False) < total(2, 64, False) < total(2, 64, True) < total(2, 128, True)
+
+
+def test_blocks_below_the_trained_ones_save_nothing(tmp_path: Path) -> None:
+    spec = Spec(n_layer=3)
+    whole = shape_of(tmp_path, spec)
+    top = Shape(**{**whole.__dict__, "layer_first": 2})
+    part = "saved for the backward pass"
+    assert predict(top, 1, 64, keep=True)[part] < predict(whole, 1, 64, keep=True)[part] / 1.5
+
+
+def test_the_budget_decides(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "available_bytes", lambda: 100 * GB)
+    free = make_plan(shape, n_tokens=512, max_rows=64)
+    assert free.keep
+    floor = sum(predict(shape, 1, 512, keep=False).values())
+    tight = make_plan(shape, n_tokens=512, max_rows=64, memory_bytes=floor)
+    assert (tight.n_rows, tight.keep) == (1, False)
+    assert tight.total_bytes <= floor
+    with pytest.raises(ResourceError) as caught:
+        make_plan(shape, n_tokens=512, max_rows=64, memory_bytes=floor - 1)
+    assert "--memory" in str(caught.value)
+    assert "--max-length 256" in str(caught.value)
+
+
+def test_nothing_fits(shape: Shape) -> None:
+    with pytest.raises(ResourceError, match="smaller model"):
+        make_plan(shape, n_tokens=512, max_rows=4, memory_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_user_decides_about_recomputation(shape: Shape, keep: bool) -> None:
+    assert make_plan(shape, n_tokens=64, max_rows=4, keep=keep).keep is keep
+
+
+def test_no_more_rows_than_a_step_has(shape: Shape) -> None:
+    assert make_plan(shape, n_tokens=64, max_rows=1, memory_bytes=100 * GB).n_rows == 1
+
+
+def test_every_plan_keeps_to_its_budget(shape: Shape) -> None:
+    for megabytes in (115, 120, 130, 150, 200, 400):
+        for rows in (1, 3, 16):
+            try:
+                plan = make_plan(shape, n_tokens=256, max_rows=rows, memory_bytes=megabytes << 20)
+            except ResourceError:
+                continue
+            assert plan.total_bytes <= megabytes << 20
+            assert 1 <= plan.n_rows <= rows
+
+
+def test_the_record_and_the_lines_say_the_same(shape: Shape) -> None:
+    plan = make_plan(shape, n_tokens=64, max_rows=4)
+    assert plan.record()["total_bytes"] == sum(plan.record()["parts_bytes"].values())
+    assert any("budget" in line for line in plan.lines())
+    assert any(f"{plan.n_trained:,}" in line for line in plan.lines())
+
+
+def test_this_machine() -> None:
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_bytes() <= total
+
+
+def test_a_container_limits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/sys/fs/cgroup/memory.max": "1000000\n",
+        "/sys/fs/cgroup/memory.current": "700000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 200000\n",
+    }
+    real = Path.read_text
+
+    def read_text(self: Path, *args: object) -> str:
+        return files.get(str(self)) or real(self)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_bytes() == 500_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_bytes() > 500_000
