@@ -26,6 +26,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Against the llama.cpp in this environment, in a build folder that only this environment uses.
 IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 
+# $(call given,NAME) repeats a variable that was given on make's command line.
+given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
+
 .DEFAULT_GOAL := help
 .PHONY: setup dev model finetune chat test fuzz check format stub docs bench bench-setup clean help
 .NOTPARALLEL:
@@ -41,7 +44,7 @@ dev: $(VENV)/.dev
 finetune: setup ## train MODEL on DATA into OUT (all set-up included)
 	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)" --resume $(ARGS)
 	@echo
-	@echo "Now talk to it:  make chat MODEL=\"$(MODEL)\" OUT=\"$(OUT)\""
+	@echo 'Now talk to it:  make chat$(call given,MODEL)$(call given,OUT)'
 
 chat: setup ## talk to MODEL with the adapter in OUT
 	@if [ -f "$(OUT)/adapter.gguf" ]; then \
