@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ggft.batching import TokenStore
-from ggft.corpus import Account, tokenize
-from ggft.datasets import load_examples
-from ggft.errors import InputError
+from ggft.corpus import Account, CorpusOptions, load_corpus
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.llamacpp import LlamaTokenizer
 from ggft.templates import Template, make_template
+from ggft.token_store import StoreView
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ def open_base(path: str, template: str) -> Base:
 class Data:
     """Tokenized examples; `validation` is empty when nothing is held out."""
 
-    train: TokenStore
-    validation: TokenStore
+    train: StoreView
+    validation: StoreView
     account: Account
     max_length: int
 
@@ -69,37 +66,26 @@ def load_data(
     base: Base,
     *,
     form: str,
-    max_length: int,
+    max_length: int | None,
     train_on_prompt: bool,
     check: Callable[[], None],
+    val_split: float | None = 0.0,
+    keep_duplicates: bool = True,
+    seed: int = 42,
 ) -> Data:
     """Read, check and tokenize data files; `check` is called often and may raise to stop.
 
     Raises:
         InputError: no file, a row that is not an example, or nothing to train on.
     """
-    if not paths:
-        raise InputError("no data is given", hint="name a file with --data")
-    account = Account()
-    max_length = min(max_length, base.info.n_ctx)
-
-    def examples() -> Iterator[Any]:
-        for example in load_examples(paths, form):
-            check()
-            yield example
-
-    train = tokenize(
-        examples(),
-        base.template,
+    options = CorpusOptions(
+        format_name=form,
+        n_ctx=base.info.n_ctx,
         max_length=max_length,
+        val_split=val_split,
         train_on_prompt=train_on_prompt,
-        account=account,
+        keep_duplicates=keep_duplicates,
+        seed=seed,
     )
-    if not len(train):
-        raise InputError(
-            "the data holds nothing to train on",
-            path=paths[0],
-            found=f"{account.n_rows} rows, {account.n_untrainable} without a trained token",
-            hint="see what is trained with `ggft prepare --preview 3`",
-        )
-    return Data(train, TokenStore(), account, max_length)
+    corpus = load_corpus(paths, base.template, options, check)
+    return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length)

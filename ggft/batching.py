@@ -10,18 +10,19 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from .token_store import TokenStore
 
-    IntArray = npt.NDArray[np.int32]
-    BoolArray = npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    from .token_store import BoolArray as BoolArray
+    from .token_store import IntArray as IntArray
+
+__all__ = ["Batch", "Batches", "Examples", "TokenStore", "pack"]
 
 ROW_MULTIPLE = 32  # rows are padded to this, so that few graph shapes occur
 
 
 class Examples(Protocol):
-    """A sequence of tokenized examples: a list wrapped by `TokenList`, or a `TokenStore`."""
+    """A sequence of tokenized examples: a `TokenStore`, or some of its examples."""
 
     @property
     def lengths(self) -> IntArray:
@@ -164,41 +165,3 @@ class Batches:
                 targets[b, at : at + n - 1] = np.where(trained[1:], ids[1:], -1)
                 at += n
         return {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets}
-
-
-class TokenStore:
-    """Tokenized examples in flat arrays: 5 bytes a token, whatever their number."""
-
-    def __init__(self) -> None:
-        from array import array
-
-        self._ids = array("i")
-        self._trained = bytearray()
-        self._ends = array("q", [0])
-
-    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
-        """Append an example."""
-        self._ids.extend(ids)
-        self._trained += bytes(trained)
-        self._ends.append(len(self._ids))
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self._ends) - 1
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens of each example, (N,)."""
-        import numpy as np
-
-        return np.diff(np.frombuffer(self._ends, np.int64)).astype(np.int32)
-
-    def get(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Return ids and trained mask of an example."""
-        import numpy as np
-
-        span = slice(self._ends[index], self._ends[index + 1])
-        return (
-            np.frombuffer(self._ids, np.int32)[span],
-            np.frombuffer(self._trained, np.bool_)[span],
-        )

@@ -158,7 +158,7 @@ class Splitter:
                 text,
                 isinstance(item.what, int),
                 item.side,
-                item.turn >= 0 and messages[item.turn].get("learn", True),
+                item.turn >= 0 and _is_learned(messages[item.turn]),
             )
             for text, item in zip(texts, shape, strict=True)
             if text
@@ -192,6 +192,11 @@ class Splitter:
 
 def _texts(message: Message) -> tuple[str, str]:
     return message["content"], message.get("input", "")
+
+
+def _is_learned(answer: Message) -> bool:
+    """Whether an answer is to be learned; an empty one would only teach to be silent."""
+    return answer.get("learn", True) and _filled(answer["content"])
 
 
 def _filled(text: str) -> bool:

@@ -1,16 +1,59 @@
 """From data files to tokenized training and validation examples, with an account of every row.
 
-`ggft finetune` and `ggft prepare` both stand on this, so that they drop, truncate and split alike.
+`ggft finetune` and `ggft prepare` both stand on this, so that they drop, cut and split alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .batching import TokenStore
-from .datasets import Example
+from .datasets import Example, check_format, read_examples
+from .dedup import Duplicates, Fingerprints, split
+from .errors import InputError
+from .formats import DataFiles, find_files
+from .recipe import choose_max_length, held_out_rows
 from .templates import Template
+from .token_store import StoreView, TokenStore
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    IntArray = npt.NDArray[np.int64]
+    BoolArray = npt.NDArray[np.bool_]
+
+TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
+N_SHOWN = 3  # places named in a warning
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How data is read.
+
+    Attributes:
+        format_name: One of `datasets.FORMATS`.
+        n_ctx: The model's context in tokens.
+        max_length: Longest example in tokens; None: chosen from the data.
+        val_split: Share of rows to hold out; None: chosen from the number of rows.
+        train_on_prompt: Whether prompts are learned, too.
+        keep_duplicates: Whether equal rows are all kept.
+        seed: Seed of the choice of held-out rows.
+        keep_tokens: Whether token ids are kept; without, everything is only counted.
+    """
+
+    format_name: str = "auto"
+    n_ctx: int = 1 << 30
+    max_length: int | None = None
+    val_split: float | None = None
+    train_on_prompt: bool = False
+    keep_duplicates: bool = False
+    seed: int = 42
+    keep_tokens: bool = True
 
 
 @dataclass
@@ -18,48 +61,269 @@ class Account:
     """What became of the rows.
 
     Attributes:
-        n_rows: Rows read.
-        n_kept: Rows tokenized and kept.
-        n_truncated: Kept rows that were longer than the limit and lost their end.
-        n_untrainable: Dropped rows without a token to learn.
-        n_tokens: Tokens kept.
-        n_trained: Tokens the loss counts.
+        n_rows: Rows read, of training and validation files.
+        n_kept: Examples kept for training.
+        n_held_out: Examples kept for validation.
+        n_duplicates: Rows dropped because they equal an earlier one.
+        n_near: Rows kept that nearly equal an earlier one.
+        n_truncated: Examples kept that were longer than the limit and lose their end.
+        n_untrainable: Rows dropped because they have no token to learn.
+        n_tokens: Training tokens.
+        n_trained: Training tokens that the loss counts.
+        val_share: Share of the rows that was to be held out.
+        notes: What was chosen from the data, a sentence each.
+        warnings: What a user should look at, a sentence each.
     """
 
     n_rows: int = 0
     n_kept: int = 0
+    n_held_out: int = 0
+    n_duplicates: int = 0
+    n_near: int = 0
     n_truncated: int = 0
     n_untrainable: int = 0
     n_tokens: int = 0
     n_trained: int = 0
+    val_share: float = 0.0
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def tokenize(
-    examples: Iterable[Example],
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized data.
+
+    Attributes:
+        train: Training examples.
+        validation: Held-out examples; empty when nothing is held out.
+        account: What became of the rows.
+        max_length: Where examples were cut.
+        fate: Of each row, in the order of the files: `train`, `valid`, or why it was dropped; (N,).
+        duplicates: What rows have to do with one another.
+        table: Where the rows are.
+    """
+
+    train: StoreView
+    validation: StoreView
+    account: Account
+    max_length: int
+    fate: npt.NDArray[np.str_]
+    duplicates: Duplicates
+    table: RowTable
+
+
+class RowTable:
+    """Where each row is, in 12 bytes a row."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._file = array("i")
+        self._line = array("q")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._file)
+
+    def add(self, file: int, line: int) -> None:
+        """Append a row of file number `file`."""
+        self._file.append(file)
+        self._line.append(line)
+
+    def file(self, row: int) -> int:
+        """Return the number of a row's file."""
+        return self._file[row]
+
+    def where(self, row: int) -> str:
+        """Return `file:line` of a row."""
+        return f"{self.paths[self._file[row]].name}:{self._line[row]}"
+
+
+def load_corpus(
+    paths: Iterable[str | Path],
     template: Template,
-    *,
-    max_length: int,
-    train_on_prompt: bool = False,
-    account: Account | None = None,
-) -> TokenStore:
-    """Tokenize examples, cut them to `max_length` tokens, and drop those with nothing to learn."""
-    account = account or Account()
-    store = TokenStore()
-    for example in examples:
-        account.n_rows += 1
-        if example.text is not None:
-            tokens = template.encode_text(example.text)
-        else:
-            tokens = template.encode_example(example.messages, train_on_prompt=train_on_prompt)
-        ids, trained = tokens.ids[:max_length], tokens.trained[:max_length]
-        n_trained = sum(trained[1:])
-        if not n_trained:
-            account.n_untrainable += 1
-            continue
-        store.add(ids, trained)
-        account.n_kept += 1
-        account.n_truncated += len(tokens.ids) > max_length
-        account.n_tokens += len(ids)
-        account.n_trained += n_trained
-    return store
+    options: CorpusOptions,
+    check: Callable[[], None] = lambda: None,
+) -> Corpus:
+    """Read, check, tokenize, deduplicate, cut and split data.
+
+    Args:
+        paths: Files and folders.
+        template: Renders and tokenizes conversations.
+        options: How data is read.
+        check: Called for every row; may raise to stop.
+
+    Raises:
+        InputError: A file cannot be read, a row is not an example, or nothing is left.
+    """
+    check_format(options.format_name)
+    return _Loader(find_files(paths), template, options, check).load()
+
+
+class _Loader:
+    """The work of `load_corpus`: read everything once, then decide row by row."""
+
+    def __init__(
+        self,
+        files: DataFiles,
+        template: Template,
+        options: CorpusOptions,
+        check: Callable[[], None],
+    ) -> None:
+        self.files = files
+        self.template = template
+        self.options = options
+        self.check = check
+        self.account = Account()
+        self.table = RowTable([*files.train, *files.valid])
+        self.prints = Fingerprints()
+        self.store = TokenStore(keep=options.keep_tokens)
+        self.row_of = array("q")  # of each example; a long text is several
+
+    def load(self) -> Corpus:
+        """Return the corpus."""
+        import numpy as np
+
+        for number, path in enumerate(self.table.paths):
+            self._read(number, path)
+        account, n = self.account, len(self.table)
+        account.n_rows = n
+        duplicates = self.prints.duplicates()
+        row_of = np.array(self.row_of, np.int64)
+        max_length = self._max_length()
+        n_trained = [self.store.n_trained(i, max_length) for i in range(len(self.store))]
+        trainable = np.array(n_trained, np.int64) > 0
+        learns = np.zeros(n, np.bool_)
+        learns[row_of[trainable]] = True
+        given = np.array([self.table.file(i) >= len(self.files.train) for i in range(n)], np.bool_)
+        copies = (duplicates.copy_of != np.arange(n)) & (given[duplicates.copy_of] == given)
+        if self.options.keep_duplicates:
+            copies[:] = False
+        usable = learns & ~copies
+        valid = usable & (given if self.files.valid else self._hold_out(duplicates, usable))
+        self._account(duplicates, learns, copies, valid, given)
+        view = [
+            StoreView(self.store, np.flatnonzero(trainable & side[row_of]), max_length)
+            for side in (usable & ~valid, valid)
+        ]
+        account.n_kept, account.n_held_out = len(view[0]), len(view[1])
+        account.n_tokens = int(view[0].lengths.sum(dtype=np.int64))
+        chosen = np.flatnonzero(trainable & (usable & ~valid)[row_of])
+        account.n_trained = sum(n_trained[i] for i in chosen.tolist())
+        account.n_truncated = int((self.store.lengths[trainable] > max_length).sum())
+        if account.n_truncated:
+            account.warnings.append(
+                f"{account.n_truncated} examples are longer than {max_length} tokens and lose their"
+                " end (--max-length)"
+            )
+        if not len(view[0]):
+            raise InputError(
+                "the data holds nothing to train on",
+                path=self.table.paths[0],
+                found=f"{n} rows, {account.n_untrainable} without a token to learn",
+                hint="each row needs an answer that is not empty and not beyond --max-length",
+            )
+        fate = np.where(valid, "valid", np.where(usable, "train", ""))
+        fate = np.where(copies, "duplicate", np.where(learns, fate, "nothing to learn"))
+        return Corpus(view[0], view[1], account, max_length, fate, duplicates, self.table)
+
+    def _read(self, number: int, path: Path) -> None:
+        """Read and tokenize one file."""
+        empty = True
+        for example, ids, trained in self._encoded(path):
+            empty = False
+            self.check()
+            row = len(self.table)
+            self.table.add(number, example.line)
+            self.prints.add(example.messages, example.text)
+            step = len(ids) or 1
+            if example.text is not None:
+                limit = self.options.max_length or TEXT_TOKENS
+                step = min(limit, self.options.n_ctx)
+            for at in range(0, len(ids) or 1, step):
+                self.store.add(ids[at : at + step], trained[at : at + step])
+                self.row_of.append(row)
+        if empty:
+            raise InputError("the file has no rows", path=path, expected="at least one example")
+
+    def _encoded(self, path: Path) -> Iterator[tuple[Example, list[int], list[bool]]]:
+        """Yield the examples of a file with their tokens."""
+        examples, queue = itertools.tee(read_examples(path, self.options.format_name))
+        encoded = self.template.encode_examples(
+            (e.messages if e.text is None else e.text for e in examples),
+            train_on_prompt=self.options.train_on_prompt,
+        )
+        for tokens, example in zip(encoded, queue, strict=False):
+            if isinstance(tokens, InputError):
+                raise InputError(
+                    tokens.message,
+                    path=example.path,
+                    line=example.line,
+                    found=tokens.found,
+                    expected=tokens.expected,
+                    hint=tokens.hint or "correct or remove this row, or choose another --template",
+                )
+            yield example, tokens.ids, tokens.trained
+
+    def _max_length(self) -> int:
+        """Return where examples are cut."""
+        asked, n_ctx = self.options.max_length, self.options.n_ctx
+        if asked is None:
+            chosen = choose_max_length(self.store.lengths.tolist(), n_ctx)
+            self.account.notes.append(f"examples of up to {chosen} tokens (--max-length)")
+            return chosen
+        if asked > n_ctx:
+            self.account.warnings.append(
+                f"--max-length {asked} is beyond the model's context of {n_ctx} tokens"
+            )
+        return min(asked, n_ctx)
+
+    def _hold_out(self, duplicates: Duplicates, usable: BoolArray) -> BoolArray:
+        """Return which rows to hold out."""
+        n, why = held_out_rows(int(usable.sum()), self.options.val_split)
+        self.account.val_share = n / max(1, int(usable.sum()))
+        held_out = split(duplicates.group, usable, n, self.options.seed)
+        if n and not held_out.any():
+            why = "no validation: the rows are too much alike to hold some of them out"
+        self.account.notes.append(why)
+        return held_out
+
+    def _account(
+        self,
+        duplicates: Duplicates,
+        learns: BoolArray,
+        copies: BoolArray,
+        valid: BoolArray,
+        given: BoolArray,
+    ) -> None:
+        """Count what is dropped and warn of what a user should look at."""
+        import numpy as np
+
+        account = self.account
+        account.n_untrainable = int((~learns).sum())
+        account.n_duplicates = int(copies.sum())
+        near = (duplicates.near >= 0) & ~copies
+        account.n_near = int(near.sum())
+        for rows, what in (
+            (~learns, "without an answer to learn, left out"),
+            (copies, "equal to an earlier row, left out"),
+            (near, "nearly equal to an earlier row; a split keeps them together"),
+        ):
+            if rows.any():
+                account.warnings.append(f"{int(rows.sum())} rows {what} ({self._places(rows)})")
+        if given.any():
+            seen = np.isin(duplicates.group[valid], duplicates.group[~given])
+            if seen.any():
+                rows = np.zeros(len(valid), np.bool_)
+                rows[np.flatnonzero(valid)[seen]] = True
+                account.warnings.append(
+                    f"{int(seen.sum())} of {int(valid.sum())} validation rows are (nearly) in the"
+                    f" training data; their loss says little ({self._places(rows)})"
+                )
+
+    def _places(self, rows: BoolArray) -> str:
+        """Name the first few of some rows."""
+        import numpy as np
+
+        found = np.flatnonzero(rows)
+        names = ", ".join(self.table.where(int(i)) for i in found[:N_SHOWN])
+        return names + (", …" if len(found) > N_SHOWN else "")

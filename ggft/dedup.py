@@ -67,20 +67,13 @@ class Fingerprints:
 
     def add(self, messages: Sequence[Message], text: str | None) -> None:
         """Take in a row: a conversation, or plain text."""
-        if text is not None:
-            whole, asked = text, text
-        else:
-            whole = "\x1e".join(
-                f"{m['role']}\x1f{m['content']}\x1f{m.get('input', '')}" for m in messages
-            )
-            asked = "\x1e".join(
-                f"{m['content']}\x1f{m.get('input', '')}"
-                for m in messages
-                if m["role"] != "assistant"
-            )
+        said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in messages]
+        whole = "\x1e".join(f"{role}\x1f{words}" for role, words in said) if said else text or ""
+        words = " ".join(words for _, words in said) if said else whole
+        asked = " ".join(words for role, words in said if role != "assistant") if said else whole
         self._whole.append(_hash(whole))
         self._asked.append(_hash(normalized(asked)))
-        self._signatures.extend(self._signature(normalized(whole[:MAX_CHARS])))
+        self._signatures.extend(self._signature(normalized(words[:MAX_CHARS])))
 
     def _signature(self, text: str) -> list[int]:
         """Return the MinHash signature of a text's shingles."""

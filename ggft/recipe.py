@@ -53,7 +53,7 @@ def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Su
     epochs = max(1, min(10, math.ceil(800 / max(n_rows, 1)))) if tiny else 3
     if n_rows > 20_000:
         epochs = 1 if n_rows > 100_000 else 2
-    batch = batch_size or (2 if n_rows < 32 else 4 if small else 8 if n_rows <= 20_000 else 16)
+    batch = batch_size or (4 if small else 8 if n_rows <= 20_000 else 16)
     rank = 8 if n_trained < 200_000 else 16 if n_trained < 2_000_000 else 32
     lr = 1e-3 if tiny else 5e-4 if small else 3e-4
     if batch > 16:
@@ -90,9 +90,11 @@ def held_out_rows(n_rows: int, share: float | None) -> tuple[int, str]:
         n_rows: Rows there are.
         share: The user's `--val-split`, None if not given.
     """
+    if share == 0:
+        return 0, "no validation (--val-split 0)"
     if share is not None:
-        n = min(n_rows - 1, math.ceil(share * n_rows)) if share > 0 else 0
-        return max(0, n), f"{max(0, n)} of {n_rows} rows held out (--val-split {share:g})"
+        n = max(0, min(n_rows - 1, math.ceil(share * n_rows - 1e-9)))
+        return n, f"{n} of {n_rows} rows held out (--val-split {share:g})"
     if n_rows < MIN_SPLIT_ROWS:
         return 0, (
             f"no validation: with {n_rows} rows (fewer than {MIN_SPLIT_ROWS}) every one is needed"

@@ -115,28 +115,31 @@ class Template:
         Raises:
             InputError: No answer, or the template cannot be split for this conversation.
         """
-        parts = self._split_examples([messages])[0]
-        if isinstance(parts, InputError):
-            raise parts
+        n = _answered(messages)
+        if not n:
+            raise InputError("the conversation has no answer to learn")
+        parts = self._splitter.split(self._prepared(messages[:n]), prompt=False)
         return self._encode(parts, closed=True, learn_all=train_on_prompt)
 
     def encode_examples(
-        self, conversations: Iterable[Sequence[Message]], *, train_on_prompt: bool = False
+        self, examples: Iterable[Sequence[Message] | str], *, train_on_prompt: bool = False
     ) -> Iterator[Tokens | InputError]:
-        """Encode many conversations, in order; one that cannot be encoded gives its error.
+        """Encode many conversations or plain texts, in order, rendering while threads tokenize.
 
-        Rendering goes on while threads tokenize what is rendered.
+        One that cannot be encoded gives its error, one without an answer no tokens.
         """
 
-        def encode(parts: list[Part] | InputError) -> Tokens | InputError:
+        def encode(parts: list[Part] | str | InputError) -> Tokens | InputError:
             if isinstance(parts, InputError):
                 return parts
             try:
+                if isinstance(parts, str):
+                    return self.encode_text(parts)
                 return self._encode(parts, closed=True, learn_all=train_on_prompt)
             except InputError as error:
                 return error
 
-        source = iter(conversations)
+        source = iter(examples)
         with ThreadPoolExecutor(TOKENIZER_THREADS) as pool:
             waiting: deque[Iterator[Tokens | InputError]] = deque()
             while batch := list(itertools.islice(source, RENDER_BATCH)):
@@ -164,25 +167,25 @@ class Template:
         return messages if self._knows_input else joined(messages)
 
     def _split_examples(
-        self, conversations: list[Sequence[Message]]
-    ) -> list[list[Part] | InputError]:
-        """Split conversations up to their last answers."""
-        results: list[list[Part] | InputError] = []
+        self, examples: list[Sequence[Message] | str]
+    ) -> list[list[Part] | str | InputError]:
+        """Split conversations up to their last answers; plain texts stay as they are."""
         usable: list[Sequence[Message]] = []
-        for messages in conversations:
-            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            if answers:
-                usable.append(self._prepared(messages[: answers[-1] + 1]))
-                results.append([])
-            else:
-                results.append(InputError("the conversation has no answer to learn"))
+        for example in examples:
+            if not isinstance(example, str) and (n := _answered(example)):
+                usable.append(self._prepared(example[:n]))
         split = iter(self._splitter.split_all(usable, prompt=False))
-        return [next(split) if isinstance(r, list) else r for r in results]
+        return [
+            e if isinstance(e, str) else next(split) if _answered(e) else list[Part]()
+            for e in examples
+        ]
 
     def _encode(
         self, parts: list[Part], *, closed: bool = False, learn_all: bool = False
     ) -> Tokens:
         """Tokenize parts; `closed`: the last part is the tail of the last answer."""
+        if not parts:
+            return Tokens([], [])
         run = Run(self.tokenizer, self._space_prefix, self._literal_ids)
         for n, part in enumerate(parts):
             learn = part.learn
@@ -243,6 +246,11 @@ class Template:
         if token not in self._specials:
             self._specials[token] = find_special(self.tokenizer, token)
         return self._specials[token]
+
+
+def _answered(messages: Sequence[Message]) -> int:
+    """Return the number of messages up to the last answer, 0 if there is none."""
+    return max((n for n, m in enumerate(messages, 1) if m["role"] == "assistant"), default=0)
 
 
 def make_template(name: str, metadata: Mapping[str, object], tokenizer: Tokenizer) -> Template:

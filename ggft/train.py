@@ -17,6 +17,7 @@ from ggft.interrupt import StopSignals
 from ggft.options import to_record
 from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
 from ggft.progress import Progress
+from ggft.recipe import suggest
 from ggft.rundir import RunDirectory, check_free, check_output, open_run
 from ggft.steps import Steps
 from ggft.trainer import Trainer
@@ -42,9 +43,12 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             config.data,
             base,
             form=config.format,
-            max_length=config.max_length or MAX_LENGTH,
+            max_length=config.max_length,
             train_on_prompt=config.train_on_prompt,
             check=stop.check,
+            val_split=config.val_split,
+            keep_duplicates=False,
+            seed=config.seed,
         )
         config = choose_settings(config, data)
         shape = make_shape(config, base.file, base.info)
@@ -95,17 +99,18 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
 
 def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     """Fill what the user left open; only `max_steps`, `memory` and `recompute` may stay None."""
-    rank = config.rank or RANK
+    advice = suggest(len(data.train), data.account.n_trained, batch_size=config.batch_size)
+    rank = config.rank or advice.rank
     return replace(
         config,
-        epochs=config.epochs or 3,
-        batch_size=config.batch_size or BATCH_SIZE,
-        lr=config.lr or 3e-4,
+        epochs=config.epochs or advice.epochs,
+        batch_size=config.batch_size or advice.batch_size,
+        lr=config.lr or advice.lr,
         rank=rank,
         alpha=config.alpha or 4.0 * rank,
-        dropout=0.1 if config.dropout is None else config.dropout,
+        dropout=advice.dropout if config.dropout is None else config.dropout,
         max_length=data.max_length,
-        val_split=0.0 if config.val_split is None else config.val_split,
+        val_split=data.account.val_share,
         patience=3 if config.patience is None else config.patience,
         threads=config.threads or physical_cores(),
     )
@@ -147,12 +152,13 @@ def announce(
         f"data         {len(data.train)} examples, {account.n_tokens} tokens, "
         f"{account.n_trained} of them trained"
     )
+    for text in account.notes:
+        progress.note(f"             {text}")
+    progress.note(f"template     {base.template.name}")
+    for text in base.template.notes:
+        progress.note(f"             {text}")
     for text in account.warnings:
         progress.warn(text)
-    if account.n_truncated:
-        progress.warn(f"{account.n_truncated} examples are cut at {data.max_length} tokens")
-    if account.n_untrainable:
-        progress.warn(f"{account.n_untrainable} rows have no token to train and are left out")
     progress.note(
         f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "
         f"lr {config.lr:g}, rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"
