@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ggft.hub import DownloadConfig, ModelsConfig
     from ggft.inspect import InfoConfig
     from ggft.merge import MergeConfig
+    from ggft.quantize import QuantizeConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -149,6 +150,18 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
     from ggft.merge import merge_files as action
 
     click.echo(action(str(find_model(base)), adapter, output, config))
+
+
+@verb(cli, "ggft.quantize:QuantizeConfig")
+@click.argument("model")
+@click.argument("output")
+@click.argument("type_name", metavar="TYPE")
+def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) -> None:
+    """Write a model in another type, such as Q4_K_M."""
+    from ggft.hub import find_model
+    from ggft.quantize import quantize_file as action
+
+    click.echo(action(str(find_model(model)), output, type_name, config))
 
 
 @verb(cli, "ggft.doctor:DoctorConfig")
