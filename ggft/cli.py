@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ggft.hub import DownloadConfig, ModelsConfig
     from ggft.inspect import InfoConfig
     from ggft.merge import MergeConfig
+    from ggft.prepare import PrepareConfig
     from ggft.quantize import QuantizeConfig
 
 ConfigT = TypeVar("ConfigT")
@@ -58,6 +59,14 @@ def finetune(config: FinetuneConfig) -> Any:
 def plan(config: FinetuneConfig) -> None:
     """Say what training would need, from the model's header alone."""
     from ggft.train import plan as action
+
+    action(_with_model(config))
+
+
+@verb(cli, "ggft.prepare:PrepareConfig")
+def prepare(config: PrepareConfig) -> None:
+    """Show what training would see of some data, and write it out cleaned."""
+    from ggft.prepare import prepare as action
 
     action(_with_model(config))
 

@@ -9,6 +9,7 @@ Rajaraman and Ullman, "Mining of Massive Datasets", ch. 3.
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from array import array
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ def _hash(text: str) -> int:
 def normalized(text: str) -> str:
     """Return a text without case, width, punctuation and differences of blanks."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
+    return re.sub(r"[\W_]+", " ", folded).strip()
 
 
 def split(

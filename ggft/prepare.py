@@ -1,0 +1,264 @@
+"""`ggft prepare`: show what training would see of some data, and write it out cleaned.
+
+It stands on the same code as `ggft finetune`: what is printed here is what is trained there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ggft.config import DEFAULT_MODEL
+from ggft.options import option
+from ggft.terminal import printable
+
+if TYPE_CHECKING:
+    from ggft.corpus import Corpus
+    from ggft.datasets import Example
+    from ggft.progress import Progress
+    from ggft.templates import Template
+
+HISTOGRAM_ROWS = 10
+BAR_WIDTH = 40
+GREEN, BOLD, RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained, so that it is seen without colour, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Settings of `ggft prepare`."""
+
+    model: str = option(
+        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
+        help="Base model: its tokenizer and template are used",
+    )  # fmt: skip
+    data: tuple[str, ...] = option(
+        "-d", "--data", "--data-path", default=(), metavar="PATH",
+        help="Data: a file or folder; may be repeated",
+    )  # fmt: skip
+    out: str | None = option(
+        "-o", "--out", default=None, metavar="DIR",
+        help="Write the cleaned rows as train.jsonl and valid.jsonl into this folder",
+    )  # fmt: skip
+    preview: int = option(
+        "--preview", default=0, minimum=0, maximum=1000, metavar="N",
+        help="Show this many rows with the trained tokens marked",
+    )  # fmt: skip
+    format: str = option(
+        "--format", default="auto", metavar="NAME",
+        help="Row format of the data; `auto` looks at each row",
+    )  # fmt: skip
+    template: str = option(
+        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
+        help="Prompt template; `auto` is the model's own, else the instruction template",
+    )  # fmt: skip
+    max_length: int | None = option(
+        "--max-length", "--max-seq-length", "--cutoff-len", default=None, minimum=8,
+        shown="by the data", help="Longest example in tokens; longer ones are cut and counted",
+    )  # fmt: skip
+    val_split: float | None = option(
+        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
+        help="Share of the rows held out for validation; 0 is off",
+    )  # fmt: skip
+    train_on_prompt: bool = option(
+        "--train-on-prompt", default=False, help="Train on the prompt, too, not only on answers"
+    )
+    keep_duplicates: bool = option(
+        "--keep-duplicates", default=False, help="Keep rows that equal an earlier one"
+    )
+    seed: int = option("--seed", default=42, minimum=1, maximum=2**31 - 1, help="Random seed")
+    json: bool = option("--json", default=False, help="Print the result as JSON")
+
+
+def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
+    """Read, check and describe data; `config.model` is the path of a GGUF file.
+
+    Raises:
+        GgftError: a file, a row or the template does not serve; nothing is written then.
+    """
+    from ggft.corpus import CorpusOptions, load_corpus
+    from ggft.gguf import read_gguf
+    from ggft.llamacpp import LlamaTokenizer
+    from ggft.progress import Progress
+    from ggft.templates import make_template
+
+    progress = progress or Progress("json" if config.json else "auto")
+    model = read_gguf(config.model)
+    n_ctx = model.get(f"{model.architecture}.context_length")
+    template = make_template(config.template, model.metadata, LlamaTokenizer(model.path))
+    corpus = load_corpus(
+        config.data,
+        template,
+        CorpusOptions(
+            format_name=config.format,
+            n_ctx=n_ctx if isinstance(n_ctx, int) else 1 << 30,
+            max_length=config.max_length,
+            val_split=config.val_split,
+            train_on_prompt=config.train_on_prompt,
+            keep_duplicates=config.keep_duplicates,
+            seed=config.seed,
+            keep_tokens=False,
+        ),
+    )
+    for text in (*template.notes, *corpus.account.notes):
+        progress.note(text)
+    for text in corpus.account.warnings:
+        progress.warn(text)
+    for line in describe(corpus, template):
+        progress.result(line)
+    if config.preview:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        for line in preview(config, corpus, template, colour=colour):
+            progress.result(line)
+    written = write_cleaned(Path(config.out), config.format, corpus) if config.out else {}
+    for name, n_rows in written.items():
+        progress.result(f"written    {name}: {n_rows} rows")
+    progress.event(
+        "prepared",
+        **asdict(corpus.account),
+        max_length=corpus.max_length,
+        template=template.name,
+        written=written,
+    )
+
+
+def describe(corpus: Corpus, template: Template) -> Iterator[str]:
+    """Yield the lines that describe a corpus."""
+    from ggft.recipe import suggest
+
+    account, lengths = corpus.account, corpus.train.lengths
+    names = [path.name for path in corpus.table.paths]
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    yield f"data       {account.n_rows} rows of {shown}"
+    yield f"template   {template.name}, answers end with {_name(template, template.end_id)}"
+    yield (
+        f"training   {account.n_kept} examples, {account.n_tokens} tokens, {account.n_trained} of"
+        f" them trained ({account.n_trained / max(1, account.n_tokens):.0%})"
+    )
+    yield f"validation {account.n_held_out} examples"
+    yield (
+        f"dropped    {account.n_duplicates} duplicates, {account.n_untrainable} without an answer;"
+        f" kept: {account.n_near} near duplicates, {account.n_truncated} cut"
+        f" at {corpus.max_length} tokens"
+    )
+    median = int(sorted(lengths.tolist())[len(lengths) // 2])
+    yield f"length     {lengths.min()} to {lengths.max()} tokens, half of them up to {median}"
+    yield from histogram(lengths.tolist())
+    advice = suggest(account.n_kept, account.n_trained)
+    yield (
+        f"suggested  --epochs {advice.epochs} --batch-size {advice.batch_size} --rank"
+        f" {advice.rank} --lr {advice.lr:g}"
+    )
+    for reason in advice.reasons:
+        yield f"           {reason}"
+
+
+def histogram(lengths: list[int]) -> Iterator[str]:
+    """Yield lines with how many examples are how long."""
+    least, most = min(lengths), max(lengths)
+    width = max(1, -(-(most - least + 1) // HISTOGRAM_ROWS))
+    counts = [0] * ((most - least) // width + 1)
+    for n in lengths:
+        counts[(n - least) // width] += 1
+    for number, count in enumerate(counts):
+        bar = "#" * -(-BAR_WIDTH * count // max(counts))
+        first = least + number * width
+        yield f"{first:>6}–{first + width - 1:<6} {count:>8} {bar}".rstrip()
+
+
+def preview(
+    config: PrepareConfig, corpus: Corpus, template: Template, *, colour: bool
+) -> Iterator[str]:
+    """Yield rows as the model sees them, the trained tokens between marks and in colour."""
+    shown = 0
+    for row, example in _examples(config.format, corpus):
+        if shown == config.preview:
+            return
+        if corpus.fate[row] not in ("train", "valid"):
+            continue
+        shown += 1
+        if example.text is not None:
+            tokens = template.encode_text(example.text)
+        else:
+            tokens = template.encode_example(
+                example.messages, train_on_prompt=config.train_on_prompt
+            )
+        yield ""
+        yield f"── {corpus.table.where(row)} · {len(tokens.ids)} tokens, {tokens.n_trained} trained"
+        out: list[str] = []
+        cut = corpus.max_length if example.text is None else len(tokens.ids)
+        runs = itertools.groupby(
+            zip(tokens.ids[:cut], tokens.trained[:cut], strict=True), key=lambda pair: pair[1]
+        )
+        for trained, run in runs:
+            ids = [token for token, _ in run]
+            text = printable(template.tokenizer.decode(ids).decode("utf-8", "replace"))
+            if trained:
+                text = f"{OPEN}{text}{CLOSE}"
+                text = f"{GREEN}{BOLD}{text}{RESET}" if colour else text
+            out.append(text)
+        if len(tokens.ids) > cut:
+            out.append(f"… cut: {len(tokens.ids) - cut} more tokens")
+        yield "".join(out)
+
+
+def _name(template: Template, token: int) -> str:
+    return printable(template.tokenizer.token_text(token))
+
+
+def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]:
+    """Yield the rows again, with their numbers."""
+    from ggft.datasets import read_examples
+
+    files = (read_examples(path, format_name) for path in corpus.table.paths)
+    return enumerate(itertools.chain.from_iterable(files))
+
+
+def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, int]:
+    """Write the rows that are kept, as JSONL that mlx-lm reads, too.
+
+    Conversations become `{"messages": […]}` with an alpaca row's input appended to its
+    instruction, plain text `{"text": …}`. Both files are complete or not there.
+
+    Returns:
+        Rows written, by file.
+    """
+    from ggft.gguf_write import atomic_output
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sides = {"train": "train.jsonl", "valid": "valid.jsonl"}
+    counts = {side: 0 for side in sides if (corpus.fate == side).any()}
+    with contextlib.ExitStack() as stack:
+        files: dict[str, IO[str]] = {}
+        for side in counts:
+            path = stack.enter_context(
+                atomic_output(folder / sides[side], inputs=corpus.table.paths)
+            )
+            files[side] = stack.enter_context(path.open("w", encoding="utf-8"))
+        for row, example in _examples(format_name, corpus):
+            side = str(corpus.fate[row])
+            if side in files:
+                files[side].write(json.dumps(cleaned(example), ensure_ascii=False) + "\n")
+                counts[side] += 1
+    return {sides[side]: n for side, n in counts.items()}
+
+
+def cleaned(example: Example) -> dict[str, Any]:
+    """Return the row to write for an example."""
+    from ggft.chat_template import joined
+
+    if example.text is not None:
+        return {"text": example.text}
+    turns: list[dict[str, Any]] = []
+    for message in joined(example.messages):
+        turns.append({"role": message["role"], "content": message["content"]})
+        if not message.get("learn", True):
+            turns[-1]["weight"] = 0
+    return {"messages": turns}
