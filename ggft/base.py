@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ggft.block_scales import check_values
 from ggft.corpus import Account, CorpusOptions, load_corpus
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.llamacpp import LlamaTokenizer
@@ -32,10 +33,11 @@ def open_base(path: str, template: str) -> Base:
     """Check a model file and bind a prompt template to it.
 
     Raises:
-        InputError: the file cannot be trained, or the template not be used.
+        InputError: the file cannot be trained or has NaN in it, or the template cannot be used.
     """
     file = read_gguf(path)
     info = check_model(file)
+    check_values(file)
     tokenizer = LlamaTokenizer(file.path)
     return Base(file, info, make_template(template, file.metadata, tokenizer))
 
