@@ -1,53 +1,59 @@
-// The decoder block forward and backward, side by side, and the loss head: which operation follows which,
-// and nothing about how they are computed (ops.h) or where tensors live (engine.h).
+// The decoder block forward and backward, side by side, and the loss head: which operation follows
+// which, and nothing about how they are computed (ops.h) or where tensors live (engine.h).
 #pragma once
 
 #include "ops.h"
 
 namespace ggft {
 
-// A block on its way: its activations and the inputs of its linears, built by `forward` or restored.
+// A block on its way: its activations and the inputs of its linears, built by `forward` or
+// restored.
 struct Block {
     Activations act;
     LinearInput attn_in, output_in, ffn_in;
 };
 
 class Decoder {
-  public:
-    Decoder(const Model & model, const Lora & lora, Ops & ops, const Inputs & inputs) :
-        model_(model), lora_(lora), ops_(ops), in_(inputs) {}
+public:
+    Decoder(const Model & model, const Lora & lora, Ops & ops, const Inputs & inputs)
+        : model_(model), lora_(lora), ops_(ops), in_(inputs) {}
 
     // x [C, N] -> the block up to gate and up: all that its backward pass reads.
-    Block  forward(Graph & g, int64_t layer, Tensor x, bool dropout) const;
+    Block forward(Graph & g, int64_t layer, Tensor x, bool dropout) const;
     // The rest of the forward pass: x of the next block [C, N].
     Tensor finish(Graph & g, int64_t layer, const Block & block, bool dropout) const;
     // Rebuilds a block from activations that were kept, with the same nodes as `forward`.
-    Block  restore(Graph & g, int64_t layer, Tensor x, const Activations & act, bool dropout) const;
+    Block restore(Graph & g, int64_t layer, Tensor x, const Activations & act, bool dropout) const;
     // Mirror of forward and finish. dy [C, N] -> dx [C, N], or null when need_dx is false.
-    Tensor backward(Graph & g, int64_t layer, Tensor x, const Block & block, Tensor dy, bool dropout, bool need_dx) const;
+    Tensor backward(Graph & g, int64_t layer, Tensor x, const Block & block, Tensor dy,
+                    bool dropout, bool need_dx) const;
 
-    Tensor embed(Graph & g) const;  // tokens -> [C, N]
-    // Loss of the rows [first, first+n) of Inputs::rows in x [C, N]; adds dx of those rows when dx is given.
+    Tensor embed(Graph & g) const; // tokens -> [C, N]
+    // Loss of the rows [first, first+n) of Inputs::rows in x [C, N]; adds dx of those rows when dx
+    // is given.
     Tensor head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) const;
-    Tensor logits(Graph & g, Tensor x, int64_t first, int64_t n) const;  // [V, n] of tokens [first, first+n)
+    Tensor logits(Graph & g, Tensor x, int64_t first,
+                  int64_t n) const; // [V, n] of tokens [first, first+n)
 
-  private:
+private:
     enum { IN_ATTN, IN_OUTPUT, IN_FFN, IN_DOWN, N_INPUTS };
 
     LinearInput input(Graph & g, int64_t layer, int which, Tensor x, bool dropout) const;
-    Tensor linear(Graph & g, int64_t layer, int site, const LinearInput & in, Tensor residual = nullptr) const {
-        return ops_.linear(g, model_.layers[(size_t) layer].linear[site], lora_.pair(layer, site), in, residual);
+    Tensor linear(Graph & g, int64_t layer, int site, const LinearInput & in,
+                  Tensor residual = nullptr) const {
+        return ops_.linear(g, model_.layers[(size_t)layer].linear[site], lora_.pair(layer, site),
+                           in, residual);
     }
-    Tensor linear_back(Graph & g, int64_t layer, int site, const LinearInput & in, Tensor dy, Tensor acc,
-                       bool need_dx = true) const {
-        return ops_.linear_back(g, model_.layers[(size_t) layer].linear[site], lora_.pair(layer, site), in, dy, acc,
-                                need_dx);
+    Tensor linear_back(Graph & g, int64_t layer, int site, const LinearInput & in, Tensor dy,
+                       Tensor acc, bool need_dx = true) const {
+        return ops_.linear_back(g, model_.layers[(size_t)layer].linear[site],
+                                lora_.pair(layer, site), in, dy, acc, need_dx);
     }
 
-    const Model &  model_;
-    const Lora &   lora_;
-    Ops &          ops_;
+    const Model & model_;
+    const Lora & lora_;
+    Ops & ops_;
     const Inputs & in_;
 };
 
-}  // namespace ggft
+} // namespace ggft

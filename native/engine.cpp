@@ -11,18 +11,20 @@ namespace ggft {
 
 static constexpr size_t GRAPH_NODES = 4096;
 // Bytes of logits that exist at once; decides how many positions a chunk of the loss head has.
-static constexpr size_t  LOGIT_BYTES = 96u << 20;
+static constexpr size_t LOGIT_BYTES = 96u << 20;
 static constexpr int64_t CHUNK_ALIGN = 64;
 
 Engine::Engine(const EngineConfig & config) : config_(config) {
-    require(config.n_rows >= 1 && config.n_tokens >= 2, ErrorKind::input, "a micro-batch needs rows and tokens");
+    require(config.n_rows >= 1 && config.n_tokens >= 2, ErrorKind::input,
+            "a micro-batch needs rows and tokens");
     require(config.threads >= 1, ErrorKind::input, "threads must be at least 1");
     open_device();
     model_ = std::make_unique<Model>(config.paths, device_);
-    lora_  = std::make_unique<Lora>(*model_, config.lora, backend_.get());
+    lora_ = std::make_unique<Lora>(*model_, config.lora, backend_.get());
 
     const bool cpu = ggml_backend_dev_type(device_) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    require(config.kernels != "fused" || cpu, ErrorKind::input, "fused kernels exist for the CPU only");
+    require(config.kernels != "fused" || cpu, ErrorKind::input,
+            "fused kernels exist for the CPU only");
     fused_ = cpu && config.kernels != "ggml";
     if (fused_) {
         ops_ = make_fused_ops(config.mode, config.lora.dropout);
@@ -31,8 +33,8 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
     }
     decoder_ = std::make_unique<Decoder>(*model_, *lora_, *ops_, in_);
     alloc_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
-    const size_t row_bytes = (size_t) model_->hparams.n_vocab * sizeof(float);
-    chunk_ = std::max(CHUNK_ALIGN, (int64_t) (LOGIT_BYTES / row_bytes) / CHUNK_ALIGN * CHUNK_ALIGN);
+    const size_t row_bytes = (size_t)model_->hparams.n_vocab * sizeof(float);
+    chunk_ = std::max(CHUNK_ALIGN, (int64_t)(LOGIT_BYTES / row_bytes) / CHUNK_ALIGN * CHUNK_ALIGN);
     allocate_inputs();
     allocate_saved();
     check_graphs();
@@ -42,24 +44,33 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
 Engine::~Engine() = default;
 
 void Engine::open_device() {
-    if (ggml_backend_dev_count() == 0) { ggml_backend_load_all(); }
+    if (ggml_backend_dev_count() == 0) {
+        ggml_backend_load_all();
+    }
     if (config_.device == "auto") {
         device_ = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
-        if (device_ == nullptr) { device_ = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_IGPU); }
-        if (device_ == nullptr) { device_ = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+        if (device_ == nullptr) {
+            device_ = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_IGPU);
+        }
+        if (device_ == nullptr) {
+            device_ = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        }
     } else {
         for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-            ggml_backend_dev_t dev  = ggml_backend_dev_get(i);
-            std::string        name = ggml_backend_dev_name(dev);
-            std::string        reg  = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+            ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+            std::string name = ggml_backend_dev_name(dev);
+            std::string reg = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
             auto matches = [&](std::string s) {
                 return s.size() == config_.device.size() &&
-                       std::equal(s.begin(), s.end(), config_.device.begin(),
-                                  [](char a, char b) { return std::tolower(a) == std::tolower(b); });
+                       std::equal(s.begin(), s.end(), config_.device.begin(), [](char a, char b) {
+                           return std::tolower(a) == std::tolower(b);
+                       });
             };
             // Metal's registry is called MTL.
             const bool metal = reg == "MTL" && matches("metal");
-            if (device_ == nullptr && (matches(name) || matches(reg) || metal)) { device_ = dev; }
+            if (device_ == nullptr && (matches(name) || matches(reg) || metal)) {
+                device_ = dev;
+            }
         }
     }
     if (device_ == nullptr) {
@@ -67,14 +78,17 @@ void Engine::open_device() {
         for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
             names += std::string(i ? ", " : "") + ggml_backend_dev_name(ggml_backend_dev_get(i));
         }
-        fail(ErrorKind::resource, "device '" + config_.device + "' does not exist here (found: " + names + ")");
+        fail(ErrorKind::resource,
+             "device '" + config_.device + "' does not exist here (found: " + names + ")");
     }
     backend_.reset(ggml_backend_dev_init(device_, nullptr));
     require(backend_ != nullptr, ErrorKind::resource,
             std::string("device ") + ggml_backend_dev_name(device_) + " cannot be opened");
-    auto set_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+    auto set_threads = (ggml_backend_set_n_threads_t)ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(device_), "ggml_backend_set_n_threads");
-    if (set_threads != nullptr) { set_threads(backend_.get(), config_.threads); }
+    if (set_threads != nullptr) {
+        set_threads(backend_.get(), config_.threads);
+    }
 }
 
 // ---- buffers ----
@@ -82,7 +96,9 @@ void Engine::open_device() {
 // Activations are pieces of flat tensors, each piece on this boundary.
 static constexpr size_t KEEP_ALIGN = 256;
 
-static Tensor base_of(Tensor t) { return t->view_src != nullptr ? t->view_src : t; }
+static Tensor base_of(Tensor t) {
+    return t->view_src != nullptr ? t->view_src : t;
+}
 
 static std::vector<Tensor> fields_of(const Activations & a) {
     return {a.q, a.k, a.v, a.attn, a.x_mid, a.gate, a.up};
@@ -90,41 +106,45 @@ static std::vector<Tensor> fields_of(const Activations & a) {
 
 void Engine::allocate_saved() {
     const int64_t C = model_->hparams.n_embd, N = config_.n_rows * config_.n_tokens;
-    const int64_t n_adapted = config_.lora.layer_last > 0 ? model_->hparams.n_layer - config_.lora.layer_first : 0;
-    saved_buffer_ = std::make_unique<TensorBuffer>("saved inputs", ggml_backend_get_default_buffer_type(backend_.get()),
-                                                   (size_t) (2 * n_adapted + 8));
+    const int64_t n_adapted =
+        config_.lora.layer_last > 0 ? model_->hparams.n_layer - config_.lora.layer_first : 0;
+    saved_buffer_ = std::make_unique<TensorBuffer>(
+        "saved inputs", ggml_backend_get_default_buffer_type(backend_.get()),
+        (size_t)(2 * n_adapted + 8));
     for (int64_t i = 0; i <= n_adapted; i++) {
         saved_.push_back(saved_buffer_->add(GGML_TYPE_F32, {C, N}, "saved." + std::to_string(i)));
     }
-    dx_   = saved_buffer_->add(GGML_TYPE_F32, {C, N}, "dx");
+    dx_ = saved_buffer_->add(GGML_TYPE_F32, {C, N}, "dx");
     nats_ = saved_buffer_->add(fused_ ? GGML_TYPE_F64 : GGML_TYPE_F32, {N}, "nats");
     if (config_.keep) {
         // Sized by a block's graph at the largest shape.
         in_.B = config_.n_rows;
         in_.T = config_.n_tokens;
-        Graph  g(GRAPH_NODES);
-        Tensor x     = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, C, N);
+        Graph g(GRAPH_NODES);
+        Tensor x = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, C, N);
         size_t bytes = 0;
         for (Tensor t : fields_of(decoder_->forward(g, config_.lora.layer_first, x, true).act)) {
             bytes += GGML_PAD(ggml_nbytes(base_of(t)), KEEP_ALIGN);
         }
         for (int64_t i = 0; i < n_adapted; i++) {
-            kept_.push_back(saved_buffer_->add(GGML_TYPE_I8, {(int64_t) bytes}, "kept." + std::to_string(i)));
+            kept_.push_back(
+                saved_buffer_->add(GGML_TYPE_I8, {(int64_t)bytes}, "kept." + std::to_string(i)));
         }
-        kept_fields_.resize((size_t) n_adapted);
+        kept_fields_.resize((size_t)n_adapted);
     }
     saved_buffer_->allocate();
 }
 
-// Places the activations of a block's graph into the block's kept memory, before the graph is allocated.
+// Places the activations of a block's graph into the block's kept memory, before the graph is
+// allocated.
 void Engine::keep(const Activations & act, int64_t layer) {
-    const size_t i      = (size_t) (layer - config_.lora.layer_first);
-    auto         fields = fields_of(act);
-    size_t       offset = 0;
+    const size_t i = (size_t)(layer - config_.lora.layer_first);
+    auto fields = fields_of(act);
+    size_t offset = 0;
     kept_fields_[i].clear();
     for (Tensor t : fields) {
         Tensor base = base_of(t);
-        ggml_backend_tensor_alloc(kept_[i]->buffer, base, (uint8_t *) kept_[i]->data + offset);
+        ggml_backend_tensor_alloc(kept_[i]->buffer, base, (uint8_t *)kept_[i]->data + offset);
         KeptField f{t->type, {t->ne[0], t->ne[1], t->ne[2], t->ne[3]}, offset};
         kept_fields_[i].push_back(f);
         offset += GGML_PAD(ggml_nbytes(base), KEEP_ALIGN);
@@ -132,11 +152,11 @@ void Engine::keep(const Activations & act, int64_t layer) {
 }
 
 Activations Engine::kept_of(Graph & g, int64_t layer) const {
-    const size_t        i = (size_t) (layer - config_.lora.layer_first);
+    const size_t i = (size_t)(layer - config_.lora.layer_first);
     std::vector<Tensor> t;
     for (const KeptField & f : kept_fields_[i]) {
         t.push_back(ggml_new_tensor(g.ctx(), f.type, 4, f.ne));
-        ggml_backend_tensor_alloc(kept_[i]->buffer, t.back(), (uint8_t *) kept_[i]->data + f.offset);
+        ggml_backend_tensor_alloc(kept_[i]->buffer, t.back(), (uint8_t *)kept_[i]->data + f.offset);
     }
     return {t[0], t[1], t[2], t[3], t[4], t[5], t[6]};
 }
@@ -155,11 +175,11 @@ Tensor Engine::rows_of(Graph & g, Tensor buffer) const {
     return ggml_view_2d(g.ctx(), buffer, buffer->ne[0], in_.N(), buffer->nb[1], 0);
 }
 
-// Where the input of a block lives. Blocks below the first adapted one share one buffer, and so do all
-// blocks when nothing is to be trained.
+// Where the input of a block lives. Blocks below the first adapted one share one buffer, and so do
+// all blocks when nothing is to be trained.
 Tensor Engine::input_of(Graph & g, int64_t layer, bool training) const {
     const int64_t i = training ? std::max<int64_t>(0, layer - config_.lora.layer_first) : 0;
-    return rows_of(g, saved_[(size_t) i]);
+    return rows_of(g, saved_[(size_t)i]);
 }
 
 Graph Engine::embed_graph(bool training) {
@@ -170,62 +190,75 @@ Graph Engine::embed_graph(bool training) {
 
 // The last node holds the logits.
 Graph Engine::logits_graph(int64_t first, int64_t n) {
-    Graph  g(GRAPH_NODES);
+    Graph g(GRAPH_NODES);
     Tensor y = decoder_->logits(g, input_of(g, model_->hparams.n_layer, false), first, n);
     ggml_set_output(g.expand(y));
     return g;
 }
 
 Graph Engine::block_forward_graph(int64_t layer, bool training) {
-    Graph      g(GRAPH_NODES);
+    Graph g(GRAPH_NODES);
     const bool adapted = layer >= config_.lora.layer_first;
-    Tensor     x       = input_of(g, layer, training);
-    Block      block   = decoder_->forward(g, layer, x, training);
-    if (training && adapted && config_.keep) { keep(block.act, layer); }
+    Tensor x = input_of(g, layer, training);
+    Block block = decoder_->forward(g, layer, x, training);
+    if (training && adapted && config_.keep) {
+        keep(block.act, layer);
+    }
     Tensor out = decoder_->finish(g, layer, block, training);
     g.expand(ggml_cpy(g.ctx(), out, input_of(g, layer + 1, training)));
     return g;
 }
 
 Graph Engine::block_backward_graph(int64_t layer) {
-    Graph       g(GRAPH_NODES);
-    Tensor      x = input_of(g, layer, true), dy = rows_of(g, dx_);
+    Graph g(GRAPH_NODES);
+    Tensor x = input_of(g, layer, true), dy = rows_of(g, dx_);
     const Block block = config_.keep ? decoder_->restore(g, layer, x, kept_of(g, layer), true)
                                      : decoder_->forward(g, layer, x, true);
-    const bool  need_dx = layer > config_.lora.layer_first;
-    Tensor      dx      = decoder_->backward(g, layer, x, block, dy, true, need_dx);
+    const bool need_dx = layer > config_.lora.layer_first;
+    Tensor dx = decoder_->backward(g, layer, x, block, dy, true, need_dx);
     // Fused gradients are already accumulated in place.
-    if (need_dx) { g.expand(base_of(dx) == dx_ ? dx : ggml_cpy(g.ctx(), dx, dy)); }
+    if (need_dx) {
+        g.expand(base_of(dx) == dx_ ? dx : ggml_cpy(g.ctx(), dx, dy));
+    }
     return g;
 }
 
 Graph Engine::head_graph(int64_t first, int64_t n, bool training) {
-    Graph  g(GRAPH_NODES);
-    Tensor x    = input_of(g, model_->hparams.n_layer, training);
+    Graph g(GRAPH_NODES);
+    Tensor x = input_of(g, model_->hparams.n_layer, training);
     Tensor nats = decoder_->head(g, x, first, n, training ? rows_of(g, dx_) : nullptr);
-    g.expand(ggml_cpy(g.ctx(), nats, ggml_view_1d(g.ctx(), nats_, n, (size_t) first * nats_->nb[0])));
+    g.expand(
+        ggml_cpy(g.ctx(), nats, ggml_view_1d(g.ctx(), nats_, n, (size_t)first * nats_->nb[0])));
     return g;
 }
 
 void Engine::check_cancelled() const {
-    if (cancelled_) { fail(ErrorKind::cancelled, "cancelled"); }
+    if (cancelled_) {
+        fail(ErrorKind::cancelled, "cancelled");
+    }
 }
 
 void Engine::allocate_graph(Graph & g) {
     require(ggml_gallocr_alloc_graph(alloc_.get(), g.graph()), ErrorKind::resource,
-            std::string("out of memory for the compute buffer on ") + ggml_backend_dev_name(device_));
+            std::string("out of memory for the compute buffer on ") +
+                ggml_backend_dev_name(device_));
 }
 
 void Engine::compute(Graph & g) {
-    if (profiling_) { return run_profiled(g); }
+    if (profiling_) {
+        return run_profiled(g);
+    }
     const ggml_status status = ggml_backend_graph_compute(backend_.get(), g.graph());
     require(status == GGML_STATUS_SUCCESS, ErrorKind::resource,
-            std::string(ggml_backend_dev_name(device_)) + " could not compute a graph: " + ggml_status_to_string(status));
+            std::string(ggml_backend_dev_name(device_)) +
+                " could not compute a graph: " + ggml_status_to_string(status));
 }
 
 void Engine::run(Graph & g) {
     check_cancelled();
-    if (ggml_graph_n_nodes(g.graph()) == 0) { return; }
+    if (ggml_graph_n_nodes(g.graph()) == 0) {
+        return;
+    }
     allocate_graph(g);
     compute(g);
 }
@@ -233,7 +266,7 @@ void Engine::run(Graph & g) {
 void Engine::run_profiled(Graph & g) {
     for (int i = 0; i < ggml_graph_n_nodes(g.graph()); i++) {
         Tensor node = ggml_graph_node(g.graph(), i);
-        Graph  one(4);
+        Graph one(4);
         ggml_graph_add_node(one.graph(), node);
         const auto start = std::chrono::steady_clock::now();
         ggml_backend_graph_compute(backend_.get(), one.graph());
@@ -260,7 +293,9 @@ void Engine::forward(bool training) {
 }
 
 void Engine::head(bool training) {
-    if (training) { ggml_backend_tensor_memset(dx_, 0, 0, ggml_nbytes(dx_)); }
+    if (training) {
+        ggml_backend_tensor_memset(dx_, 0, 0, ggml_nbytes(dx_));
+    }
     const int64_t size = chunk_of(n_targets_);
     for (int64_t first = 0; first < n_targets_; first += size) {
         Graph g = head_graph(first, std::min(size, n_targets_ - first), training);
@@ -268,10 +303,11 @@ void Engine::head(bool training) {
     }
 }
 
-// Positions per chunk of the loss head: of equal size, so that none is too small to pay for reading the
-// output matrix, and starting where every device can bind a view.
+// Positions per chunk of the loss head: of equal size, so that none is too small to pay for reading
+// the output matrix, and starting where every device can bind a view.
 int64_t Engine::chunk_of(int64_t n) const {
-    const int64_t n_chunks = (n + chunk_ - 1) / chunk_, size = (n + n_chunks - 1) / std::max<int64_t>(n_chunks, 1);
+    const int64_t n_chunks = (n + chunk_ - 1) / chunk_,
+                  size = (n + n_chunks - 1) / std::max<int64_t>(n_chunks, 1);
     return std::min(chunk_, (size + CHUNK_ALIGN - 1) / CHUNK_ALIGN * CHUNK_ALIGN);
 }
 
@@ -283,13 +319,13 @@ void Engine::backward() {
 }
 
 std::vector<double> Engine::read_nats(int64_t n) {
-    std::vector<double> nats((size_t) n);
-    traffic_.from_device += (size_t) n * nats_->nb[0];
+    std::vector<double> nats((size_t)n);
+    traffic_.from_device += (size_t)n * nats_->nb[0];
     if (nats_->type == GGML_TYPE_F64) {
         ggml_backend_tensor_get(nats_, nats.data(), 0, nats.size() * sizeof(double));
         return nats;
     }
-    std::vector<float> single((size_t) n);
+    std::vector<float> single((size_t)n);
     ggml_backend_tensor_get(nats_, single.data(), 0, single.size() * sizeof(float));
     std::copy(single.begin(), single.end(), nats.begin());
     return nats;
@@ -297,7 +333,9 @@ std::vector<double> Engine::read_nats(int64_t n) {
 
 double Engine::sum_nats(int64_t n) {
     double sum = 0;
-    for (double x : read_nats(n)) { sum += x; }
+    for (double x : read_nats(n)) {
+        sum += x;
+    }
     require(std::isfinite(sum), ErrorKind::numeric, "the loss is not finite");
     return sum;
 }
@@ -305,7 +343,9 @@ double Engine::sum_nats(int64_t n) {
 LossSum Engine::forward_backward(const MicroBatch & batch) {
     cancelled_ = false;
     set_inputs(batch);
-    if (n_targets_ == 0) { return {}; }
+    if (n_targets_ == 0) {
+        return {};
+    }
     forward(true);
     head(true);
     const LossSum sum{sum_nats(n_targets_), n_targets_};
@@ -317,7 +357,9 @@ LossSum Engine::evaluate(const MicroBatch & batch) {
     cancelled_ = false;
     set_inputs(batch);
     in_.seed = 0;
-    if (n_targets_ == 0) { return {}; }
+    if (n_targets_ == 0) {
+        return {};
+    }
     forward(false);
     head(false);
     return {sum_nats(n_targets_), n_targets_};
@@ -326,8 +368,10 @@ LossSum Engine::evaluate(const MicroBatch & batch) {
 void Engine::token_nats(const MicroBatch & batch, float * out) {
     evaluate(batch);
     const std::vector<double> nats = read_nats(n_targets_);
-    size_t                    next = 0;
-    for (int64_t i = 0; i < batch.B * batch.T; i++) { out[i] = batch.targets[i] >= 0 ? (float) nats[next++] : 0.0f; }
+    size_t next = 0;
+    for (int64_t i = 0; i < batch.B * batch.T; i++) {
+        out[i] = batch.targets[i] >= 0 ? (float)nats[next++] : 0.0f;
+    }
 }
 
 void Engine::logits(const MicroBatch & batch, float * out) {
@@ -337,27 +381,28 @@ void Engine::logits(const MicroBatch & batch, float * out) {
     forward(false);
     for (int64_t first = 0; first < in_.N(); first += chunk_) {
         const int64_t n = std::min(chunk_, in_.N() - first);
-        Graph         g = logits_graph(first, n);
+        Graph g = logits_graph(first, n);
         run(g);
         Tensor y = ggml_graph_node(g.graph(), -1);
         ggml_backend_tensor_get(y, out + first * model_->hparams.n_vocab, 0, ggml_nbytes(y));
     }
 }
 
-void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint64_t seed, float * out) {
-    std::vector<int32_t> zeros((size_t) (B * T), 0);
+void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint64_t seed,
+                          float * out) {
+    std::vector<int32_t> zeros((size_t)(B * T), 0);
     set_inputs({B, T, zeros.data(), zeros.data(), zeros.data(), nullptr, seed});
-    Graph  g(64);
+    Graph g(64);
     Tensor ones = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, width, B * T);
     ggml_set_input(ones);
-    Tensor dropped = ops_->dropped(g, ops_->linear_input(g, in_, ones, (int) id, true, {}));
+    Tensor dropped = ops_->dropped(g, ops_->linear_input(g, in_, ones, (int)id, true, {}));
     if (dropped == ones) {
         std::fill(out, out + width * B * T, 1.0f);
         return;
     }
     ggml_set_output(g.expand(dropped));
     allocate_graph(g);
-    std::vector<float> values((size_t) (width * B * T), 1.0f);
+    std::vector<float> values((size_t)(width * B * T), 1.0f);
     ggml_backend_tensor_set(ones, values.data(), 0, ggml_nbytes(ones));
     compute(g);
     ggml_backend_tensor_get(dropped, out, 0, ggml_nbytes(dropped));
@@ -370,4 +415,4 @@ double Engine::optimizer_step(float lr, int64_t n_targets) {
     return norm;
 }
 
-}  // namespace ggft
+} // namespace ggft

@@ -10,15 +10,19 @@ namespace ggft {
 enum class ErrorKind { input, resource, numeric, cancelled };
 
 class Error : public std::runtime_error {
-  public:
+public:
     Error(ErrorKind kind, const std::string & message) : std::runtime_error(message), kind(kind) {}
     const ErrorKind kind;
 };
 
-[[noreturn]] inline void fail(ErrorKind kind, const std::string & message) { throw Error(kind, message); }
-
-inline void require(bool ok, ErrorKind kind, const std::string & message) {
-    if (!ok) { fail(kind, message); }
+[[noreturn]] inline void fail(ErrorKind kind, const std::string & message) {
+    throw Error(kind, message);
 }
 
-}  // namespace ggft
+inline void require(bool ok, ErrorKind kind, const std::string & message) {
+    if (!ok) {
+        fail(kind, message);
+    }
+}
+
+} // namespace ggft

@@ -20,42 +20,44 @@ using CustomKernel = std::function<void(Tensor dst, int ith, int nth)>;
 
 // A context that holds tensor descriptions only, and the graph over them.
 class Graph {
-  public:
+public:
     explicit Graph(size_t n_nodes_max);
 
     ggml_context * ctx() const { return ctx_.get(); }
-    ggml_cgraph *  graph() const { return graph_; }
+    ggml_cgraph * graph() const { return graph_; }
     // Schedules `t` (and what it depends on) for computation; order of calls is order of execution.
     Tensor expand(Tensor t);
     // A node computed by a CPU kernel. `args` are the tensors that must be computed before it.
-    Tensor custom(const char * name, ggml_type type, std::initializer_list<int64_t> ne, std::vector<Tensor> args,
-                  CustomKernel kernel);
+    Tensor custom(const char * name, ggml_type type, std::initializer_list<int64_t> ne,
+                  std::vector<Tensor> args, CustomKernel kernel);
     // The same, writing into `target`'s memory; the result is a view of it.
-    Tensor custom_inplace(const char * name, Tensor target, std::vector<Tensor> args, CustomKernel kernel);
+    Tensor custom_inplace(const char * name, Tensor target, std::vector<Tensor> args,
+                          CustomKernel kernel);
 
-  private:
-    std::deque<CustomKernel> kernels_;  // addresses stay valid as it grows
+private:
+    std::deque<CustomKernel> kernels_; // addresses stay valid as it grows
     ggml_context_ptr ctx_;
-    ggml_cgraph *    graph_;
+    ggml_cgraph * graph_;
 };
 
 // Tensors allocated together in one buffer of a device, zeroed.
 class TensorBuffer {
-  public:
+public:
     TensorBuffer(const char * name, ggml_backend_buffer_type_t type, size_t n_tensors_max);
 
     Tensor add(ggml_type type, std::initializer_list<int64_t> ne, const std::string & name);
-    // Allocates all tensors added so far. Throws Error(resource) with the size when memory is lacking.
+    // Allocates all tensors added so far. Throws Error(resource) with the size when memory is
+    // lacking.
     void allocate();
 
-    size_t              bytes() const;
+    size_t bytes() const;
     const std::string & name() const { return name_; }
 
-  private:
-    std::string                name_;
+private:
+    std::string name_;
     ggml_backend_buffer_type_t type_;
-    ggml_context_ptr           ctx_;
-    ggml_backend_buffer_ptr    buffer_;
+    ggml_context_ptr ctx_;
+    ggml_backend_buffer_ptr buffer_;
 };
 
-}  // namespace ggft
+} // namespace ggft

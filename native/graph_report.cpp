@@ -15,24 +15,28 @@ static Operand operand(Tensor t) {
 
 static std::string describe(Tensor t) {
     std::string s = std::string(ggml_type_name(t->type)) + "[";
-    for (int i = 0; i < ggml_n_dims(t); i++) { s += (i ? "," : "") + std::to_string(t->ne[i]); }
+    for (int i = 0; i < ggml_n_dims(t); i++) {
+        s += (i ? "," : "") + std::to_string(t->ne[i]);
+    }
     return s + "]";
 }
 
 static std::string layout(const Operand & o) {
     std::string s;
-    for (int i = 0; i < 4; i++) { s += " " + std::to_string(o.ne[i]) + "/" + std::to_string(o.nb[i]); }
+    for (int i = 0; i < 4; i++) {
+        s += " " + std::to_string(o.ne[i]) + "/" + std::to_string(o.nb[i]);
+    }
     return s;
 }
 
 void GraphReport::add(const Graph & g) {
     for (int i = 0; i < ggml_graph_n_nodes(g.graph()); i++) {
-        Tensor     t = ggml_graph_node(g.graph(), i);
+        Tensor t = ggml_graph_node(g.graph(), i);
         NodeReport r;
-        r.op     = t->op == GGML_OP_CUSTOM ? std::string("CUSTOM ") + t->name : ggml_op_desc(t);
+        r.op = t->op == GGML_OP_CUSTOM ? std::string("CUSTOM ") + t->name : ggml_op_desc(t);
         r.family = ggml_op_name(t->op);
-        r.type   = ggml_type_name(t->type);
-        r.shape  = describe(t) + " <-";
+        r.type = ggml_type_name(t->type);
+        r.shape = describe(t) + " <-";
         r.result = operand(t);
         std::string key = r.op + layout(r.result);
         for (int s = 0; s < GGML_MAX_SRC && t->src[s] != nullptr; s++) {
@@ -48,16 +52,19 @@ void GraphReport::add(const Graph & g) {
 
 std::vector<NodeReport> GraphReport::nodes() const {
     std::vector<NodeReport> result;
-    for (const auto & [key, node] : nodes_) { result.push_back(node); }
+    for (const auto & [key, node] : nodes_) {
+        result.push_back(node);
+    }
     return result;
 }
 
 void require_supported(const std::vector<NodeReport> & nodes, ggml_backend_dev_t device) {
     for (const NodeReport & r : nodes) {
         require(r.supported, ErrorKind::resource,
-                std::string("device ") + ggml_backend_dev_name(device) + " (" + ggml_backend_dev_description(device) +
-                    ") does not support " + r.op + ": " + r.shape);
+                std::string("device ") + ggml_backend_dev_name(device) + " (" +
+                    ggml_backend_dev_description(device) + ") does not support " + r.op + ": " +
+                    r.shape);
     }
 }
 
-}  // namespace ggft
+} // namespace ggft
