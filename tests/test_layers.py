@@ -18,7 +18,7 @@ chat_template jinja encoding builtin_templates templates vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
 llamacpp ggml_quants engine adapter checkpoint planner fetch hub base rundir report trainer
-evaluate train convert inspect merge quantize generate doctor bench
+evaluate train prepare convert inspect merge quantize generate doctor bench
 command cli
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]
