@@ -23,6 +23,7 @@ LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.t
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
 NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
 comma := ,
+CPP := $(wildcard native/*.cpp native/*.h native/tests/*.cpp native/tests/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 # Against the llama.cpp in this environment, in a build folder that only this environment uses.
@@ -69,14 +70,14 @@ check: dev ## formatting, lint, types, and whether the stub of the native module
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/ruff check -q .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE))
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o - | diff -u ggft/_native.pyi - \
 	    || { echo "ggft/_native.pyi is stale: make stub"; exit 1; }
 
 format: dev ## format all sources
 	@$(BIN)/ruff format -q .
 	@$(BIN)/ruff check -q --fix .
-	@$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE))
+	@$(BIN)/clang-format -i $(CPP)
 
 stub: dev ## write the stub of the native module anew
 	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o ggft/_native.pyi
