@@ -36,6 +36,9 @@ VERSIONS = (2, 3)
 MAX_KEY_BYTES = 65535
 MAX_STRING_BYTES = 1 << 30
 MAX_SIZE = (1 << 63) - 1
+# Far above what any model has, so that a large file of nothing but entries cannot keep us busy.
+MAX_ENTRIES = 1 << 20
+MAX_STRINGS = 1 << 24
 
 # The fewest bytes a metadata entry (length, 1-byte key, type, 1-byte value) and a tensor entry
 # (length, 1-byte name, dimensions, type, offset) can take.
@@ -134,6 +137,10 @@ def _parse_counts(cursor: Cursor) -> tuple[int, int, int]:
                 found=f"{count}",
                 expected=f"≤ {left // least} in the {left} bytes left",
             )
+        if count > MAX_ENTRIES:
+            raise cursor.fail(
+                f"too many {what}", offset=offset, found=count, expected=f"≤ {MAX_ENTRIES}"
+            )
     return version, n_tensors, n_kv
 
 
@@ -199,6 +206,10 @@ def _parse_value(cursor: Cursor, key: str) -> tuple[int, ValueType, Value]:
             expected=f"≤ {left // size} in the {left} bytes left",
         )
     if value_type is ValueType.STRING:
+        if count > MAX_STRINGS:
+            raise cursor.fail(
+                f"too many strings in {key!a}", offset=at, found=count, expected=f"≤ {MAX_STRINGS}"
+            )
         return at, value_type, cursor.strings(count, f"{key!a}")
     numbers = array(VALUE_CODES[value_type])
     numbers.frombytes(cursor.take(count * size, f"the array {key!a}"))

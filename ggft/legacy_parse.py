@@ -25,6 +25,8 @@ MAX_LAYERS = 512
 MAX_TOKEN_BYTES = 65536
 MAX_NAME_BYTES = 128
 MAX_FTYPE = 18
+# A llama has 9 in each block, 3 outside; some files also repeat the position frequencies.
+MAX_TENSORS_PER_LAYER = 12
 
 HINT_FAMILY = (
     "GPT-J, GPT-NeoX, MPT, Falcon, Whisper and others used the same magic; only llama files "
@@ -175,6 +177,14 @@ def _parse(cursor: Cursor, *, block_64: bool) -> LegacyPart:
                 expected="each tensor once",
             )
         tensors[tensor.name] = tensor
+        if len(tensors) > MAX_TENSORS_PER_LAYER * (hparams.n_layer + 2):
+            raise cursor.fail(
+                "more tensors than a llama has",
+                offset=tensor.header_offset,
+                found=ascii(tensor.name),
+                expected=f"those of {hparams.n_layer} blocks",
+                hint=HINT_FAMILY,
+            )
         cursor.skip_to(tensor.offset + tensor.n_bytes)
     return LegacyPart(
         cursor.path, container, version, hparams, tokens, tensors, block_64, tokens_offset
@@ -214,7 +224,7 @@ def _parse_hparams(cursor: Cursor) -> LegacyHparams:
     values = struct.unpack("<7i", cursor.take(28, "the hyper-parameters"))
     hparams = LegacyHparams(*values)
     limits = {
-        "n_vocab": (1, 1 << 24),
+        "n_vocab": (1, 1 << 20),
         "n_embd": (1, 1 << 20),
         "n_mult": (1, 1 << 20),
         "n_head": (1, 1 << 14),

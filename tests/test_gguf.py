@@ -229,6 +229,20 @@ def test_faults(tmp_path: Path, fault: str) -> None:
     assert error.offset is not None
 
 
+def test_more_entries_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large file of nothing but entries must not keep us busy."""
+    monkeypatch.setattr("ggft.gguf_parse.MAX_ENTRIES", 3)
+    monkeypatch.setattr("ggft.gguf_parse.MAX_STRINGS", 4)
+    path = tmp_path / "file.gguf"
+    for raw, message in (
+        (RawGGUF([u32(f"k{i}", 1) for i in range(4)]), "too many metadata entries"),
+        (RawGGUF(tensors=TENSORS, data=DATA), "too many tensors"),
+        (RawGGUF([strings("k", ["a"] * 5)]), "too many strings"),
+    ):
+        path.write_bytes(raw.bytes())
+        assert message in str(refused(path, read_gguf))
+
+
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = RawGGUF(some_kvs(), TENSORS, DATA).bytes()
     path = tmp_path / "file.gguf"

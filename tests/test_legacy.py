@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "25 n_head 0": (RawGGML(hparams={"n_head": 0}).bytes(), "bad n_head"),
     "25 n_layer negative": (RawGGML(hparams={"n_layer": -1}).bytes(), "bad n_layer"),
     "25 n_vocab huge": (
-        RAW[:8] + struct.pack("<i", 1 << 23) + RAW[12:],
+        RAW[:8] + struct.pack("<i", 1 << 19) + RAW[12:],
         "vocabulary exceeds the file",
     ),
     "26 token length -1": (
@@ -185,6 +185,10 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "28 extra": (
         RawGGML(extra={"layers.1.ffn_norm.weight": ((8,), 0)}).bytes(),
         "a llama does not have",
+    ),
+    "28 far too many": (
+        RawGGML(extra={f"rope.freqs{i}": ((8,), 0) for i in range(40)}).bytes(),
+        "more tensors than a llama has",
     ),
     "28 no embedding": (
         RawGGML(drop=("tok_embeddings.weight",)).bytes(),
