@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from ggft.engine import load_native
 from ggft.errors import ResourceError
-from tests.engines import open_engine
+from tests.engines import T, make_batch, open_engine
 from tests.models import Tiny, spec_for, write_model
 
 
@@ -45,3 +47,49 @@ def test_every_node_is_supported_here(tiny: Tiny) -> None:
 def test_an_unknown_device_is_refused_with_those_found(tiny: Tiny) -> None:
     with pytest.raises(ResourceError, match=r"'tpu' does not exist here \(found: .*CPU"):
         open_engine(tiny, device="tpu")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_little_crosses_to_the_device(tiny: Tiny, dropout: float) -> None:
+    """Per token: id, position, span, target's place; with dropout a mask's number per site."""
+    batch = make_batch(tiny.shape.n_vocab, trained=1.0)
+    n_tokens, n_sites = 2 * T, 4 * tiny.spec.n_layer
+    with open_engine(tiny, kernels="ggml", dropout=dropout) as engine:
+        _, count = engine.forward_backward(batch, 5)
+        traffic = engine.info()["traffic"]
+    masks = 4 * n_sites * 64 if dropout else 0  # 48 tokens, padded to a multiple of 64
+    assert traffic["from_device"] == 4 * count
+    assert traffic["to_device"] == 4 * (2 + 2) * n_tokens + 4 * 3 * count + masks
+
+
+ANONYMOUS = """
+import sys
+from ggft.engine import Engine, EngineSettings
+
+def anonymous_bytes():
+    for line in open("/proc/self/smaps_rollup"):
+        if line.startswith("Anonymous:"):
+            return 1024 * int(line.split()[1])
+
+settings = EngineSettings(
+    paths=[sys.argv[1]], targets=["attn_q"], layer_first=29, layer_last=30, rank=1, alpha=1.0,
+    device="cpu", n_rows=1, n_tokens=32,
+)
+before = anonymous_bytes()
+with Engine(settings) as engine:
+    info = engine.info()
+    allocated = sum(n for name, n in info["buffers"].items() if name != "weights")
+    print(anonymous_bytes() - before - allocated, info["base_bytes"], info["base_mapped"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_not_copied(smollm2: Path) -> None:
+    """Opening a model takes no memory of its own for the weights: they are the file's pages."""
+    output = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS, str(smollm2)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    own_bytes, base_bytes, mapped = int(output[0]), int(output[1]), output[2]
+    assert mapped == "True"
+    assert base_bytes > 80_000_000
+    assert own_bytes < base_bytes / 10

@@ -1,0 +1,197 @@
+"""The portable graph on a GPU backend of ggml: the same numbers as on the CPU, or it is wrong.
+
+Runs on the first device that is not the CPU, or on the one that GGFT_TEST_DEVICE names; `make
+test-gpu` brings Vulkan on the processor (lavapipe), so that this runs on any machine. Bars, norms as
+in test_gradients: see BARS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ggft.engine import Engine, EngineSettings, load_native
+from tests.engines import (
+    as_batch,
+    gradient_errors,
+    make_batch,
+    open_engine,
+    set_random_lora,
+)
+from tests.models import Spec, Tiny, spec_for, write_model
+from tests.reference import LINEARS
+
+pytestmark = pytest.mark.gpu
+
+BARS = {"f32": 2e-3, "fast": 2e-2}
+"""Backends may multiply in half precision whatever is asked of them, as Metal does: 2^-11 per
+factor, averaged by the sums."""
+
+MODELS = {
+    "gqa": Spec(),
+    "mqa, tied, three layers": Spec(n_head_kv=1, n_layer=3, tied=True),
+    "bias": Spec(bias=True),
+    "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
+    "odd head count": Spec(n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
+    "mixed types": Spec(
+        types={
+            "attn_q": "Q4_0",
+            "attn_k": "Q8_0",
+            "attn_v": "F16",
+            "attn_output": "Q5_1",
+            "ffn_gate": "Q4_1",
+            "ffn_up": "BF16",
+            "ffn_down": "IQ4_NL",
+            "token_embd": "Q5_0",
+            "output": "Q8_0",
+        }
+    ),
+    "k-quants": spec_for(
+        "Q4_K",
+        types={
+            "attn_q": "Q2_K",
+            "attn_k": "Q3_K",
+            "attn_v": "Q6_K",
+            "attn_output": "IQ4_XS",
+            "ffn_gate": "Q4_K",
+            "ffn_up": "Q5_K",
+            "ffn_down": "Q6_K",
+            "token_embd": "Q6_K",
+        },
+        tied=True,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """Return the name of the device to test; fail where GGFT_TEST_DEVICE names one that is not."""
+    wanted = os.environ.get("GGFT_TEST_DEVICE")
+    names = [d["name"] for d in load_native().devices() if d["type"] in ("gpu", "igpu")]
+    if not names and not wanted:
+        pytest.skip("needs a GPU backend of ggml: make test-gpu")
+    return wanted or names[0]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[Spec], Tiny]:
+    return lambda spec: write_model(tmp_path / "tiny.gguf", spec)
+
+
+@pytest.mark.parametrize("precision", BARS)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient(make: Callable[[Spec], Tiny], gpu: str, model: str, precision: str) -> None:
+    tiny = make(MODELS[model])
+    batch = make_batch(tiny.shape.n_vocab)
+    with open_engine(tiny, device=gpu, precision=precision) as engine:
+        lora = set_random_lora(engine)
+        nats, count = engine.forward_backward(batch, 0)
+        got = engine.get_all("grad")
+        assert engine.info()["device"] == gpu
+    want_nats, want = tiny.decoder(lora).gradients(as_batch(batch))
+    assert count == (batch["targets"] >= 0).sum()
+    assert nats == pytest.approx(want_nats, rel=BARS[precision])
+    errors = gradient_errors(got, want)
+    print(model, precision, errors["whole"], max(errors.values()))
+    assert max(errors.values()) <= BARS[precision], errors
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_every_node_runs_on_the_device(make: Callable[[Spec], Tiny], gpu: str, keep: bool) -> None:
+    """The engine has one backend and no scheduler: what it does not support, it does not run."""
+    with open_engine(make(MODELS["k-quants"]), device=gpu, keep=keep, dropout=0.1) as engine:
+        report = engine.graph_report()
+        assert engine.info()["kernels"] == "ggml"
+    assert [node for node in report if not node["supported"]] == []
+    assert not {node["family"] for node in report} & {"CUSTOM", "OUT_PROD"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_recomputed_equals_kept(make: Callable[[Spec], Tiny], gpu: str, dropout: float) -> None:
+    tiny, results = make(MODELS["mixed types"]), []
+    for keep in (False, True):
+        with open_engine(tiny, device=gpu, keep=keep, dropout=dropout) as engine:
+            set_random_lora(engine)
+            nats, _ = engine.forward_backward(make_batch(tiny.shape.n_vocab), 11)
+            results.append((nats, engine.get_all("grad")))
+    (nats, grads), (kept_nats, kept) = results
+    assert nats == pytest.approx(kept_nats, rel=1e-5)
+    assert max(gradient_errors(grads, kept).values()) <= 1e-4
+
+
+def losses(tiny: Tiny, n_steps: int, **settings: Any) -> list[float]:
+    """Return the mean loss of each step of a short training with dropout and short micro-batches."""
+    result = []
+    with open_engine(tiny, kernels="ggml", dropout=0.1, weight_decay=0.01, **settings) as engine:
+        engine.init_lora(seed=3)
+        for step in range(n_steps):
+            lengths, n_tokens = ((9, 6), (16,)), 16 + step % 2 * 8
+            batch = make_batch(tiny.shape.n_vocab, lengths, n_tokens, seed=step % 3)
+            nats, count = engine.forward_backward(batch, 100 + step)
+            engine.optimizer_step(1e-2, count)
+            result.append(nats / count)
+    return result
+
+
+def test_twenty_steps_follow_the_cpu(make: Callable[[Spec], Tiny], gpu: str) -> None:
+    """Dropout draws the same masks; 1e-3 is what twenty AdamW steps make of the bar's rounding."""
+    tiny = make(MODELS["k-quants"])
+    want = losses(tiny, 20, device="cpu", precision="f32")
+    got = losses(tiny, 20, device=gpu, precision="fast")
+    assert want[-1] < want[0] - 0.5
+    np.testing.assert_allclose(got, want, rtol=1e-2)
+
+
+def test_evaluation_and_logits(make: Callable[[Spec], Tiny], gpu: str) -> None:
+    tiny = make(MODELS["bias"])
+    batch = make_batch(tiny.shape.n_vocab)
+    results = []
+    for device in ("cpu", gpu):
+        with open_engine(tiny, device=device, kernels="ggml") as engine:
+            set_random_lora(engine)
+            nats = engine.token_nats(batch)
+            results.append((engine.evaluate(batch)[0], nats, engine.logits(batch)))
+    for got, want in zip(results[1], results[0], strict=True):
+        np.testing.assert_allclose(got, want, rtol=BARS["f32"], atol=BARS["f32"])
+
+
+def smollm2_losses(path: Path, device: str, n_steps: int, text: bytes) -> list[float]:
+    """Train on short rows of a text; return the mean loss of each step."""
+    from ggft.llamacpp import LlamaTokenizer
+
+    ids = LlamaTokenizer(path).encode(text.decode(), special=False)
+    n_tokens, n_rows = 32, 2
+    settings = EngineSettings(
+        paths=[str(path)], targets=list(LINEARS), layer_first=0, layer_last=30, rank=8, alpha=32.0,
+        dropout=0.0, device=device, threads=2, n_rows=n_rows, n_tokens=n_tokens,
+    )  # fmt: skip
+    result = []
+    with Engine(settings) as engine:
+        engine.init_lora(seed=1)
+        for step in range(n_steps):
+            at = step * n_rows * n_tokens % (len(ids) - n_rows * n_tokens - 1)
+            rows = np.array(ids[at : at + n_rows * n_tokens + 1], np.int32)
+            batch = {
+                "tokens": rows[:-1].reshape(n_rows, n_tokens),
+                "targets": rows[1:].reshape(n_rows, n_tokens),
+                "positions": np.tile(np.arange(n_tokens, dtype=np.int32), (n_rows, 1)),
+                "segments": np.zeros((n_rows, n_tokens), np.int32),
+            }
+            nats, count = engine.forward_backward(batch, 0)
+            engine.optimizer_step(1e-3, count)
+            result.append(nats / count)
+    return result
+
+
+def test_smollm2_follows_the_cpu(smollm2: Path, gpu: str) -> None:
+    """Twenty-four steps on two rows of 32 tokens: each loss within 1% of the CPU's."""
+    text = (Path(__file__).parent.parent / "LICENSE").read_bytes()
+    want = smollm2_losses(smollm2, "cpu", 24, text)
+    got = smollm2_losses(smollm2, gpu, 24, text)
+    assert want[-1] < want[0] - 1.0
+    np.testing.assert_allclose(got, want, rtol=1e-2)
