@@ -86,7 +86,8 @@ def _complaint() -> str | None:
 def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
     """Check the file, then return llama.cpp's handle of it."""
     lib = load()
-    read_gguf(path)
+    # llama.cpp wants the first shard of a split model; any may be given.
+    path = read_gguf(path).path
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = -1 if on_gpu else 0
@@ -107,7 +108,7 @@ class LlamaTokenizer(Vocabulary):
     """The tokenizer that a GGUF file carries, without its weights (`templates.Tokenizer`).
 
     Args:
-        path: A GGUF model; of a split one, the first shard.
+        path: A GGUF model; of a split one, any shard.
 
     Raises:
         InputError: Not a usable GGUF, or one without a vocabulary.
@@ -130,7 +131,7 @@ class LlamaModel:
     of a chat) costs only its new tokens.
 
     Args:
-        path: A GGUF model; of a split one, the first shard.
+        path: A GGUF model; of a split one, any shard.
         adapter: A LoRA adapter in GGUF, checked by the caller.
         adapter_scale: Factor on the adapter's delta.
         n_ctx: Tokens of context; `None` is the model's own, at most 4096.

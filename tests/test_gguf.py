@@ -20,6 +20,7 @@ from ggft.gguf import (
     read_array,
     read_gguf,
 )
+from ggft.llamacpp import LlamaModel
 from tests.models import spec_for, write_model
 from tests.raw_gguf import RawGGUF, kv, numbers, refused, string, strings, tensor, text, u32
 
@@ -364,6 +365,8 @@ def test_any_shard_gives_the_whole_model(tmp_path: Path) -> None:
         assert file.file_bytes == sum(p.stat().st_size for p in paths)
         for name, info in whole.tensors.items():
             assert (dequantize(file.tensors[name]) == dequantize(info)).all()
+        with LlamaModel(path, n_ctx=16, threads=1) as model:
+            assert model.logits([1, 2, 3]).shape == (3, check_model(whole).n_vocab)
 
 
 def test_bad_shards(tmp_path: Path) -> None:
