@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from ggft.convert import ConvertConfig
     from ggft.doctor import DoctorConfig
     from ggft.generate import GenerateConfig
-    from ggft.hub import DownloadConfig, ModelsConfig
+    from ggft.hub import DownloadConfig
     from ggft.inspect import InfoConfig
     from ggft.merge import MergeConfig
     from ggft.prepare import PrepareConfig
     from ggft.quantize import QuantizeConfig
+    from ggft.registry import ModelsConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -113,10 +114,10 @@ def download(config: DownloadConfig, model: str | None) -> None:
     click.echo(action(model or DEFAULT_MODEL, config.folder, force=config.force))
 
 
-@verb(cli, "ggft.hub:ModelsConfig")
+@verb(cli, "ggft.registry:ModelsConfig")
 def models(config: ModelsConfig) -> None:
     """List the models known by name, and which fit."""
-    from ggft.hub import models_text
+    from ggft.registry import models_text
 
     click.echo(models_text(config))
 

