@@ -131,7 +131,7 @@ $(VENV)/.$(subst ==,-,$(LLAMA)): | $(VENV)/bin/python
 	done; rm -f $(VENV)/.probe
 	@$(PIP) install 'pip>=23.1' cmake ninja $(BUILD_TOOLS)
 	@echo "Building llama.cpp for this machine (once; some minutes)"
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" \
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $$CMAKE_ARGS" \
 	    $(PIP) install $(if $(CMAKE_ARGS),--no-cache-dir) --no-binary llama-cpp-python "$(LLAMA)"
 	@touch "$@"
 

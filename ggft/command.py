@@ -32,7 +32,11 @@ def _turn_on_debug(_context: click.Context, _parameter: click.Parameter, value: 
     global _debug
     if value and not _debug:
         _debug = True
-        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+        # Our own log only: those of HTTP libraries name signed addresses.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logging.getLogger("ggft").addHandler(handler)
+        logging.getLogger("ggft").setLevel(logging.DEBUG)
 
 
 def debug_option() -> click.Option:

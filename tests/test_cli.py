@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -183,8 +184,14 @@ def test_exit_codes(
     assert "Traceback" not in err
 
 
-def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("ggft")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
     assert run(toy(InputError("bad")), ["act", "--debug"]) == 2
+    assert logging.getLogger().level > logging.DEBUG  # others' logs may hold signed addresses
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.rstrip().endswith("ggft: bad")
