@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
@@ -23,6 +24,9 @@ SIGNALS = tuple(
 )
 
 REPEAT_S = 0.1
+# Ctrl-C reaches a whole group of processes, and some (timeout, scripts) pass it on: what comes this
+# soon after the first is the same wish.
+SAME_WISH_S = 0.5
 
 
 class StopSignals:
@@ -33,6 +37,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._since_s = 0.0
         self._on_stop: Callable[[], None] | None = None
         self._lock = threading.RLock()
         self._previous: dict[int, object] = {}
@@ -83,12 +88,12 @@ class StopSignals:
     def request(self, number: int) -> None:
         """Ask for a stop as signal `number` does."""
         if self.signal_number is not None:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and time.monotonic() - self._since_s > SAME_WISH_S:
                 # Not sys.exit: cleaning up is what the user no longer wants to wait for. Saved
                 # files are renamed into place, so nothing half-written can be left behind.
                 os._exit(128 + number)
             return
-        self.signal_number = number
+        self.signal_number, self._since_s = number, time.monotonic()
         self._act()
 
     def check(self) -> None:

@@ -24,6 +24,8 @@ from ggft.trainer import Trainer
 
 MAX_LENGTH = 512
 BATCH_SIZE = 4
+# Rows may be as long as this where examples are shorter, so that several share one.
+ROW_TOKENS = 512
 RANK = 8
 
 
@@ -52,7 +54,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
         )
         config = choose_settings(config, data)
         shape = make_shape(config, base.file, base.info)
-        steps = make_steps(config, data)
+        steps = make_steps(config, base.info, data)
         planned = make_plan(
             shape,
             n_tokens=steps.row_tokens,
@@ -130,13 +132,13 @@ def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape
     )
 
 
-def make_steps(config: FinetuneConfig, data: Data) -> Steps:
+def make_steps(config: FinetuneConfig, info: ModelInfo, data: Data) -> Steps:
     """Divide the data into optimizer steps."""
     assert config.batch_size is not None
     return Steps(
         data.train,
         examples_per_step=config.batch_size * config.grad_accum,
-        n_tokens=data.max_length,
+        n_tokens=max(data.max_length, min(ROW_TOKENS, info.n_ctx)),
         packing=config.packing,
         seed=config.seed,
     )

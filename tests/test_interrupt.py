@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ggft.errors import Interrupted
-from ggft.interrupt import StopSignals
+from ggft.interrupt import SAME_WISH_S, StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -97,5 +97,8 @@ def test_the_second_sigint_exits_at_once(tmp_path: Path) -> None:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
         assert child.stdout.readline() == "first\n"
+        child.send_signal(signal.SIGINT)  # passed on by another process: the same Ctrl-C
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=2 * SAME_WISH_S)
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=2) == 130
