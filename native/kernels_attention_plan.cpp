@@ -78,23 +78,35 @@ void seen_keys(const QueryBlock& block, const int32_t* start, int64_t unit_first
     }
 }
 
-void narrow_rows(bool bf16, uint32_t* words, int64_t rows, int64_t n) {
-    if (!bf16) return;
-    for (int64_t i = 0; i < rows; i++, words += STRIDE) {
-        const float* from = (const float*)words;
-        uint16_t* to = (uint16_t*)words;
-        int64_t k = 0;
-        for (; k + LANES <= n; k += LANES) store_bf16(to + k, load(from + k));
-        for (; k < n; k++) to[k] = to_bf16(from[k]);
-        if (n % 2) to[n] = 0;
+namespace {
+
+/// n floats as words: BF16 pairs (the last one padded with 0), or themselves.
+GGFT_INLINE void to_words(bool bf16, const float* from, int64_t n, uint32_t* words) {
+    if (!bf16) {
+        std::memcpy(words, from, (size_t)n * 4);
+        return;
     }
+    uint16_t* to = (uint16_t*)words;
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES) store_bf16(to + k, load(from + k));
+    for (; k < n; k++) to[k] = to_bf16(from[k]);
+    if (n % 2) to[n] = 0;
 }
+
+/// Rows of one head lie a token apart, which hardware prefetchers follow badly.
+GGFT_INLINE void prefetch_row(const HeadRows& x, int64_t row, int64_t n_rows) {
+    if (row >= n_rows) return;
+    const float* p = x.row(row);
+    for (int d = 0; d < x.head_size; d += 16) __builtin_prefetch(p + d);
+}
+
+}  // namespace
 
 void pack_tile_rows(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
     for (int64_t i = 0; i < n_rows; i++) {
-        std::memcpy(out + i * STRIDE, x.row(i), (size_t)x.head_size * 4);
+        prefetch_row(x, i + 8, n_rows);
+        to_words(bf16, x.row(i), x.head_size, out + i * STRIDE);
     }
-    narrow_rows(bf16, out, n_rows, x.head_size);
 }
 
 void pack_columns(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
@@ -103,13 +115,13 @@ void pack_columns(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
     for (int64_t r = 0; r < round_up(n_rows, NR); r += LANES) {
         for (int64_t i = 0; i < LANES; i++) {
             uint32_t* row = rows + i * STRIDE;
+            prefetch_row(x, r + i + LANES, n_rows);
             if (r + i < n_rows) {
-                std::memcpy(row, x.row(r + i), (size_t)x.head_size * 4);
+                to_words(bf16, x.row(r + i), x.head_size, row);
             } else {
-                std::memset(row, 0, (size_t)x.head_size * 4);
+                std::memset(row, 0, (size_t)steps * 4);
             }
         }
-        narrow_rows(bf16, rows, LANES, x.head_size);
         transpose_words(rows, STRIDE, steps, out + r / NR * steps * NR + r % NR, NR);
     }
 }

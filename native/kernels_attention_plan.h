@@ -66,9 +66,6 @@ inline int64_t head_steps(bool bf16, int head_size) {
 }
 inline int64_t head_columns(int head_size) { return round_up(head_size, NR); }
 
-/// In place: n F32 words of each of `rows` tile rows become BF16 pairs (no change if !bf16).
-void narrow_rows(bool bf16, uint32_t* words, int64_t rows, int64_t n);
-
 /// One thread's working memory, grown to `words` and kept.
 uint32_t* scratch(size_t words);
 

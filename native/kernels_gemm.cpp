@@ -13,7 +13,12 @@
 namespace ggft {
 namespace {
 
-constexpr int64_t GROUP = 256;  // columns whose panels are in cache together: 512 KB
+// Panels that are in the L2 cache together: 768 KB; 512 KB where L2 caches are small.
+#if defined(GGFT_AVX512) || defined(__aarch64__)
+constexpr int64_t GROUP_WORDS = 192 << 10;
+#else
+constexpr int64_t GROUP_WORDS = 128 << 10;
+#endif
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct FreeDeleter {
@@ -30,11 +35,11 @@ struct Scratch {
     std::vector<float> low_panels;
 
     Scratch() {
-        const size_t words = GROUP * MAX_STEPS + MR * TILE_STRIDE + 2 * round_up(MR * NR, 16);
+        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * round_up(MR * NR, 16);
         memory.reset((uint32_t*)std::aligned_alloc(64, round_up(words * 4, 64)));
         if (!memory) throw std::bad_alloc();
         panels = memory.get();
-        rows = panels + GROUP * MAX_STEPS;
+        rows = panels + GROUP_WORDS;
         spill = (float*)rows + MR * TILE_STRIDE;
         keep = spill + round_up(MR * NR, 16);
     }
@@ -102,17 +107,43 @@ void fill_keep(const LowRank& low, int64_t t0, int rows, int64_t column, float* 
     }
 }
 
-/// Run one packed row tile past the panels of columns [c0, c0+nc).
-void run_tile(const Product& p, Scratch& s, const uint32_t* panels, int64_t panel_steps, int64_t c0,
-              int64_t nc, int64_t t0, int rows, int steps, bool first) {
+/// Ask for a share of the next row tile of x, so that it arrives while this one is at work.
+void prefetch_rows(const Rows& x, const Range& rows, int64_t k0, int64_t kc, int64_t share,
+                   int64_t shares) {
+    const int64_t size = x.is_bf16 ? 2 : 4, lines = (kc * size + 63) / 64;
+    const Range part = split_range((rows.last - rows.first) * lines, 1, (int)share, (int)shares);
+    for (int64_t i = part.first; i < part.last; i++) {
+        const int64_t row = rows.first + i / lines, line = i % lines;
+        __builtin_prefetch((const char*)x.data + (row * x.stride + k0) * size + line * 64);
+    }
+}
+
+void prefetch_output(const float* y, int64_t stride, int rows) {
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < NR; j += 16) __builtin_prefetch(y + i * stride + j, 1);
+    }
+}
+
+/// A row tile and the block of panels that it runs past.
+struct TileJob {
+    const uint32_t* panels;
+    int64_t panel_steps;
+    Range columns, tokens, next_tokens;
+    int64_t k0, kc;
+};
+
+void run_tile(const Product& p, Scratch& s, const TileJob& job) {
+    const int64_t t0 = job.tokens.first, c0 = job.columns.first;
+    const int64_t nc = job.columns.last - c0, panels = (nc + NR - 1) / NR;
+    const int rows = (int)(job.tokens.last - t0);
     const TileFunction tile = tile_function(p.bf16, rows);
-    const int rank = first && p.low ? p.low->rank : 0;
-    const bool add = p.y.add || !first;
+    const int rank = job.k0 == 0 && p.low ? p.low->rank : 0;
+    const bool add = p.y.add || job.k0 > 0;
     for (int64_t c = 0; c < nc; c += NR) {
         TileArgs g = {};
         g.rows = s.rows;
-        g.panel = panels + c * panel_steps;
-        g.steps = steps;
+        g.panel = job.panels + c * job.panel_steps;
+        g.steps = (int)((job.kc + per_word(p.bf16) - 1) / per_word(p.bf16));
         if (rank) {
             g.low_rows = p.low->left + t0 * p.low->left_stride;
             g.low_stride = p.low->left_stride;
@@ -125,6 +156,8 @@ void run_tile(const Product& p, Scratch& s, const uint32_t* panels, int64_t pane
         }
         float* y = p.y.data + t0 * p.y.stride + c0 + c;
         const int64_t width = std::min<int64_t>(NR, p.n_cols - c0 - c);
+        prefetch_rows(p.x, job.next_tokens, job.k0, job.kc, c / NR, panels);
+        if (c + NR < nc) prefetch_output(y + NR, p.y.stride, rows);
         g.y = width < NR ? s.spill : y;
         g.ldy = width < NR ? NR : p.y.stride;
         g.add = width < NR ? false : add;
@@ -138,6 +171,12 @@ void run_tile(const Product& p, Scratch& s, const uint32_t* panels, int64_t pane
     }
 }
 
+/// The i-th of `tiles` parts of [tokens.first, tokens.last), as even as can be.
+Range tile_tokens(const Range& tokens, int64_t i, int64_t tiles) {
+    const Range part = split_range(tokens.last - tokens.first, 1, (int)i, (int)tiles);
+    return {tokens.first + part.first, tokens.first + part.last};
+}
+
 void run_product(const Product& p, int ith, int nth) {
     static thread_local Scratch scratch;
     Range tokens, columns;
@@ -146,7 +185,10 @@ void run_product(const Product& p, int ith, int nth) {
     const int64_t blocks = (p.depth + p.max_depth() - 1) / p.max_depth();
     const int64_t kc_full = round_up((p.depth + blocks - 1) / blocks, p.depth_unit());
     const int64_t tiles = (tokens.last - tokens.first + MR - 1) / MR;
-    const int64_t width = columns.last - columns.first, groups = (width + GROUP - 1) / GROUP;
+    const int64_t width = columns.last - columns.first;
+    const int64_t steps_full = (kc_full + per_word(p.bf16) - 1) / per_word(p.bf16);
+    const int64_t most = GROUP_WORDS / steps_full / p.column_unit() * p.column_unit();
+    const int64_t groups = (width + most - 1) / most;
     for (int64_t group = 0; group < groups; group++) {  // of even size, so that none is tiny
         const Range part = split_range(width, p.column_unit(), (int)group, (int)groups);
         const int64_t c0 = columns.first + part.first, nc = part.last - part.first;
@@ -165,11 +207,11 @@ void run_product(const Product& p, int ith, int nth) {
                 pack_panels_nn(p.bf16, p.w, c0, nc, k0, kc, steps, scratch.panels);
             }
             for (int64_t i = 0; i < tiles; i++) {
-                const Range tile = split_range(tokens.last - tokens.first, 1, (int)i, (int)tiles);
-                const int64_t t0 = tokens.first + tile.first;
-                const int rows = (int)(tile.last - tile.first);
-                pack_rows(p.bf16, p.x, t0, rows, k0, kc, scratch.rows);
-                run_tile(p, scratch, panels, panel_steps, c0, nc, t0, rows, (int)steps, k0 == 0);
+                const Range now = tile_tokens(tokens, i, tiles);
+                const Range next = i + 1 < tiles ? tile_tokens(tokens, i + 1, tiles) : Range{0, 0};
+                pack_rows(p.bf16, p.x, now.first, (int)(now.last - now.first), k0, kc,
+                          scratch.rows);
+                run_tile(p, scratch, {panels, panel_steps, {c0, c0 + nc}, now, next, k0, kc});
             }
         }
     }

@@ -14,7 +14,7 @@
 //
 // Every function is called by all `nth` threads, each with its own `ith`. They share nothing that
 // is written, wait for nobody, and give bit-identical results for a given nth. Each keeps a buffer
-// of about 0.7 MB per thread, freed with the thread.
+// of about 1 MB per thread, freed with the thread.
 #pragma once
 
 #include <cstddef>

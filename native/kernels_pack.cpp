@@ -9,11 +9,23 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // elements of a row dequantized at once: the temporary stays in L1
 
+/// Where element k of row r is (k a multiple of the block size).
+const char* element(const Weight& w, int64_t r, int64_t k) {
+    return (const char*)w.data + (size_t)r * w.row_bytes +
+           (size_t)(k / ggml_blck_size(w.type)) * ggml_type_size(w.type);
+}
+
+/// Ask for elements [k, k+n) of row r: pieces of rows are too short for hardware prefetchers.
+void prefetch_elements(const Weight& w, int64_t r, int64_t k, int64_t n) {
+    if (r >= w.n_rows || k >= w.n_cols) return;
+    const char* first = element(w, r, k);
+    const char* last = element(w, r, std::min(k + n, w.n_cols));
+    for (; first < last; first += 64) __builtin_prefetch(first);
+}
+
 /// Elements [k, k+n) of row r as words; BF16 or F32.
 void dequant_words(bool bf16, const Weight& w, int64_t r, int64_t k, int64_t n, void* out) {
-    const size_t offset = (size_t)r * w.row_bytes +
-                          (size_t)(k / ggml_blck_size(w.type)) * ggml_type_size(w.type);
-    const char* blocks = (const char*)w.data + offset;
+    const char* blocks = element(w, r, k);
     if (bf16) {
         dequant_bf16(w.type, blocks, n, (uint16_t*)out);
     } else {
@@ -95,6 +107,7 @@ void pack_panels_nt(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t 
             for (int64_t i = 0; i < LANES; i++) {
                 uint32_t* row = rows + i * stride;
                 if (n % per) row[words - 1] = 0;
+                prefetch_elements(w, c0 + c + i, k0 + k + n, CHUNK);
                 if (c0 + c + i < w.n_rows) {
                     dequant_words(bf16, w, c0 + c + i, k0 + k, n, row);
                 } else {
@@ -134,6 +147,7 @@ void pack_panels_nn(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t 
         uint32_t* panels = out + c / NR * panel_words;
         for (int64_t k = 0; k < rows; k += per) {
             uint32_t* step = panels + k / per * NR;
+            for (int64_t i = 0; i < per; i++) prefetch_elements(w, k0 + k + 16 + i, c0 + c, n);
             dequant_words(bf16, w, k0 + k, c0 + c, n, even);
             if (bf16) {
                 if (k + 1 < rows) {

@@ -72,25 +72,41 @@ GGFT_INLINE V fma(V a, V b, V c) {
 GGFT_INLINE V select(VI condition, V yes, V no) {
     return (V)(((VI)yes & condition) | ((VI)no & ~condition));
 }
-GGFT_INLINE V vmax(V a, V b) { return select(a > b, a, b); }
-GGFT_INLINE V vmin(V a, V b) { return select(a < b, a, b); }
+/// The larger of each lane; b where a is NaN.
+GGFT_INLINE V vmax(V a, V b) {
+#if defined(GGFT_AVX512)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
 
-/// Sum of all lanes, always in the same order (pairs of halves).
+/// Sum of all lanes, always in the same order (halves onto halves).
 GGFT_INLINE float sum_lanes(V v) {
+#if defined(GGFT_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     }
     return x[0];
+#endif
 }
 
 GGFT_INLINE float max_lanes(V v) {
+#if defined(GGFT_AVX512)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     float m = x[0];
     for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
     return m;
+#endif
 }
 
 /// BF16 of a float, rounded to nearest even; NaN stays NaN.
