@@ -1,8 +1,8 @@
 """ggft: fine-tune a language model on the quantized GGUF file that you already have."""
 
-__version__ = "0.1.0"
-
 import os
+
+__version__ = "0.1.0"
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # GNU OpenMP's threads spin for milliseconds at each node's end, in which a busy machine makes no
