@@ -243,7 +243,14 @@ class _Loader:
                 self.store.add(ids[at : at + step], trained[at : at + step])
                 self.row_of.append(row)
         if empty:
-            raise InputError("the file has no rows", path=path, expected="at least one example")
+            raise InputError(
+                "the file has no rows",
+                path=path,
+                expected="at least one example",
+                hint="a table needs a header and rows below it"
+                if path.suffix in (".csv", ".tsv")
+                else "add rows, or leave this file out",
+            )
 
     def _encoded(self, path: Path) -> Iterator[tuple[Example, list[int], list[bool]]]:
         """Yield the examples of a file with their tokens."""

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from .errors import InputError
 from .json_stream import JsonStream, parse_line
 
+_CONVERT = "give data as JSON, JSONL, CSV, TSV or text; export or convert it first"
 MAX_ROW_BYTES = 64 << 20  # one row; beyond it the file is not what it seems
 CHUNK_BYTES = 1 << 18
 WRAPPER_KEYS = ("data", "train", "rows", "examples", "instances")
@@ -83,6 +84,7 @@ def find_files(paths: Iterable[str | Path]) -> DataFiles:
                     "no training data in this folder",
                     path=path,
                     expected="a file train.jsonl, or others of " + " ".join(SUFFIXES),
+                    hint="name the files themselves with --data",
                 )
             train += named or rest
             valid += held_out
@@ -113,7 +115,9 @@ def _check_regular(path: Path) -> None:
         reason = getattr(e, "strerror", None) or str(e)
         raise InputError(f"cannot read the data: {reason}", path=path) from None
     if not stat.S_ISREG(mode):
-        raise InputError("the data is not a regular file", path=path)
+        raise InputError(
+            "the data is not a regular file", path=path, hint="save the data in a file first"
+        )
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -133,7 +137,12 @@ def read_rows(path: Path) -> Iterator[Row]:
             else:
                 yield from _rows(path, raw)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise InputError(f"damaged gzip file: {e}", path=path) from None
+        raise InputError(
+            f"damaged gzip file: {e}",
+            path=path,
+            expected="a complete one",
+            hint="download or pack the file again",
+        ) from None
     except OSError as e:
         raise InputError(f"cannot read the data: {e.strerror}", path=path) from None
 
@@ -160,14 +169,14 @@ class _Source:
         self._head = raw.read(CHUNK_BYTES)
         for magic, what in _FOREIGN:
             if self._head.startswith(magic):
-                self.fail(f"this is {what}", 1, "JSON, JSONL, CSV, TSV or text in UTF-8")
+                self.fail(f"this is {what}", 1, "JSON, JSONL, CSV, TSV or text in UTF-8", _CONVERT)
         if self._head.startswith(b"\xef\xbb\xbf"):
             self._head = self._head[3:]
         if not self._head.strip():
-            self.fail("the file is empty", 1, "at least one example")
+            self.fail("the file is empty", 1, "at least one example", "check the path")
 
-    def fail(self, message: str, line: int | None = None, expected: str | None = None) -> NoReturn:
-        raise InputError(message, path=self.path, line=line or self.line, expected=expected)
+    def fail(self, message: str, line: int, expected: str, hint: str) -> NoReturn:
+        raise InputError(message, path=self.path, line=line, expected=expected, hint=hint)
 
     def sniff(self) -> str:
         """Return the kind of container: by the name, for JSON by what the text begins with."""
@@ -183,8 +192,9 @@ class _Source:
         if start[:1] == b"{":
             return "jsonl" if _whole_object(start.split(b"\n", 1)) else "json"
         if suffix not in (".json", ".jsonl", ".ndjson"):
-            self.fail("unknown kind of data file", 1, "one of " + " ".join(SUFFIXES))
-        return self.fail("malformed JSON", self._head[: -len(start)].count(b"\n") + 1, "`[` or `{`")
+            self.fail("unknown kind of data file", 1, "one of " + " ".join(SUFFIXES), _CONVERT)
+        line = self._head[: -len(start)].count(b"\n") + 1
+        return self.fail("malformed JSON", line, "`[` or `{` at the start", _CONVERT)
 
     def lines(self) -> Iterator[str]:
         """Yield lines without their ends (LF or CRLF)."""
@@ -195,7 +205,9 @@ class _Source:
                     data += self._raw.readline(MAX_ROW_BYTES)
                 self.line += 1
                 if len(data) >= MAX_ROW_BYTES:
-                    self.fail("a line is too long", expected=f"at most {MAX_ROW_BYTES} bytes")
+                    self.fail(
+                        "a line is too long", self.line, f"at most {MAX_ROW_BYTES} bytes", _CONVERT
+                    )
                 yield self._decode(data).rstrip("\r\n")
 
     def piece(self) -> str:
@@ -268,6 +280,7 @@ def _row(path: Path, value: Any, line: int) -> Row:
         line=line,
         found=_KINDS.get(type(value), "a value"),
         expected='{"instruction": …, "output": …} or the like',
+        hint="correct or remove this row",
     )
 
 
@@ -291,7 +304,12 @@ def _text_rows(source: _Source) -> Iterator[Row]:
             block.append(text)
             size += len(text)
             if size > MAX_ROW_BYTES:
-                source.fail("a text without blank lines is too long", first)
+                source.fail(
+                    "a text is too long",
+                    first,
+                    f"at most {MAX_ROW_BYTES} characters",
+                    "separate texts by blank lines",
+                )
         elif block:
             yield Row("\n".join(block), source.path, first)
             block, size = [], 0
@@ -307,14 +325,21 @@ def _table_rows(source: _Source, delimiters: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_ROW_BYTES)
     columns = [c.strip() for c in next(csv.reader([header], delimiter=delimiter), [])]
     if len(set(columns)) != len(columns) or "" in columns:
-        source.fail(f"the header has empty or repeated columns: {', '.join(columns)}", 1)
+        source.fail(
+            f"the header has empty or repeated columns: {', '.join(columns)}",
+            1,
+            "a name of its own for each column",
+            "correct the first line",
+        )
     reader = csv.reader((f"{x}\n" for x in lines), delimiter=delimiter, strict=True)
     while True:
         line = source.line + 1
         try:
             values = next(reader, None)
         except csv.Error as e:
-            source.fail(f"malformed table: {e}", line)
+            source.fail(
+                f"malformed table: {e}", line, f"{len(columns)} fields", "check the quotes here"
+            )
         if values is None:
             return
         if not values:

@@ -48,11 +48,9 @@ def compile_template(source: str, bos: str, eos: str) -> Render:
     try:
         template = env.from_string(source)
     except jinja2.TemplateSyntaxError as e:
-        raise InputError(
-            f"the chat template does not compile: {e.message}", path="chat template", line=e.lineno
-        ) from None
+        raise _error(f"the chat template does not compile: {e.message}", e.lineno) from None
     except RecursionError:
-        raise InputError("the chat template is nested too deeply") from None
+        raise _error("the chat template is nested too deeply", None) from None
 
     def raise_exception(message: object) -> None:
         raise _RefusalError(str(message))
@@ -72,7 +70,7 @@ def compile_template(source: str, bos: str, eos: str) -> Render:
             out.append(chunk)
             room -= len(chunk)
             if room < 0:
-                raise InputError("the chat template writes far more than it is given")
+                raise _error("the chat template writes far more than it is given", None)
         return "".join(out)
 
     def checked(messages: Sequence[Message], prompt: bool) -> str:
@@ -90,6 +88,11 @@ class _RefusalError(Exception):
     """A template called raise_exception."""
 
 
+def _error(message: str, line: int | None) -> InputError:
+    hint = "choose another template, for example --template chatml"
+    return InputError(message, path="chat template", line=line, hint=hint)
+
+
 def _failure(error: Exception) -> InputError:
     """Return what went wrong in a template, with its line."""
     line, step = None, error.__traceback__
@@ -105,7 +108,7 @@ def _failure(error: Exception) -> InputError:
         message = "the chat template needs too much memory"
     else:
         message = f"the chat template fails: {type(error).__name__}: {error}"
-    return InputError(message[:500], path="chat template", line=line)
+    return _error(message[:500], line)
 
 
 def _environment() -> Any:
@@ -196,10 +199,7 @@ class JinjaProcess:
 
     def __call__(self, requests: Sequence[Request]) -> list[str | InputError]:
         """Render every request; a failed one gives its error instead."""
-        return [
-            InputError(x[0], path="chat template", line=x[1]) if isinstance(x, list) else x
-            for x in self._exchange(requests)
-        ]
+        return [_error(x[0], x[1]) if isinstance(x, list) else x for x in self._exchange(requests)]
 
     def _exchange(self, message: object) -> list[Any]:
         """Send a message and return the answer, or raise what became of the process."""
@@ -227,7 +227,7 @@ class JinjaProcess:
                 hint="do not trust this model's template; choose another with --template",
             )
         if answer and isinstance(answer[0], dict):
-            raise InputError(answer[0]["error"], path="chat template", line=answer[0]["line"])
+            raise _error(answer[0]["error"], answer[0]["line"])
         return answer
 
 
