@@ -75,6 +75,32 @@ def load_native() -> Any:
     return _native
 
 
+def find_device(name: str) -> dict[str, Any]:
+    """Return what ggml says of the device that the engine would open.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    devices: list[dict[str, Any]] = load_native().devices()
+    if name == "auto":
+        for kind in ("gpu", "igpu", "cpu"):
+            for device in devices:
+                if device["type"] == kind:
+                    return device
+    wanted = name.lower()
+    for device in devices:
+        own = device["name"].lower()
+        # Names are a backend and a number: Vulkan0; Metal's is called MTL0 in places.
+        backend = own.rstrip("0123456789")
+        if wanted in (own, backend) or (wanted == "metal" and backend == "mtl"):
+            return device
+    raise ResourceError(
+        "there is no such device", found=repr(name),
+        expected=", ".join(["auto", *(device["name"] for device in devices)]),
+        hint="see `ggft doctor`",
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _native_errors(native: Any) -> Iterator[None]:
     """Turn native errors into this project's, with their exit codes."""

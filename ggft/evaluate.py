@@ -9,7 +9,7 @@ from ggft.adapter import A_SUFFIX, B_SUFFIX, Adapter, read_adapter
 from ggft.base import Base, Data, load_data, open_base
 from ggft.batching import Batches
 from ggft.config import TARGETS, EvalConfig, parse_size
-from ggft.engine import Cancelled, Engine, EngineSettings, mean_nats
+from ggft.engine import Cancelled, Engine, EngineSettings, find_device, mean_nats
 from ggft.errors import InputError
 from ggft.interrupt import StopSignals
 from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
@@ -99,6 +99,7 @@ def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
         layer_first=0,
         layer_last=base.info.n_layer,
         rank=1,
+        fused=find_device(config.device)["type"] == "cpu",
     )
     lengths = data.train.lengths
     n_tokens = min(data.max_length, -(-int(lengths.sum()) // 32) * 32)

@@ -21,10 +21,10 @@ GIB = 2**30
 F32 = 4
 # Tokens per micro-batch beyond which larger ones no longer train faster.
 MAX_TOKENS = 4096
-# Rows of logits that the engine makes at once; see native/engine.cpp.
-LOSS_CHUNK = 128
-# The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables.
-RUNTIME_BYTES = 110 * 2**20
+# Bytes of logits that the engine makes at once; see native/engine.cpp.
+LOGIT_BYTES = 96 * 2**20
+# The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
+RUNTIME_BYTES = 90 * 2**20
 # Cost of one use of a matrix, in tokens' worth of its product: dequantizing it.
 DEQUANTIZE_TOKENS = 40.0
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
@@ -79,7 +79,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What memory depends on, besides the micro-batch."""
+    """What memory depends on, besides the micro-batch.
+
+    `fused` says whether the CPU's fused kernels run, or the portable graph that GPUs run.
+    """
 
     model: ModelInfo
     weights_bytes: int
@@ -87,6 +90,7 @@ class Shape:
     layer_first: int
     layer_last: int
     rank: int
+    fused: bool = True
 
     @property
     def q(self) -> int:
@@ -122,21 +126,40 @@ class Shape:
 def predict(shape: Shape, n_rows: int, n_tokens: int, *, keep: bool) -> dict[str, int]:
     """Return the predicted bytes by part."""
     m, n = shape.model, n_rows * n_tokens
-    internals = 2 * shape.q + 2 * shape.kv + m.n_embd + 2 * m.n_ff
-    # The backward pass of one block: its internals again, their gradients, a dequantized matrix.
-    largest_matrix = m.n_embd * max(m.n_ff, shape.q)
-    scratch = n * (2 * internals + 3 * m.n_ff + 4 * m.n_embd) * F32 + largest_matrix * F32
-    head = LOSS_CHUNK * m.n_vocab * F32 * 2
+    # Queries, keys, values, attention with a number per head, x between, gate and up.
+    internals = 2 * shape.q + 2 * shape.kv + m.n_head + m.n_embd + 2 * m.n_ff
     # The input of every block that is trained, the last one's output, and a gradient.
     saved = (shape.n_blocks + 2) * n * m.n_embd * F32
+    if keep:
+        saved += shape.n_blocks * n * internals * F32
     return {
         "weights (mapped)": shape.weights_bytes,
         "LoRA, gradients, moments": 4 * F32 * shape.n_trained(),
-        "saved for the backward pass": saved
-        + (shape.n_blocks * n * internals * F32 if keep else 0),
-        "scratch": max(scratch, head),
+        "saved for the backward pass": saved,
+        "scratch": _scratch(shape, n_rows, n_tokens, 0 if keep else internals),
         "program": RUNTIME_BYTES,
     }
+
+
+def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
+    """Return the bytes of the largest graph: a block's backward pass, or a chunk of the loss.
+
+    The factors are upper bounds of what ggml's allocator needed over a range of shapes.
+    """
+    m, n = shape.model, n_rows * n_tokens
+    again = internals + m.n_ff // 2 if internals else 0
+    block = n * (again + 2 * m.n_ff + 2 * max(m.n_embd, shape.q) + 128) * F32
+    chunk = min(n, max(16, LOGIT_BYTES // (m.n_vocab * F32)))
+    head = chunk * (m.n_vocab + 4 * m.n_embd) * F32
+    if shape.fused:
+        return max(block, head)
+    # The portable graph holds attention's probabilities and gradients, dequantized matrices, twice
+    # the logits, and a mask.
+    matrix = m.n_embd * max(m.n_ff, shape.q)
+    block += n * (3 * m.n_head * n_tokens + shape.q) * F32 + 2 * matrix * F32
+    head = head * 2 + 3 * m.n_vocab * m.n_embd * F32 // 2
+    mask = 2 * n * n_tokens
+    return max(block, head) + mask + 8 * 2**20
 
 
 def make_plan(

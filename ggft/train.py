@@ -10,7 +10,7 @@ from pathlib import Path
 from ggft import checkpoint
 from ggft.base import Base, Data, load_data, open_base
 from ggft.config import FinetuneConfig, parse_layers, parse_size, parse_targets
-from ggft.engine import Engine, EngineSettings
+from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.interrupt import StopSignals
@@ -122,6 +122,7 @@ def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape
     """Return what memory depends on."""
     first, last = parse_layers(config.layers, info.n_layer)
     assert config.rank is not None
+    device = find_device(config.device)
     return Shape(
         model=info,
         weights_bytes=weights_bytes(file),
@@ -129,6 +130,7 @@ def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape
         layer_first=first,
         layer_last=last,
         rank=config.rank,
+        fused=device["type"] == "cpu" and config.kernels != "ggml",
     )
 
 

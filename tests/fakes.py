@@ -175,4 +175,5 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def native_module(engine: Any = FakeEngine) -> Any:
     """Return what `ggft.engine.load_native` gives in tests."""
-    return SimpleNamespace(Engine=engine, Error=Error)
+    cpu = {"name": "CPU", "description": "fake", "type": "cpu", "memory_free": 1 << 34}
+    return SimpleNamespace(Engine=engine, Error=Error, devices=lambda: [cpu])

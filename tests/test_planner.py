@@ -7,6 +7,7 @@ import pytest
 
 from ggft import planner
 from ggft.config import TARGETS
+from ggft.engine import Engine, EngineSettings
 from ggft.errors import ResourceError
 from ggft.gguf import check_model, read_gguf
 from ggft.planner import Shape, available_bytes, make_plan, physical_cores, predict, weights_bytes
@@ -92,6 +93,37 @@ def test_the_record_and_the_lines_say_the_same(shape: Shape) -> None:
     assert plan.record()["total_bytes"] == sum(plan.record()["parts_bytes"].values())
     assert any("budget" in line for line in plan.lines())
     assert any(f"{plan.n_trained:,}" in line for line in plan.lines())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"n_embd": 256}, {"n_ff": 384}, {"n_head": 8, "head_size": 16}, {"n_head_kv": 4}],
+)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kernels", ["fused", "ggml"])
+def test_what_is_predicted_is_what_the_engine_takes(
+    tmp_path: Path, changes: dict[str, int], keep: bool, kernels: str
+) -> None:
+    spec = Spec(n_ctx=4096, **changes)  # type: ignore[arg-type]
+    plain = shape_of(tmp_path, spec)
+    shape = Shape(**{**plain.__dict__, "fused": kernels == "fused"})
+    for n_rows, n_tokens in ((1, 512), (4, 128)):
+        settings = EngineSettings(
+            paths=[str(tmp_path / "m.gguf")], targets=list(TARGETS), layer_first=0,
+            layer_last=spec.n_layer, rank=4, alpha=8.0, dropout=0.1, device="cpu",
+            kernels=kernels, keep=keep, n_rows=n_rows, n_tokens=n_tokens,
+        )  # fmt: skip
+        with Engine(settings) as engine:
+            buffers = engine.info()["buffers"]
+        parts = predict(shape, n_rows, n_tokens, keep=keep)
+        saved, lora = parts["saved for the backward pass"], parts["LoRA, gradients, moments"]
+        assert saved == pytest.approx(buffers["saved"], rel=0.02)
+        assert lora == pytest.approx(buffers["lora"], rel=0.02, abs=1 << 14)
+        # Never less than 0.95, so that a plan holds; small graphs on the portable kernels may be
+        # overestimated by the fixed part of the formula.
+        actual = buffers["compute"] + buffers["inputs"]
+        spare = 16 << 20 if kernels == "ggml" else 1 << 20
+        assert 0.95 * actual <= parts["scratch"] <= 1.7 * actual + spare
 
 
 def test_this_machine() -> None:
