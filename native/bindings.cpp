@@ -1,5 +1,6 @@
 // The Python module ggft._native: the only file that knows Python. Arrays are checked here; every
 // call that computes releases the GIL.
+#include "devices.h"
 #include "engine.h"
 #include "error.h"
 #include "ggml-cpu.h"
@@ -51,35 +52,16 @@ static void set_log(nb::object callable) {
 
 // ---- what is here ----
 
-static const char * device_type_name(ggml_backend_dev_t dev) {
-    switch (ggml_backend_dev_type(dev)) {
-    case GGML_BACKEND_DEVICE_TYPE_CPU:
-        return "cpu";
-    case GGML_BACKEND_DEVICE_TYPE_GPU:
-        return "gpu";
-    case GGML_BACKEND_DEVICE_TYPE_IGPU:
-        return "igpu";
-    default:
-        return "accelerator";
-    }
-}
-
 static nb::list devices() {
-    if (ggml_backend_dev_count() == 0) {
-        ggml_backend_load_all();
-    }
     nb::list result;
-    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
-        ggml_backend_dev_props props;
-        ggml_backend_dev_get_props(dev, &props);
+    for (const DeviceInfo & device : list_devices()) {
         nb::dict d;
-        d["name"] = ggml_backend_dev_name(dev);
-        d["description"] = ggml_backend_dev_description(dev);
-        d["type"] = device_type_name(dev);
-        d["memory_free"] = props.memory_free;
-        d["memory_total"] = props.memory_total;
-        d["host_pointer"] = props.caps.buffer_from_host_ptr;
+        d["name"] = device.name;
+        d["description"] = device.description;
+        d["type"] = device.type;
+        d["memory_free"] = device.memory_free;
+        d["memory_total"] = device.memory_total;
+        d["host_pointer"] = device.host_pointer;
         result.append(d);
     }
     return result;

@@ -90,7 +90,6 @@ public:
     int64_t step = 0; // optimizer steps done
 
 private:
-    void open_device();
     void allocate_inputs();
     void allocate_saved();
     void check_graphs();
