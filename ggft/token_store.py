@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
@@ -57,6 +58,7 @@ class TokenStore:
     def _spill(self) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="ggft-tokens-")  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
         self._ids.tofile(self._file)
         self._filed += len(self._ids)
         self._ids = array("i")
