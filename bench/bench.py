@@ -33,7 +33,7 @@ from ggft.matmul_peak import measure_peak
 
 SHAPES = ((1, 512), (4, 512))
 OURS = {
-    "ggft fast": (),
+    "ggft fast": ("--memory", "1500M"),
     "ggft fast, ≤ 600 MB": ("--memory", "600M"),
     "ggft F32": ("--precision", "f32"),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ggft.engine import Engine, EngineSettings
 from ggft.errors import InputError
 from tests.blocks import TYPES
 from tests.engines import as_batch, make_batch, open_engine, relative, set_random_lora
@@ -20,6 +21,12 @@ from tests.models import CHATML, Spec, spec_for, write_model
 from tests.reference import token_nats
 
 BARS = {"f32": 1e-5, "fast": 2e-2}
+PROSE = """The sun warms the surface of the sea, and some of the water rises into the air as vapour.
+High above the ground the air is cold, so the vapour turns back into tiny drops, and many drops
+together make a cloud. When the drops grow heavy they fall as rain or snow. Part of the rain runs
+into rivers and returns to the sea, part of it sinks into the soil, where plants drink it, and part
+is stored in lakes and in the ground for many years. This path of the water has no beginning and no
+end, and people call it the water cycle. Without it there would be no forests and no fields."""
 
 
 @pytest.mark.parametrize("kernels", ["fused", "ggml"])
@@ -90,6 +97,32 @@ def test_nats_are_llama_cpps(
     }
     with open_engine(tiny, precision=precision, n_tokens=200) as engine:
         nats, count = engine.evaluate(batch)
+    assert nats / count == pytest.approx(want, rel=5e-3)
+
+
+@pytest.mark.parametrize("precision", BARS)
+def test_the_real_models_nats_are_llama_cpps(smollm2: Path, precision: str) -> None:
+    """English prose through the default model; `bench/forward_parity.py` does nine types."""
+    from ggft.llamacpp import LlamaModel, LlamaTokenizer
+
+    ids = LlamaTokenizer(smollm2).encode(PROSE, special=False)
+    with LlamaModel(smollm2, n_ctx=512, threads=1, device="cpu") as model:
+        want = model.nats(ids).mean()
+    n = len(ids) - 1
+    batch = {
+        "tokens": np.asarray([ids[:-1]]),
+        "positions": np.arange(n)[None],
+        "segments": np.zeros((1, n), int),
+        "targets": np.asarray([ids[1:]]),
+    }
+    settings = EngineSettings(
+        paths=[str(smollm2)], targets=["attn_q"], layer_first=29, layer_last=30, rank=1, alpha=1.0,
+        precision=precision, device="cpu", n_tokens=n,
+    )  # fmt: skip
+    with Engine(settings) as engine:
+        nats, count = engine.evaluate(batch)
+    assert count == n > 100
+    assert want < 4.0
     assert nats / count == pytest.approx(want, rel=5e-3)
 
 
