@@ -31,6 +31,7 @@ from ggft.bench import block_matrices
 from ggft.gguf import check_model, read_gguf
 from ggft.matmul_peak import measure_peak
 
+GGFT = "from ggft.cli import main; main()"
 SHAPES = ((1, 512), (4, 512))
 OURS = {
     "ggft fast": ("--memory", "1500M"),
@@ -66,13 +67,13 @@ def our_variants(args: argparse.Namespace) -> list[Variant]:
     for rows, tokens in SHAPES:
         for name, options in OURS.items():
             command: list[str | Path] = [
-                Path(sys.executable).with_name("ggft"), "bench", "--model", args.model, "--json",
+                sys.executable, "-c", GGFT, "bench", "--model", args.model, "--json",
                 "--shape", f"{rows}x{tokens}", "--steps", str(args.steps), "--no-peak",
                 "--no-profile", "--threads", str(args.threads), *options,
             ]  # fmt: skip
 
             def measure(command: list[str | Path] = command) -> dict[str, Any]:
-                return dict(run_json(command))
+                return dict(run_json(command, {"PYTHONPATH": str(ROOT)}))
 
             found.append(Variant(name, rows, tokens, True, measure))
     return found
