@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ggft.registry import ModelsConfig
 
 ConfigT = TypeVar("ConfigT")
+# Whether this process is `ggft` itself, which can be started again as a child, and not a test.
+_is_program = False
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,6 +54,12 @@ def _with_model(config: ConfigT) -> ConfigT:
 @verb(cli, "ggft.config:FinetuneConfig", config_file=True)
 def finetune(config: FinetuneConfig) -> Any:
     """Train a LoRA adapter on a quantized model."""
+    if _is_program and not config.dry_run:
+        from ggft.supervise import supervise
+
+        code = supervise(Path(config.output))
+        if code is not None:
+            return code
     from ggft.train import finetune as action
 
     return action(_with_model(config))
@@ -192,4 +201,6 @@ def bench(config: BenchConfig) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    global _is_program
+    _is_program = True
     sys.exit(run(cli))
