@@ -317,6 +317,45 @@ def test_lines_for_people_without_a_terminal(
     assert str(case.folder / "run" / "adapter.gguf") in out
 
 
+KILLED = """
+import os, sys
+import ggft.engine
+from tests.fakes import FakeEngine, native_module
+class Engine(FakeEngine):
+    def optimizer_step(self, *args):
+        if self.step == 7:
+            os.kill(os.getpid(), {number})
+        return super().optimizer_step(*args)
+ggft.engine.load_native = lambda: native_module(Engine)
+from ggft.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "parts"),
+    [
+        (signal.SIGKILL, 137, ["SIGKILL", "out of memory", "smaller --memory"]),
+        (signal.SIGBUS, 135, ["SIGBUS", "mapped file"]),
+        (signal.SIGABRT, 134, ["SIGABRT", "assertion"]),
+    ],
+)
+def test_the_parent_names_what_killed_the_run(
+    case: Case, number: int, code: int, parts: list[str]
+) -> None:
+    run = case.folder / "run"
+    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
+    settings = ["--save-steps", "5", "--epochs", "3", "--val-split", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(number=number), *arguments, *settings],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code
+    for part in [*parts, "step-000005", "--resume"]:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 CHILD = """
 import sys
 import ggft.engine
