@@ -165,10 +165,18 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
 
     BASE is the model's GGUF or its name, ADAPTER the adapter's GGUF, OUTPUT the GGUF to write.
     """
+    from ggft.config import EvalConfig
     from ggft.hub import find_model
     from ggft.merge import merge_files as action
 
-    click.echo(action(str(find_model(base)), adapter, output, config))
+    def measure(model: str, tuned: str | None, template: str) -> float:
+        from ggft.evaluate import evaluate as eval_action
+        from ggft.progress import Progress
+
+        data = EvalConfig(model=model, adapter=tuned, template=template, data=config.data)
+        return float(eval_action(data, Progress("quiet"))["loss"])
+
+    click.echo(action(str(find_model(base)), adapter, output, config, measure))
 
 
 @verb(cli, "ggft.quantize:QuantizeConfig")

@@ -4,29 +4,24 @@ W + scale·B·A is written in the type of W. A small delta can vanish there: the
 weight do not move until it exceeds half a step. So each changed tensor is tried on sample rows
 first; where too little of the delta would survive, the tensor gets a finer type, and the receipt
 says so. Everything streams, a few rows at a time.
-
-For a delta D, the old weights W0 (dequantized) and the new ones W1, *kept* is the share of D that
-is in W1 − W0, ⟨W1 − W0, D⟩ / ⟨D, D⟩: 0 when nothing of it is left, 1 when all of it is; codes that
-barely resolve it can also exaggerate it. *noise* is what else changed, ‖W1 − W0 − D‖ / ‖W0‖.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft.adapter import Adapter, read_adapter
-from ggft.description import format_bytes
 from ggft.errors import InputError
 from ggft.ggml_quants import can_quantize, dequantize_rows, quantize_rows, read_rows
 from ggft.gguf import GGMLType, GGUFFile, TensorInfo, Value, ValueType, read_array, read_gguf
 from ggft.gguf_write import TensorSource, atomic_output, write_gguf
 from ggft.options import option
+from ggft.receipt import Losses, MergeReport, TensorReceipt, render, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +29,8 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
+# Loss of a model (a path), with an adapter or None, under a template.
+Measure = Callable[[str, "str | None", str], float]
 _CHUNK_ELEMENTS = 4 << 20
 _SAMPLE_ROWS = 64
 # Finer and finer types to which a tensor is promoted; 256-element blocks only where rows allow.
@@ -62,54 +59,16 @@ class MergeConfig:
         "--adapter-scale", default=1.0, minimum=-16.0, maximum=16.0,
         help="Strength of the adapter",
     )  # fmt: skip
+    data: tuple[str, ...] = option(
+        "-d", "--data", default=(), metavar="PATH",
+        help="Held-out rows: also measure what survives of the fine-tune in their loss",
+    )  # fmt: skip
     receipt: str | None = option(
         "--receipt", default=None, metavar="FILE", help="Write the receipt as JSON, too"
     )
     force: bool = option(
         "--force", default=False, help="Merge although the adapter names another base file"
     )
-
-
-@dataclass
-class TensorReceipt:
-    """What became of one changed tensor; shares as in the module's description.
-
-    Attributes:
-        kept_before: Share that the base's type would have kept, on sample rows.
-        delta: ‖D‖ / ‖W0‖.
-    """
-
-    name: str
-    base_type: str
-    type: str
-    kept_before: float
-    kept: float = 0.0
-    noise: float = 0.0
-    delta: float = 0.0
-
-    @property
-    def promoted(self) -> bool:
-        """Whether the tensor got another type."""
-        return self.type != self.base_type
-
-
-@dataclass
-class MergeReport:
-    """What `merge` did."""
-
-    output: Path
-    n_bytes: int
-    base_bytes: int
-    tensors: list[TensorReceipt] = field(default_factory=list)
-
-    @property
-    def kept(self) -> float:
-        """Return the kept share over all tensors, each weighted by its relative delta, squared."""
-        weights = [t.delta**2 for t in self.tensors]
-        total = sum(weights)
-        if not total:
-            return 1.0
-        return sum(w * t.kept for w, t in zip(weights, self.tensors, strict=True)) / total
 
 
 @dataclass(frozen=True)
@@ -156,6 +115,7 @@ def merge(
     output: str | Path,
     config: MergeConfig | None = None,
     progress: Callable[[int], object] | None = None,
+    measure: Measure | None = None,
 ) -> MergeReport:
     """Write the base model with the adapter merged in, whole or not at all.
 
@@ -165,6 +125,7 @@ def merge(
         output: The GGUF to write.
         config: Types and strength.
         progress: Called with the number of bytes written so far.
+        measure: Gives the loss on `config.data` of a model, an adapter or None, and a template.
 
     Raises:
         InputError: A file is bad, they do not fit, or the output cannot be used.
@@ -181,8 +142,17 @@ def merge(
     inputs = [*base.paths, adapter.path]
     write_gguf(output, metadata, sources, types=types, inputs=inputs, progress=progress)
     report.n_bytes = Path(output).stat().st_size
+    if config.data and measure is not None:
+        template = adapter.meta.template or "auto"
+        base_file, tuned = str(base.path), str(adapter.path)
+        report.losses = Losses(
+            measure(base_file, None, template),
+            measure(base_file, tuned, template),
+            measure(str(output), None, template),
+        )
     if config.receipt is not None:
-        _write_receipt(Path(config.receipt), report)
+        with atomic_output(config.receipt, inputs=[Path(output)]) as temporary:
+            temporary.write_text(to_json(report) + "\n", encoding="utf-8")
     return report
 
 
@@ -309,54 +279,14 @@ def _merge_rows(
     receipt.delta = math.sqrt(sums.dd) / scale
 
 
-def _write_receipt(path: Path, report: MergeReport) -> None:
-    record = {
-        "output": str(report.output),
-        "n_bytes": report.n_bytes,
-        "base_bytes": report.base_bytes,
-        "kept": report.kept,
-        "tensors": [asdict(tensor) for tensor in report.tensors],
-    }
-    with atomic_output(path, inputs=[report.output]) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def merge_files(base: str, adapter: str, output: str, config: MergeConfig) -> str:
+def merge_files(
+    base: str, adapter: str, output: str, config: MergeConfig, measure: Measure | None = None
+) -> str:
     """Merge with a progress bar where somebody watches; return what `ggft merge` prints."""
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        report = merge(base, adapter, output, config, lambda done: bar.update(done - bar.n))
+        report = merge(
+            base, adapter, output, config, lambda done: bar.update(done - bar.n), measure
+        )
     return render(report)
-
-
-def render(report: MergeReport) -> str:
-    """Return the receipt as lines for a terminal: by kind of tensor, and the worst one."""
-    lines = [f"{'':12} {'tensors':>7}  {'type':18} {'delta':>7} {'kept':>6} {'noise':>7}"]
-    groups: dict[tuple[str, str, str], list[TensorReceipt]] = {}
-    for receipt in report.tensors:
-        short = receipt.name.removesuffix(".weight").split(".")[-1]
-        groups.setdefault((short, receipt.base_type, receipt.type), []).append(receipt)
-    for (short, base_type, new_type), members in groups.items():
-        kind = base_type if base_type == new_type else f"{base_type} → {new_type}"
-        delta, kept, noise = (
-            sum(getattr(m, what) for m in members) / len(members)
-            for what in ("delta", "kept", "noise")
-        )
-        lines.append(
-            f"{short:12} {len(members):7}  {kind:18} {delta:7.2%} {kept:6.0%} {noise:7.2%}"
-        )
-    promoted = [t for t in report.tensors if t.promoted]
-    if promoted:
-        before = sum(t.kept_before for t in promoted) / len(promoted)
-        lines.append(
-            f"{len(promoted)} of {len(report.tensors)} tensors got another type: their own would "
-            f"have kept {before:.0%} of the delta"
-        )
-    worst = min(report.tensors, key=lambda t: t.kept)
-    lines.append(f"kept over all: {report.kept:.0%}; least: {worst.kept:.0%} of {worst.name}")
-    lines.append(
-        f"wrote {report.output}, {format_bytes(report.n_bytes)} "
-        f"(the base has {format_bytes(report.base_bytes)})"
-    )
-    return "\n".join(lines)

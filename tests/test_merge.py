@@ -15,7 +15,8 @@ from ggft.errors import InputError
 from ggft.ggml_quants import can_quantize, dequantize_rows, quantize_rows
 from ggft.gguf import GGMLType, dequantize, read_array, read_gguf
 from ggft.llamacpp import LlamaModel
-from ggft.merge import MergeConfig, MergeReport, merge, render
+from ggft.merge import MergeConfig, merge
+from ggft.receipt import MergeReport, render
 from tests.models import Spec, spec_for, write_model
 from tests.reference import Array
 from tests.test_gguf import write_shards
@@ -134,6 +135,28 @@ def test_small_pieces_and_a_receipt_file(tmp_path: Path, monkeypatch: pytest.Mon
     record = json.loads(receipt.read_text())
     assert record["kept"] == report.kept
     assert len(record["tensors"]) == len(TARGETS)
+
+
+def test_the_loss_that_survives(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base.gguf").path
+    adapter, _ = write_lora(tmp_path, base, 0.1, template="instruction")
+    asked = []
+
+    def measure(model: str, tuned: str | None, template: str) -> float:
+        asked.append((Path(model).name, tuned, template))
+        return {0: 4.0, 1: 2.0, 2: 2.2}[len(asked) - 1]
+
+    config = MergeConfig(data=("rows.json",), receipt=str(tmp_path / "receipt.json"))
+    report = merge(base, adapter, tmp_path / "out.gguf", config, measure=measure)
+    assert asked == [
+        ("base.gguf", None, "instruction"),
+        ("base.gguf", str(adapter), "instruction"),
+        ("out.gguf", None, "instruction"),
+    ]
+    assert report.losses is not None
+    assert report.losses.survived == pytest.approx(0.9)
+    assert "90% of the gain" in render(report)
+    assert json.loads((tmp_path / "receipt.json").read_text())["losses"]["merged"] == 2.2
 
 
 def test_a_scaled_and_an_empty_adapter(tmp_path: Path) -> None:
