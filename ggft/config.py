@@ -185,6 +185,10 @@ class FinetuneConfig:
         "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
         help="Memory that the run may use, such as 6G",
     )  # fmt: skip
+    samples: int = option(
+        "--samples", default=3, minimum=0, maximum=100,
+        help="Questions that the report answers before and after",
+    )  # fmt: skip
     dry_run: bool = option(
         "--dry-run", default=False, recorded=False, help="Check everything, print the plan and stop"
     )

@@ -167,6 +167,7 @@ def make_plan(
     *,
     n_tokens: int,
     max_rows: int,
+    n_rows: int | None = None,
     keep: bool | None = None,
     memory_bytes: int | None = None,
 ) -> Plan:
@@ -176,6 +177,7 @@ def make_plan(
         shape: What memory depends on.
         n_tokens: Tokens of the longest row.
         max_rows: Rows of the largest optimizer step; more are never needed.
+        n_rows: Rows per micro-batch where they are given, or None.
         keep: Given by the user, or None.
         memory_bytes: The budget; None is a safe share of what is free now.
 
@@ -186,7 +188,7 @@ def make_plan(
     budget = int(free * SAFE_SHARE) if memory_bytes is None else memory_bytes
     limit = max(1, min(max_rows, MAX_TOKENS // n_tokens))
     candidates = []
-    for rows in range(1, limit + 1):
+    for rows in range(1, limit + 1) if n_rows is None else (n_rows,):
         for keeps in (True, False) if keep is None else (keep,):
             parts = predict(shape, rows, n_tokens, keep=keeps)
             plan = Plan(rows, n_tokens, keeps, budget, free, parts, shape.n_trained())

@@ -18,7 +18,9 @@ from ggft.options import to_record
 from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
 from ggft.progress import Progress
 from ggft.recipe import suggest
+from ggft.report import Outcome, write_report
 from ggft.rundir import RunDirectory, check_free, check_output, open_run
+from ggft.samples import ask
 from ggft.steps import Steps
 from ggft.trainer import Trainer
 
@@ -55,25 +57,60 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
         config = choose_settings(config, data)
         shape = make_shape(config, base.file, base.info)
         steps = make_steps(config, base.info, data)
-        planned = make_plan(
-            shape,
-            n_tokens=steps.row_tokens,
-            max_rows=steps.max_rows,
-            keep=None if config.recompute is None else not config.recompute,
-            memory_bytes=None if config.memory is None else parse_size(config.memory),
-        )
-        announce(config, base, data, planned, progress)
         if config.dry_run:
+            announce(config, base, data, plan_run(config, shape, steps), progress)
             return
-        check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
+            planned = plan_run(config, shape, steps, saved)
+            announce(config, base, data, planned, progress)
+            check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
             with open_engine(config, base, shape, planned, stop) as engine:
                 trainer = Trainer(config, base, data, steps, planned, run, engine, progress, stop)
                 trainer.begin(saved)
                 trainer.loop()
-                trainer.finish()
+                outcome = trainer.outcome()
+            if config.samples and not stop.signal_number:
+                progress.note("asking the base model and the adapter")
+                samples = ask(base, data, run.adapter, config, stop, progress)
+                outcome = replace(outcome, samples=samples)
+            conclude(run, outcome, progress)
+            stop.check()
+
+
+def plan_run(
+    config: FinetuneConfig,
+    shape: Shape,
+    steps: Steps,
+    saved: checkpoint.Checkpoint | None = None,
+) -> Plan:
+    """Choose how the run uses memory; micro-batches stay as they were when it is continued."""
+    n_rows = None
+    if saved is not None:
+        n_rows, n_tokens = saved.state["circumstances"]["micro_batch"]
+        n_rows = n_rows if n_tokens == steps.row_tokens else None
+    return make_plan(
+        shape,
+        n_tokens=steps.row_tokens,
+        max_rows=steps.max_rows,
+        n_rows=n_rows,
+        keep=None if config.recompute is None else not config.recompute,
+        memory_bytes=None if config.memory is None else parse_size(config.memory),
+    )
+
+
+def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
+    """Write the report and say what came of the run."""
+    write_report(run, outcome)
+    verdict = outcome.verdict()
+    progress.event(
+        "done", adapter=str(run.adapter), verdict=verdict.kind, text=verdict.text,
+        steps=len(outcome.steps), peak_bytes=outcome.peak_bytes,
+    )  # fmt: skip
+    progress.result(verdict.text)
+    progress.result(f"adapter: {run.adapter}")
+    progress.result(f"report:  {run.report_html}")
 
 
 def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:

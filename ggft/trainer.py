@@ -18,13 +18,14 @@ from ggft.interrupt import StopSignals
 from ggft.options import to_record, to_yaml
 from ggft.planner import Plan
 from ggft.progress import Progress
-from ggft.report import Outcome, peak_rss_bytes, write_report
+from ggft.report import Outcome, peak_rss_bytes
 from ggft.rundir import RunDirectory
 from ggft.steps import Steps
 
 # Settings that do not change the course of a run: where things lie, what is shown and kept.
 _MAY_CHANGE = (
     "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
+    "samples",
 )  # fmt: skip
 
 
@@ -133,6 +134,8 @@ class Trainer:
         if self.state.ended:
             self.progress.note("the run is finished already")
             return
+        if self._evaluation_is_due() and self.engine.step == 0:
+            self.progress.note("measuring the held-out loss before training")
         self.progress.start(self.n_steps, self.engine.step)
         try:
             while True:
@@ -151,9 +154,9 @@ class Trainer:
         finally:
             self.progress.stop()
 
-    def finish(self) -> None:
-        """Write the report and say what came of it."""
-        outcome = Outcome(
+    def outcome(self) -> Outcome:
+        """Return what the report is made of."""
+        return Outcome(
             settings=to_record(self.config),
             model=self.base.name,
             plan=self.plan.record(),
@@ -165,15 +168,6 @@ class Trainer:
             n_held_out=len(self.data.validation),
             samples=[],
         )
-        write_report(self.run, outcome)
-        verdict = outcome.verdict()
-        self.progress.event(
-            "done", adapter=str(self.run.adapter), verdict=verdict.kind, text=verdict.text,
-            steps=self.engine.step, peak_bytes=outcome.peak_bytes,
-        )  # fmt: skip
-        self.progress.result(verdict.text)
-        self.progress.result(f"adapter: {self.run.adapter}")
-        self.progress.result(f"report:  {self.run.report_html}")
 
     def _step(self) -> None:
         """Do one optimizer step: gradients of its micro-batches, then the update."""
@@ -305,9 +299,9 @@ class Trainer:
             self._write_adapter()
         step = self.engine.step
         self.progress.event("interrupted", step=step, adapter=str(self.run.adapter))
+        learned = "holds what was learned" if step else "has learned nothing yet"
         raise Interrupted(
-            f"stopped after step {step} of {self.n_steps}; "
-            f"{self.run.adapter} holds what was learned",
+            f"stopped after step {step} of {self.n_steps}; {self.run.adapter} {learned}",
             signal_number=self.stop.signal_number or 2,
             hint="continue with the same command and --resume",
         ) from None

@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # One line a layer; within a line, a module may import what stands before it. Verbs never import
 # one another.
 LAYERS = """
-errors terminal file_kinds options config description progress interrupt
+errors terminal file_kinds options config description progress interrupt supervise
 gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal matmul_peak
 chat_template jinja encoding builtin_templates templates vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
-llamacpp ggml_quants receipt engine adapter checkpoint planner fetch registry hub base rundir report trainer
+llamacpp ggml_quants receipt engine adapter checkpoint planner fetch registry hub
+base rundir report samples trainer
 evaluate train prepare convert inspect merge quantize generate doctor bench
 command cli
 """

@@ -44,6 +44,7 @@ class Case:
             "output": str(self.folder / output),
             "threads": 1,
             "val_split": 0,
+            "samples": 0,
             "lr": 3e-4,
             "dropout": 0.1,
             "save_steps": 5,
