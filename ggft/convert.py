@@ -327,13 +327,13 @@ def _convert(
     raw = read_bytes(tensor.path, offset, n_rows * tensor.row_bytes, tensor.name)
     blocks = to_blocks(raw.reshape(n_rows, tensor.row_bytes), tensor.layout)
     loss = ScaleLoss()
-    if how == "unpacked":
-        values = unpack(blocks, tensor.layout).reshape(n_rows, -1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            out = _pack(values, target)
-    else:
-        out, loss = repack(blocks, tensor.layout)
-        report.count(loss)
+    # NaN and infinity are looked for in the result, where they can be named.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if how == "unpacked":
+            out = _pack(unpack(blocks, tensor.layout).reshape(n_rows, -1), target)
+        else:
+            out, loss = repack(blocks, tensor.layout)
+            report.count(loss)
     block = loss.bad_block
     if block is None and (bad := first_bad_block(out, target)) is not None:
         block = bad * target.block_size // tensor.layout.block_size

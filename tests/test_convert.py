@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ggft.convert
 from ggft.convert import ConvertConfig, convert_model, render
-from ggft.cursor import read_bytes
-from ggft.errors import InputError, ResourceError
+from ggft.errors import InputError
 from ggft.gguf import GGMLType, GGUFFile, check_model, dequantize, read_array, read_gguf
 from ggft.legacy import LegacyFile, read_legacy
 from ggft.llamacpp import LlamaModel, LlamaTokenizer
-from tests.legacy_files import DATA, MANIFEST, NAMES, RawGGML, content, place
+from tests.legacy_files import DATA, MANIFEST, NAMES, RawGGML, place
 from tests.reference import Array, Batch, Decoder, Rope, Shape
 from tests.test_legacy import dequantized
 
@@ -328,73 +326,3 @@ def test_bad_tokenizer_folders(tmp_path: Path, name: str, data: bytes) -> None:
     with pytest.raises(InputError):
         convert_model(raw(tmp_path), tmp_path / "new.gguf", ConvertConfig(vocab_dir=str(folder)))
     assert not (tmp_path / "new.gguf").exists()
-
-
-# ---- safety --------------------------------------------------------------------------------
-
-
-def test_input_is_untouched_and_output_equal_to_input_refused(tmp_path: Path) -> None:
-    old = place(tmp_path, "ggjt_v3_q4_0")
-    link = tmp_path / "link.gguf"
-    link.symlink_to(old)
-    for output in (old, link):
-        with pytest.raises(InputError, match="the output is the input"):
-            convert_model(old, output)
-    convert_model(old, tmp_path / "new.gguf")
-    assert old.read_bytes() == content("ggjt_v3_q4_0.bin")
-    with pytest.raises(InputError, match="already a GGUF"):
-        convert_model(tmp_path / "new.gguf", tmp_path / "newer.gguf")
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ResourceError("disk full")])
-def test_an_interrupted_conversion_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    old = place(tmp_path, "ggjt_v2_q4_0")
-    calls = iter(range(100))
-
-    def read_some(*args: Any) -> Any:
-        if next(calls) == 20:
-            raise error
-        return read_bytes(*args)
-
-    monkeypatch.setattr(ggft.convert, "read_bytes", read_some)
-    with pytest.raises(type(error)):
-        convert_model(old, tmp_path / "new.gguf")
-    assert list(tmp_path.iterdir()) == [old]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ggjt_v2_q4_0", struct.pack("<f", float("nan"))),
-        ("ggjt_v2_q4_0", struct.pack("<f", 1e6)),
-        ("ggjt_v3_q4_0", struct.pack("<e", float("inf"))),
-        ("ggjt_v1_q4_2", struct.pack("<e", float("nan"))),
-        ("ggjt_v3_qkk64_q4_k_m", struct.pack("<e", float("inf"))),
-    ],
-)
-def test_scales_that_are_not_finite(tmp_path: Path, name: str, value: bytes) -> None:
-    """Fault 19: named by tensor and block."""
-    old = place(tmp_path, name)
-    tensor = next(t for t in read_legacy(old).tensors if t.name == "blk.1.ffn_up.weight")
-    at = tensor.parts[0].offset + 5 * tensor.layout.block_bytes
-    damaged = bytearray(old.read_bytes())
-    damaged[at : at + len(value)] = value
-    old.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"feed_forward.w3.*block 5") as caught:
-        convert_model(old, tmp_path / "new.gguf")
-    assert caught.value.offset == at
-    assert not (tmp_path / "new.gguf").exists()
-
-
-def test_reading_in_small_pieces_gives_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("ggmf_v1_q4_0_2part", "ggml_q4_1_planar", "ggjt_v1_q4_3"):
-        old = place(tmp_path, name)
-        convert_model(old, tmp_path / "whole.gguf")
-        monkeypatch.setattr(ggft.convert, "_CHUNK_BYTES", 1000)
-        convert_model(old, tmp_path / "pieces.gguf")
-        monkeypatch.undo()
-        assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
