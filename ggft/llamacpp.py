@@ -7,10 +7,10 @@ before llama.cpp sees them.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -104,6 +104,13 @@ def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
     return model
 
 
+def _free(handles: list[tuple[Any, Any]]) -> None:
+    """Free a model's handles, the last one made first; the model frees its adapters."""
+    while handles:
+        free, handle = handles.pop()
+        free(handle)
+
+
 class LlamaTokenizer(Vocabulary):
     """The tokenizer that a GGUF file carries, without its weights (`templates.Tokenizer`).
 
@@ -115,13 +122,11 @@ class LlamaTokenizer(Vocabulary):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._model = _open_model(Path(path), vocab_only=True, on_gpu=False)
-        super().__init__(load(), self._model, Path(path))
-
-    def __del__(self) -> None:
-        if getattr(self, "_model", None) and _lib is not None:
-            _lib.llama_model_free(self._model)
-            self._model = None
+        api = load()
+        model = _open_model(Path(path), vocab_only=True, on_gpu=False)
+        # Also runs at exit, while Python can still take llama.cpp's log.
+        weakref.finalize(self, api.llama_model_free, model)
+        super().__init__(api, model, Path(path))
 
 
 class LlamaModel:
@@ -153,16 +158,16 @@ class LlamaModel:
         threads: int | None = None,
         device: str = "auto",
     ) -> None:
-        self._model: Any = None
-        self._context: Any = None
-        self._adapter: Any = None
         self.path = Path(path)
         self._api = load()
         self._model = _open_model(self.path, vocab_only=False, on_gpu=device != "cpu")
+        self._handles: list[tuple[Any, Any]] = [(self._api.llama_model_free, self._model)]
+        self._free = weakref.finalize(self, _free, self._handles)
         self.vocabulary = Vocabulary(self._api, self._model, self.path)
         n_ctx_train = int(self._api.llama_model_n_ctx_train(self._model))
         self.n_ctx = min(n_ctx or 4096, n_ctx_train)
         self._context = self._make_context(threads)
+        self._handles.append((self._api.llama_free, self._context))
         if adapter is not None:
             self._attach(Path(adapter), adapter_scale)
         self._seen: list[int] = []
@@ -185,34 +190,26 @@ class LlamaModel:
     def _attach(self, path: Path, scale: float) -> None:
         read_gguf(path)
         _complaints.clear()
-        self._adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not self._adapter:
+        adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
             raise InputError(
                 "the adapter does not fit this model", path=path, found=_complaint(),
                 hint=f"use it with the model it was trained on, not {self.path.name}",
             )  # fmt: skip
-        adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
         scales = (ctypes.c_float * 1)(scale)
         if self._api.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
             raise InputError("llama.cpp cannot apply the adapter", path=path, found=_complaint())
 
     def close(self) -> None:
         """Give the memory back; the object is of no use afterwards."""
-        if self._context:
-            self._api.llama_free(self._context)
-        if self._model:  # frees its adapters, too
-            self._api.llama_model_free(self._model)
-        self._model = self._context = self._adapter = None
+        self._free()
 
     def __enter__(self) -> LlamaModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
 
     def _check_length(self, n_ids: int, n_new: int = 0) -> None:
         if n_ids == 0:
