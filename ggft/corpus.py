@@ -9,6 +9,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,15 @@ class Account:
     warnings: list[str] = field(default_factory=list)
 
 
+class Fate(IntEnum):
+    """What becomes of a row."""
+
+    TRAIN = 0
+    VALID = 1
+    DUPLICATE = 2  # equal to an earlier row, dropped
+    SILENT = 3  # no token to learn, dropped
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Tokenized data.
@@ -98,7 +108,7 @@ class Corpus:
         validation: Held-out examples; empty when nothing is held out.
         account: What became of the rows.
         max_length: Where examples were cut.
-        fate: Of each row, in the order of the files: `train`, `valid`, or why it was dropped; (N,).
+        fate: A `Fate` for each row, in the order of the files; (N,).
         duplicates: What rows have to do with one another.
         table: Where the rows are.
     """
@@ -107,7 +117,7 @@ class Corpus:
     validation: StoreView
     account: Account
     max_length: int
-    fate: npt.NDArray[np.str_]
+    fate: npt.NDArray[np.uint8]
     duplicates: Duplicates
     table: RowTable
 
@@ -129,9 +139,11 @@ class RowTable:
         self._file.append(file)
         self._line.append(line)
 
-    def file(self, row: int) -> int:
-        """Return the number of a row's file."""
-        return self._file[row]
+    def files(self) -> npt.NDArray[np.int32]:
+        """Return the number of each row's file, (N,)."""
+        import numpy as np
+
+        return np.array(self._file, np.int32)
 
     def where(self, row: int) -> str:
         """Return `file:line` of a row."""
@@ -190,11 +202,12 @@ class _Loader:
         duplicates = self.prints.duplicates()
         row_of = np.array(self.row_of, np.int64)
         max_length = self._max_length()
-        n_trained = [self.store.n_trained(i, max_length) for i in range(len(self.store))]
-        trainable = np.array(n_trained, np.int64) > 0
+        counts = (self.store.n_trained(i, max_length) for i in range(len(self.store)))
+        n_trained = np.fromiter(counts, np.int64, len(self.store))
+        trainable = n_trained > 0
         learns = np.zeros(n, np.bool_)
         learns[row_of[trainable]] = True
-        given = np.array([self.table.file(i) >= len(self.files.train) for i in range(n)], np.bool_)
+        given = self.table.files() >= len(self.files.train)
         copies = (duplicates.copy_of != np.arange(n)) & (given[duplicates.copy_of] == given)
         if self.options.keep_duplicates:
             copies[:] = False
@@ -207,8 +220,7 @@ class _Loader:
         ]
         account.n_kept, account.n_held_out = len(view[0]), len(view[1])
         account.n_tokens = int(view[0].lengths.sum(dtype=np.int64))
-        chosen = np.flatnonzero(trainable & (usable & ~valid)[row_of])
-        account.n_trained = sum(n_trained[i] for i in chosen.tolist())
+        account.n_trained = int(n_trained[trainable & (usable & ~valid)[row_of]].sum())
         account.n_truncated = int((self.store.lengths[trainable] > max_length).sum())
         if account.n_truncated:
             account.warnings.append(
@@ -222,8 +234,9 @@ class _Loader:
                 found=f"{n} rows, {account.n_untrainable} without a token to learn",
                 hint="each row needs an answer that is not empty and not beyond --max-length",
             )
-        fate = np.where(valid, "valid", np.where(usable, "train", ""))
-        fate = np.where(copies, "duplicate", np.where(learns, fate, "nothing to learn"))
+        fate = np.where(valid, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
+        fate[~learns] = Fate.SILENT
+        fate[copies] = Fate.DUPLICATE
         return Corpus(view[0], view[1], account, max_length, fate, duplicates, self.table)
 
     def _read(self, number: int, path: Path) -> None:
@@ -273,9 +286,14 @@ class _Loader:
 
     def _max_length(self) -> int:
         """Return where examples are cut."""
+        import numpy as np
+
         asked, n_ctx = self.options.max_length, self.options.n_ctx
         if asked is None:
-            chosen = choose_max_length(self.store.lengths.tolist(), n_ctx)
+            lengths = np.sort(self.store.lengths)
+            chosen = choose_max_length(
+                int(lengths[-1]), int(lengths[len(lengths) * 99 // 100]), n_ctx
+            )
             self.account.notes.append(f"examples of up to {chosen} tokens (--max-length)")
             return chosen
         if asked > n_ctx:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ggft.datasets import Example
     from ggft.progress import Progress
     from ggft.templates import Template
+    from ggft.token_store import IntArray
 
 HISTOGRAM_ROWS = 10
 BAR_WIDTH = 40
@@ -131,6 +132,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
 
 def describe(corpus: Corpus, template: Template) -> Iterator[str]:
     """Yield the lines that describe a corpus."""
+    import numpy as np
+
     from ggft.recipe import suggest
 
     account, lengths = corpus.account, corpus.train.lengths
@@ -148,9 +151,9 @@ def describe(corpus: Corpus, template: Template) -> Iterator[str]:
         f" kept: {account.n_near} near duplicates, {account.n_truncated} cut"
         f" at {corpus.max_length} tokens"
     )
-    median = int(sorted(lengths.tolist())[len(lengths) // 2])
+    median = int(np.median(lengths))
     yield f"length     {lengths.min()} to {lengths.max()} tokens, half of them up to {median}"
-    yield from histogram(lengths.tolist())
+    yield from histogram(lengths)
     advice = suggest(account.n_kept, account.n_trained)
     yield (
         f"suggested  --epochs {advice.epochs} --batch-size {advice.batch_size} --rank"
@@ -160,13 +163,13 @@ def describe(corpus: Corpus, template: Template) -> Iterator[str]:
         yield f"           {reason}"
 
 
-def histogram(lengths: list[int]) -> Iterator[str]:
+def histogram(lengths: IntArray) -> Iterator[str]:
     """Yield lines with how many examples are how long."""
-    least, most = min(lengths), max(lengths)
-    width = max(1, -(-(most - least + 1) // HISTOGRAM_ROWS))
-    counts = [0] * ((most - least) // width + 1)
-    for n in lengths:
-        counts[(n - least) // width] += 1
+    import numpy as np
+
+    least = int(lengths.min())
+    width = max(1, -(-(int(lengths.max()) - least + 1) // HISTOGRAM_ROWS))
+    counts = np.bincount((lengths - least) // width).tolist()
     for number, count in enumerate(counts):
         bar = "#" * -(-BAR_WIDTH * count // max(counts))
         first = least + number * width
@@ -177,11 +180,13 @@ def preview(
     config: PrepareConfig, corpus: Corpus, template: Template, *, colour: bool
 ) -> Iterator[str]:
     """Yield rows as the model sees them, the trained tokens between marks and in colour."""
+    from ggft.corpus import Fate
+
     shown = 0
     for row, example in _examples(config.format, corpus):
         if shown == config.preview:
             return
-        if corpus.fate[row] not in ("train", "valid"):
+        if corpus.fate[row] > Fate.VALID:
             continue
         shown += 1
         if example.text is not None:
@@ -230,20 +235,21 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
     Returns:
         Rows written, by file.
     """
+    from ggft.corpus import Fate
     from ggft.gguf_write import atomic_output
 
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {"train": "train.jsonl", "valid": "valid.jsonl"}
+    sides = {Fate.TRAIN: "train.jsonl", Fate.VALID: "valid.jsonl"}
     counts = {side: 0 for side in sides if (corpus.fate == side).any()}
     with contextlib.ExitStack() as stack:
-        files: dict[str, IO[str]] = {}
+        files: dict[Fate, IO[str]] = {}
         for side in counts:
             path = stack.enter_context(
                 atomic_output(folder / sides[side], inputs=corpus.table.paths)
             )
             files[side] = stack.enter_context(path.open("w", encoding="utf-8"))
         for row, example in _examples(format_name, corpus):
-            side = str(corpus.fate[row])
+            side = Fate(corpus.fate[row])
             if side in files:
                 files[side].write(json.dumps(cleaned(example), ensure_ascii=False) + "\n")
                 counts[side] += 1

@@ -7,7 +7,6 @@ stands next to its reason, and every choice comes with the words to print.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_SPLIT_ROWS = 20  # below, a held-out row costs more than its loss can tell
@@ -66,21 +65,19 @@ def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Su
     return Suggestion(epochs, batch, rank, lr, 0.0 if tiny else 0.05, reasons)
 
 
-def choose_max_length(lengths: Sequence[int], n_ctx: int) -> int:
+def choose_max_length(longest: int, usual: int, n_ctx: int) -> int:
     """Return the length in tokens at which examples are cut.
 
     No example is cut while the longest needs at most 1,024 tokens; beyond that, at most one in a
     hundred is, since a few very long rows would decide how much memory each step takes.
 
     Args:
-        lengths: Tokens of each example.
+        longest: Tokens of the longest example.
+        usual: Tokens that 99 of 100 examples do not exceed.
         n_ctx: The model's context.
     """
-    ordered = sorted(lengths) or [SHORT_ROW]
-    longest = ordered[-1]
-    if longest > 1024:
-        longest = max(1024, ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))])
-    return min(n_ctx, math.ceil(longest / SHORT_ROW) * SHORT_ROW)
+    wanted = longest if longest <= 1024 else max(1024, usual)
+    return min(n_ctx, math.ceil(max(wanted, 1) / SHORT_ROW) * SHORT_ROW)
 
 
 def held_out_rows(n_rows: int, share: float | None) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import pytest
 import ggft
 from ggft.cli import cli
 from ggft.command import run
-from ggft.corpus import Corpus, CorpusOptions, load_corpus
+from ggft.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.datasets import load_examples
 from ggft.llamacpp import LlamaTokenizer
 from ggft.templates import Template, make_template
@@ -89,7 +89,7 @@ def test_every_copy_of_a_copied_half_is_found(template: Template, tmp_path: Path
     corpus = load(save(tmp_path / "x.jsonl", rows + rows[:30]), template)
     account = corpus.account
     assert (account.n_rows, account.n_duplicates, account.n_near) == (90, 30, 0)
-    assert (corpus.fate[60:] == "duplicate").all()
+    assert (corpus.fate[60:] == Fate.DUPLICATE).all()
     assert account.n_kept + account.n_held_out == 60
     assert account.n_held_out == 6
     assert (

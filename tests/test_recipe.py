@@ -34,19 +34,20 @@ def test_the_users_batch_size_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "n_ctx", "expected"),
+    ("longest", "usual", "n_ctx", "expected"),
     [
-        ([10, 70], 2048, 96),
-        ([5], 2048, 32),
-        ([], 2048, 32),
-        ([700] * 10, 512, 512),
-        ([100] * 999 + [9000], 8192, 1024),
-        ([100] * 90 + [3000] * 10, 8192, 3008),
-        ([900] * 5, 8192, 928),
+        (70, 60, 2048, 96),
+        (5, 5, 2048, 32),
+        (0, 0, 2048, 32),
+        (700, 600, 512, 512),
+        (1024, 90, 8192, 1024),
+        (9000, 100, 8192, 1024),
+        (9000, 3000, 8192, 3008),
+        (928, 900, 8192, 928),
     ],
 )
-def test_max_length_by_data(lengths: list[int], n_ctx: int, expected: int) -> None:
-    assert choose_max_length(lengths, n_ctx) == expected
+def test_max_length_by_data(longest: int, usual: int, n_ctx: int, expected: int) -> None:
+    assert choose_max_length(longest, usual, n_ctx) == expected
 
 
 @pytest.mark.parametrize(
