@@ -239,10 +239,17 @@ def _load(path: Path) -> Checkpoint:
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return, for every setting that differs, `name: then → now`."""
     return [
-        f"{name}: {then.get(name)!r} → {now.get(name)!r}"
+        f"{name}: {_short(then.get(name))} → {_short(now.get(name))}"
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]
+
+
+def _short(value: Any) -> str:
+    """Return a value as messages show it; of a hash the beginning is enough."""
+    if isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2:
+        return f"{value[:12]}…"
+    return repr(value)
 
 
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -101,6 +101,9 @@ def find_device(name: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
+_MEMORY_HINT = "give less with --memory, or use a shorter --max-length or a smaller model"
+
+
 @contextlib.contextmanager
 def _native_errors(native: Any) -> Iterator[None]:
     """Turn native errors into this project's, with their exit codes."""
@@ -115,11 +118,10 @@ def _native_errors(native: Any) -> Iterator[None]:
         kind, message = error.args
         if kind == "cancelled":
             raise Cancelled(message) from None
-        raise kinds.get(kind, ResourceError)(message) from None
+        hint = _MEMORY_HINT if kind == "resource" and "memory" in message else None
+        raise kinds.get(kind, ResourceError)(message, hint=hint) from None
     except MemoryError:
-        raise ResourceError(
-            "out of memory", hint="use --memory, a smaller --max-length or --batch-size"
-        ) from None
+        raise ResourceError("out of memory", hint=_MEMORY_HINT) from None
 
 
 class Engine:
@@ -158,11 +160,23 @@ class Engine:
             Cancelled: `cancel` was called.
         """
         arrays = self._check(batch)
-        with _native_errors(self._native):
-            nats, count = self._engine.forward_backward(*arrays, seed)
-        if not math.isfinite(nats):
-            raise NumericError("the loss is not finite", found=nats)
+        try:
+            with _native_errors(self._native):
+                nats, count = self._engine.forward_backward(*arrays, seed)
+            if not math.isfinite(nats):
+                raise NumericError("the loss is not finite", found=nats)
+        except NumericError as error:
+            raise NumericError(f"{error.message}; {self._first_not_finite()}") from None
         return float(nats), int(count)
+
+    def _first_not_finite(self) -> str:
+        """Say which matrix holds a value that is not finite, after the loss was not."""
+        import numpy as np
+
+        for name in self._parameters:
+            if not np.isfinite(self.get(name)).all():
+                return f"{name} holds a value that is not finite"
+        return "the adapter's matrices are finite, so an activation or a base weight is not"
 
     def evaluate(self, batch: MicroBatch) -> tuple[float, int]:
         """Return (summed nats, trained tokens) of a micro-batch, without dropout or gradient."""

@@ -155,6 +155,35 @@ def test_resumed_equals_uninterrupted(
         assert (saved[0].path / name).read_bytes() == (saved[1].path / name).read_bytes()
 
 
+@pytest.mark.parametrize("where", ["evaluation", "first evaluation", "save"])
+def test_a_signal_while_evaluating_or_saving(
+    case: Case, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    given = {"epochs": 3, "val_split": 0.2, "save_steps": 2, "lr": 1e-2, "patience": 0}
+    whole = case.train("whole", **given)
+    stop_at = 0 if where == "first evaluation" else 5
+
+    def token_nats(self: FakeEngine, *args: Any) -> Any:
+        if self.step == stop_at and where != "save":
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self._cancel.wait(5)
+        return FakeEngine.token_nats(self, *args)
+
+    def get_tensor(self: FakeEngine, name: str, which: str) -> Any:
+        if self.step == stop_at - 1 and where == "save" and which == "m":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return FakeEngine.get_tensor(self, name, which)
+
+    use_engine(monkeypatch, token_nats=token_nats, get_tensor=get_tensor)
+    with pytest.raises(Interrupted):
+        case.train("parts", **given)
+    monkeypatch.setattr("ggft.engine.load_native", native_module)
+    parts = case.train("parts", **given, resume=True)
+    assert metrics(parts) == metrics(whole)
+    assert any("val_loss" in line for line in metrics(whole))
+    assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+
+
 def test_resuming_after_a_kill_goes_back_to_the_checkpoint(case: Case) -> None:
     """A killed run has metrics after its last checkpoint; they are not doubled."""
     whole = case.train("whole", epochs=3)
