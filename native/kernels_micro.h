@@ -18,7 +18,7 @@ inline constexpr int MR = 14, NV = 2;  // 28 accumulators, 2 panel vectors, 2 fo
 #elif defined(__AVX__)
 inline constexpr int MR = 6, NV = 2;
 #elif defined(__aarch64__)
-inline constexpr int MR = 12, NV = 2;
+inline constexpr int MR = 8, NV = 2;  // compilers load all rows' words early: 16 + 2 + 8 registers
 #else
 inline constexpr int MR = 4, NV = 2;
 #endif

@@ -54,7 +54,7 @@ GGFT_INLINE T load_as(const void* p) {
 
 GGFT_INLINE V load(const float* p) { return load_as<V>(p); }
 GGFT_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-GGFT_INLINE V splat(float x) { return V{} + x; }
+GGFT_INLINE V splat(float x) { return x - V{}; }  // x - 0 is x to the bit; x + 0 is not (-0)
 
 /// a*b + c, rounded once where the machine has it.
 GGFT_INLINE V fma(V a, V b, V c) {

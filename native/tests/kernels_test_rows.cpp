@@ -236,7 +236,8 @@ void test_loss(int64_t vocab, int nth) {
         const std::vector<float> values = from_bf16_bits(row);
         std::copy(values.begin(), values.end(), dz_bf16.begin() + t * stride);
     }
-    expect_close("logit gradient", dz, want, 1e-5);
+    // z - max is rounded at the size of z (20): 1e-6 of p, and p is up to 30 times the rms.
+    expect_close("logit gradient", dz, want, 1e-4);
     double worst = 0;
     for (size_t i = 0; i < want.size(); i++) {
         worst = std::max(worst, std::fabs(dz_bf16[i] - dz[i]) - std::fabs(dz[i]) * 0.0040);
