@@ -5,6 +5,7 @@ python -m tests.test_docs     writes the generated parts anew (make docs)
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -20,7 +21,8 @@ from ggft.command import run
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 READMES = [ENGLISH, CHINESE]
-COMMANDS = re.compile(r"(<!-- commands: .*? -->\n).*?(<!-- /commands -->)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- (commands|speed): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+RESULTS = ROOT / "bench" / "results.json"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -37,9 +39,28 @@ def commands_text() -> str:
     return "```\n" + "\n".join(rows) + "\n```\n"
 
 
-def with_commands(text: str) -> str:
-    """Return a README with its list of commands made anew."""
-    return COMMANDS.sub(lambda match: match[1] + commands_text() + match[2], text)
+def speed_text() -> str:
+    """Return the chart and the table of the last `make bench` whose results are kept."""
+    if not RESULTS.is_file():
+        return ""
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines = [
+        "![tokens per second and peak memory, ggft beside PEFT](bench/chart.svg)\n",
+        f"{record['model']}, rank 8, seven linears; {record['machine']}; {record['date']}; "
+        f"median of {record['runs']}:\n",
+        "| | rows x tokens | tokens/s | peak memory, MB |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(record["variants"], key=lambda row: -float(row["tokens_per_s"])):
+        speed, memory = row["tokens_per_s"], row["peak_rss_bytes"] / 1e6
+        lines.append(f"| {row['name']} | {row['shape']} | {speed:.0f} | {memory:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def generated(text: str) -> str:
+    """Return a README with its generated parts made anew."""
+    parts = {"commands": commands_text, "speed": speed_text}
+    return GENERATED.sub(lambda match: match[1] + parts[match[2]]() + match[3], text)
 
 
 def shell_lines() -> list[str]:
@@ -49,10 +70,10 @@ def shell_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_the_list_of_commands_is_current(path: Path) -> None:
+def test_generated_parts_are_current(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert COMMANDS.search(text)
-    assert text == with_commands(text), "make docs"
+    assert [match[2] for match in GENERATED.finditer(text)] == ["commands", "speed"]
+    assert text == generated(text), "make docs"
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
@@ -151,4 +172,4 @@ def test_phony_targets_are_the_rules_with_a_name() -> None:
 
 if __name__ == "__main__":
     for readme in READMES:
-        readme.write_text(with_commands(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        readme.write_text(generated(readme.read_text(encoding="utf-8")), encoding="utf-8")
