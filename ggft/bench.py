@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ggft.config import DEFAULT_MODEL, parse_layers, parse_size, parse_targets
-from ggft.engine import Engine, EngineSettings
+from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.matmul_peak import measure_peak
 from ggft.options import option
-from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,12 +102,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     file = read_gguf(config.model)
     info = check_model(file)
     shape = make_shape(config, file, info)
+    memory = None if config.memory is None else parse_size(config.memory)
     plan = make_plan(
         shape,
+        Limits.of(find_device(config.device), memory),
         n_tokens=n_tokens,
         max_rows=n_rows,
         keep=None if config.recompute is None else not config.recompute,
-        memory_bytes=None if config.memory is None else parse_size(config.memory),
     )
     result: dict[str, Any] = {"model": file.path.name, "rows": n_rows, "row_tokens": n_tokens}
     with open_engine(config, file, shape, plan) as engine:

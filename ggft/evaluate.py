@@ -12,7 +12,7 @@ from ggft.config import TARGETS, EvalConfig, parse_size
 from ggft.engine import Cancelled, Engine, EngineSettings, find_device, mean_nats
 from ggft.errors import InputError
 from ggft.interrupt import StopSignals
-from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
 from ggft.progress import Progress
 
 MAX_ROWS = 8
@@ -92,6 +92,7 @@ def with_template(config: EvalConfig, adapter: Adapter) -> Base:
 
 def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
     """Choose the micro-batch; nothing is kept, as there is no backward pass."""
+    device = find_device(config.device)
     shape = Shape(
         model=base.info,
         weights_bytes=weights_bytes(base.file),
@@ -99,16 +100,16 @@ def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
         layer_first=0,
         layer_last=base.info.n_layer,
         rank=1,
-        fused=find_device(config.device)["type"] == "cpu",
+        fused=device["type"] == "cpu",
     )
     lengths = data.train.lengths
     n_tokens = min(data.max_length, -(-int(lengths.sum()) // 32) * 32)
     return make_plan(
         shape,
+        Limits.of(device, None if config.memory is None else parse_size(config.memory)),
         n_tokens=max(n_tokens, int(lengths.max())),
         max_rows=MAX_ROWS,
         keep=False,
-        memory_bytes=None if config.memory is None else parse_size(config.memory),
     )
 
 

@@ -31,6 +31,7 @@ DEQUANTIZE_TOKENS = 40.0
 NEARLY_BEST = 1.03
 # Share of the free memory that a run takes unless told otherwise.
 SAFE_SHARE = 0.8
+WEIGHTS = "weights (mapped)"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Plan:
     n_rows: int
     n_tokens: int
     keep: bool
-    budget_bytes: int
-    free_bytes: int
+    limits: Limits
     parts: Mapping[str, int]
     n_trained: int
 
@@ -50,6 +50,16 @@ class Plan:
         """Predicted peak, the mapped weights included."""
         return sum(self.parts.values())
 
+    @property
+    def warning(self) -> str | None:
+        """What to know of a plan that fits only barely, else None."""
+        if self.limits.hold(self.parts):
+            return None
+        return (
+            f"the run needs {_size(self.total_bytes)} and {_size(self.limits.free_bytes)} are "
+            "free: weights may have to be read from the disk again and again; close other programs"
+        )
+
     def record(self) -> dict[str, Any]:
         """Return the plan as plain data."""
         return {
@@ -57,8 +67,8 @@ class Plan:
             "row_tokens": self.n_tokens,
             "keep": self.keep,
             "trained_parameters": self.n_trained,
-            "budget_bytes": self.budget_bytes,
-            "free_bytes": self.free_bytes,
+            "budget_bytes": self.limits.budget_bytes,
+            "free_bytes": self.limits.free_bytes,
             "total_bytes": self.total_bytes,
             "parts_bytes": dict(self.parts),
         }
@@ -73,7 +83,7 @@ class Plan:
         ]
         lines += [f"  {name:<{width}}  {_size(n):>9}" for name, n in self.parts.items()]
         lines.append(f"  {'total':<{width}}  {_size(self.total_bytes):>9}")
-        lines.append(f"  {'budget':<{width}}  {_size(self.budget_bytes):>9}")
+        lines.append(f"  {'budget':<{width}}  {_size(self.limits.budget_bytes):>9}")
         return lines
 
 
@@ -133,7 +143,7 @@ def predict(shape: Shape, n_rows: int, n_tokens: int, *, keep: bool) -> dict[str
     if keep:
         saved += shape.n_blocks * n * internals * F32
     return {
-        "weights (mapped)": shape.weights_bytes,
+        WEIGHTS: shape.weights_bytes,
         "LoRA, gradients, moments": 4 * F32 * shape.n_trained(),
         "saved for the backward pass": saved,
         "scratch": _scratch(shape, n_rows, n_tokens, 0 if keep else internals),
@@ -162,42 +172,91 @@ def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
     return max(block, head) + mask + 8 * 2**20
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What memory there is.
+
+    Attributes:
+        budget_bytes: What the process may take.
+        free_bytes: What was free on the host.
+        total_bytes: What the host has.
+        device_bytes: What is free on a GPU; None for the CPU.
+        unified: Whether the GPU's memory is the host's.
+        given: Whether the user gave the budget.
+    """
+
+    budget_bytes: int
+    free_bytes: int
+    total_bytes: int
+    device_bytes: int | None = None
+    unified: bool = True
+    given: bool = False
+
+    @staticmethod
+    def of(device: Mapping[str, Any], memory_bytes: int | None) -> Limits:
+        """Return the limits on this machine and device; the budget is a safe share if not given."""
+        free = available_bytes()
+        gpu = device["type"] != "cpu"
+        return Limits(
+            budget_bytes=int(free * SAFE_SHARE) if memory_bytes is None else memory_bytes,
+            free_bytes=free,
+            total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            device_bytes=int(device["memory_free"]) if gpu else None,
+            unified=not gpu or bool(device["host_pointer"]),
+            given=memory_bytes is not None,
+        )
+
+    def hold(self, parts: Mapping[str, int]) -> bool:
+        """Return whether predicted parts fit the device and the budget."""
+        total, program = sum(parts.values()), parts["program"]
+        if self.device_bytes is not None and total - program > SAFE_SHARE * self.device_bytes:
+            return False
+        return (total if self.unified else program) <= self.budget_bytes
+
+    def hold_barely(self, parts: Mapping[str, int]) -> bool:
+        """Return whether parts fit because mapped weights may leave memory and be read again."""
+        if self.given or self.device_bytes is not None:
+            return False
+        others = sum(parts.values()) - parts[WEIGHTS]
+        return others <= self.budget_bytes and sum(parts.values()) <= SAFE_SHARE * self.total_bytes
+
+
 def make_plan(
     shape: Shape,
+    limits: Limits,
     *,
     n_tokens: int,
     max_rows: int,
     n_rows: int | None = None,
     keep: bool | None = None,
-    memory_bytes: int | None = None,
 ) -> Plan:
     """Choose rows per micro-batch and whether internals are kept: the fastest that fits.
 
     Args:
         shape: What memory depends on.
+        limits: What memory there is.
         n_tokens: Tokens of the longest row.
         max_rows: Rows of the largest optimizer step; more are never needed.
         n_rows: Rows per micro-batch where they are given, or None.
         keep: Given by the user, or None.
-        memory_bytes: The budget; None is a safe share of what is free now.
 
     Raises:
         ResourceError: not even one row fits; says what would.
     """
-    free = available_bytes()
-    budget = int(free * SAFE_SHARE) if memory_bytes is None else memory_bytes
     limit = max(1, min(max_rows, MAX_TOKENS // n_tokens))
-    candidates = []
+    plans = []
     for rows in range(1, limit + 1) if n_rows is None else (n_rows,):
         for keeps in (True, False) if keep is None else (keep,):
             parts = predict(shape, rows, n_tokens, keep=keeps)
-            plan = Plan(rows, n_tokens, keeps, budget, free, parts, shape.n_trained())
-            if plan.total_bytes <= budget:
-                candidates.append(plan)
-    if not candidates:
-        raise _too_large(shape, n_tokens, keep, budget, given=memory_bytes is not None)
-    best = min(_cost(plan, max_rows) for plan in candidates)
-    fast = [plan for plan in candidates if _cost(plan, max_rows) <= best * NEARLY_BEST]
+            plans.append(Plan(rows, n_tokens, keeps, limits, parts, shape.n_trained()))
+    fitting = [plan for plan in plans if limits.hold(plan.parts)]
+    if not fitting:
+        smallest = min(plans, key=lambda plan: plan.total_bytes)
+        if limits.hold_barely(smallest.parts):
+            return smallest
+        raise _too_large(shape, n_tokens, smallest)
+    best = min(_cost(plan, max_rows) for plan in fitting)
+    fast = [plan for plan in fitting if _cost(plan, max_rows) <= best * NEARLY_BEST]
     return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows))
 
 
@@ -209,23 +268,23 @@ def _cost(plan: Plan, max_rows: int) -> float:
     return passes * (tokens + DEQUANTIZE_TOKENS * micro_batches)
 
 
-def _too_large(
-    shape: Shape, n_tokens: int, keep: bool | None, budget: int, *, given: bool
-) -> ResourceError:
-    needed = sum(predict(shape, 1, n_tokens, keep=bool(keep)).values())
-    fitting = n_tokens
-    while fitting > 8:
-        fitting //= 2
-        if sum(predict(shape, 1, fitting, keep=False).values()) <= budget:
-            hint = f"use --max-length {fitting}, a smaller model, or --memory {_flag(needed)}"
+def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:
+    limits = smallest.limits
+    hint = f"use a smaller model, close other programs, or give --memory {_flag(smallest)}"
+    shorter = n_tokens // 2
+    while shorter >= 8:
+        if limits.hold(predict(shape, 1, shorter, keep=False)):
+            hint = f"use --max-length {shorter}, a smaller model, or --memory {_flag(smallest)}"
             break
-    else:
-        hint = f"use a smaller model, close other programs, or give --memory {_flag(needed)}"
+        shorter //= 2
+    expected = f"at most {_size(limits.budget_bytes)}"
+    expected += ", as --memory says" if limits.given else f", {SAFE_SHARE:.0%} of what is free"
+    if limits.device_bytes is not None:
+        expected += f"; {_size(int(SAFE_SHARE * limits.device_bytes))} on the device"
     return ResourceError(
         f"training with rows of {n_tokens} tokens would not fit into memory",
-        found=f"{_size(needed)} needed",
-        expected=f"at most {_size(budget)}"
-        + (", as --memory says" if given else f", {SAFE_SHARE:.0%} of what is free"),
+        found=f"{_size(smallest.total_bytes)} needed",
+        expected=expected,
         hint=hint,
     )
 
@@ -234,8 +293,8 @@ def _size(n: int) -> str:
     return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / 2**20:.0f} MiB"
 
 
-def _flag(n: int) -> str:
-    return f"{-(-n // 2**20)}M"
+def _flag(plan: Plan) -> str:
+    return f"{-(-plan.total_bytes // 2**20)}M"
 
 
 def weights_bytes(file: GGUFFile) -> int:

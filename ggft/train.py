@@ -15,7 +15,7 @@ from ggft.errors import InputError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.interrupt import StopSignals
 from ggft.options import to_record
-from ggft.planner import Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
 from ggft.progress import Progress
 from ggft.recipe import suggest
 from ggft.report import Outcome, write_report
@@ -92,12 +92,18 @@ def plan_run(
         n_rows = n_rows if n_tokens == steps.row_tokens else None
     return make_plan(
         shape,
+        limits_of(config),
         n_tokens=steps.row_tokens,
         max_rows=steps.max_rows,
         n_rows=n_rows,
         keep=None if config.recompute is None else not config.recompute,
-        memory_bytes=None if config.memory is None else parse_size(config.memory),
     )
+
+
+def limits_of(config: FinetuneConfig) -> Limits:
+    """Return what memory the run may take."""
+    memory = None if config.memory is None else parse_size(config.memory)
+    return Limits.of(find_device(config.device), memory)
 
 
 def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
@@ -126,12 +132,14 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
     n_tokens = min(config.max_length or MAX_LENGTH, info.n_ctx)
     made = make_plan(
         make_shape(config, file, info),
+        limits_of(config),
         n_tokens=n_tokens,
         max_rows=(config.batch_size or BATCH_SIZE) * config.grad_accum,
         keep=None if config.recompute is None else not config.recompute,
-        memory_bytes=None if config.memory is None else parse_size(config.memory),
     )
     progress.event("plan", plan=made.record())
+    if made.warning:
+        progress.warn(made.warning)
     for line in made.lines():
         progress.result(line)
 
@@ -206,6 +214,8 @@ def announce(
     )
     for line in plan.lines():
         progress.note(line)
+    if plan.warning:
+        progress.warn(plan.warning)
     progress.event("plan", settings=to_record(config), plan=plan.record())
 
 

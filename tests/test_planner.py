@@ -2,15 +2,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ggft import planner
 from ggft.config import TARGETS
 from ggft.engine import Engine, EngineSettings
 from ggft.errors import ResourceError
 from ggft.gguf import check_model, read_gguf
-from ggft.planner import Shape, available_bytes, make_plan, physical_cores, predict, weights_bytes
+from ggft.planner import (
+    Limits,
+    Shape,
+    available_bytes,
+    make_plan,
+    physical_cores,
+    predict,
+    weights_bytes,
+)
 from tests.models import Spec, write_model
 
 GB = 10**9
@@ -49,39 +57,87 @@ def test_blocks_below_the_trained_ones_save_nothing(tmp_path: Path) -> None:
     assert predict(top, 1, 64, keep=True)[part] < predict(whole, 1, 64, keep=True)[part] / 1.5
 
 
-def test_the_budget_decides(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "available_bytes", lambda: 100 * GB)
-    free = make_plan(shape, n_tokens=512, max_rows=64)
-    assert free.keep
+def limits(budget: int = 100 * GB, **changes: Any) -> Limits:
+    values: dict[str, Any] = {"free_bytes": budget, "total_bytes": budget, "given": True}
+    return Limits(budget_bytes=budget, **{**values, **changes})
+
+
+def test_the_budget_decides(shape: Shape) -> None:
+    assert make_plan(shape, limits(), n_tokens=512, max_rows=64).keep
     floor = sum(predict(shape, 1, 512, keep=False).values())
-    tight = make_plan(shape, n_tokens=512, max_rows=64, memory_bytes=floor)
+    tight = make_plan(shape, limits(floor), n_tokens=512, max_rows=64)
     assert (tight.n_rows, tight.keep) == (1, False)
     assert tight.total_bytes <= floor
+    assert tight.warning is None
     with pytest.raises(ResourceError) as caught:
-        make_plan(shape, n_tokens=512, max_rows=64, memory_bytes=floor - 1)
+        make_plan(shape, limits(floor - 1), n_tokens=512, max_rows=64)
     assert "--memory" in str(caught.value)
     assert "--max-length 256" in str(caught.value)
 
 
 def test_nothing_fits(shape: Shape) -> None:
     with pytest.raises(ResourceError, match="smaller model"):
-        make_plan(shape, n_tokens=512, max_rows=4, memory_bytes=1 << 20)
+        make_plan(shape, limits(1 << 20), n_tokens=512, max_rows=4)
+
+
+def test_weights_that_barely_fit_are_a_warning(shape: Shape) -> None:
+    """Mapped weights can leave memory; what the run itself needs cannot."""
+    large = Shape(**{**shape.__dict__, "weights_bytes": 4 * GB})
+    others = sum(predict(shape, 1, 512, keep=False).values())
+    small = {"free_bytes": 3 * GB, "total_bytes": 8 * GB, "given": False}
+    plan = make_plan(large, limits(int(2.4 * GB), **small), n_tokens=512, max_rows=4)
+    assert plan.warning is not None
+    assert "close other programs" in plan.warning
+    for changes in ({"given": True}, {"total_bytes": 4 * GB}):
+        with pytest.raises(ResourceError):
+            make_plan(
+                large, limits(int(2.4 * GB), **{**small, **changes}), n_tokens=512, max_rows=4
+            )
+    with pytest.raises(ResourceError):
+        make_plan(large, limits(others // 2, **small), n_tokens=512, max_rows=4)
+
+
+def test_a_gpu_has_limits_of_its_own(shape: Shape) -> None:
+    need = sum(predict(shape, 1, 512, keep=False).values())
+    for unified in (True, False):
+        with pytest.raises(ResourceError, match="on the device"):
+            make_plan(
+                shape, limits(device_bytes=1 << 20, unified=unified), n_tokens=512, max_rows=4
+            )
+    # Memory of its own: the host needs to hold the program only.
+    own = limits(need - 1, device_bytes=100 * GB, unified=False)
+    assert make_plan(shape, own, n_tokens=512, max_rows=1).n_rows == 1
+    shared = limits(need - 1, device_bytes=100 * GB, unified=True)
+    with pytest.raises(ResourceError):
+        make_plan(shape, shared, n_tokens=512, max_rows=1)
+
+
+def test_limits_of_devices() -> None:
+    cpu = {"type": "cpu", "memory_free": 5, "host_pointer": True}
+    assert Limits.of(cpu, None).device_bytes is None
+    assert Limits.of(cpu, None).budget_bytes < Limits.of(cpu, None).free_bytes
+    assert Limits.of(cpu, 7).budget_bytes == 7
+    assert Limits.of(cpu, 7).given
+    gpu = {"type": "gpu", "memory_free": 5, "host_pointer": False}
+    assert Limits.of(gpu, None).device_bytes == 5
+    assert not Limits.of(gpu, None).unified
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_user_decides_about_recomputation(shape: Shape, keep: bool) -> None:
-    assert make_plan(shape, n_tokens=64, max_rows=4, keep=keep).keep is keep
+    assert make_plan(shape, limits(), n_tokens=64, max_rows=4, keep=keep).keep is keep
 
 
-def test_no_more_rows_than_a_step_has(shape: Shape) -> None:
-    assert make_plan(shape, n_tokens=64, max_rows=1, memory_bytes=100 * GB).n_rows == 1
+def test_rows_of_a_micro_batch(shape: Shape) -> None:
+    assert make_plan(shape, limits(), n_tokens=64, max_rows=1).n_rows == 1
+    assert make_plan(shape, limits(), n_tokens=64, max_rows=9, n_rows=3).n_rows == 3
 
 
 def test_every_plan_keeps_to_its_budget(shape: Shape) -> None:
-    for megabytes in (115, 120, 130, 150, 200, 400):
+    for megabytes in (95, 100, 110, 130, 150, 200, 400):
         for rows in (1, 3, 16):
             try:
-                plan = make_plan(shape, n_tokens=256, max_rows=rows, memory_bytes=megabytes << 20)
+                plan = make_plan(shape, limits(megabytes << 20), n_tokens=256, max_rows=rows)
             except ResourceError:
                 continue
             assert plan.total_bytes <= megabytes << 20
@@ -89,7 +145,7 @@ def test_every_plan_keeps_to_its_budget(shape: Shape) -> None:
 
 
 def test_the_record_and_the_lines_say_the_same(shape: Shape) -> None:
-    plan = make_plan(shape, n_tokens=64, max_rows=4)
+    plan = make_plan(shape, limits(), n_tokens=64, max_rows=4)
     assert plan.record()["total_bytes"] == sum(plan.record()["parts_bytes"].values())
     assert any("budget" in line for line in plan.lines())
     assert any(f"{plan.n_trained:,}" in line for line in plan.lines())
