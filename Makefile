@@ -23,6 +23,7 @@ LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.t
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
 NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
 comma := ,
+STUBGEN := $(BIN)/python -m nanobind.stubgen -q -m ggft._native -o
 CPP := $(wildcard native/*.cpp native/*.h native/tests/*.cpp native/tests/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
@@ -71,7 +72,7 @@ check: dev ## formatting, lint, types, and whether the stub of the native module
 	@$(BIN)/ruff check -q .
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
-	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o - | diff -u ggft/_native.pyi - \
+	@$(STUBGEN) $(VENV)/_native.pyi && diff -u ggft/_native.pyi $(VENV)/_native.pyi \
 	    || { echo "ggft/_native.pyi is stale: make stub"; exit 1; }
 
 format: dev ## format all sources
@@ -80,7 +81,7 @@ format: dev ## format all sources
 	@$(BIN)/clang-format -i $(CPP)
 
 stub: dev ## write the stub of the native module anew
-	@$(BIN)/python -m nanobind.stubgen -q -m ggft._native -o ggft/_native.pyi
+	@$(STUBGEN) ggft/_native.pyi
 
 docs: dev ## write the generated parts of the READMEs anew
 	@$(BIN)/python -m tests.test_docs
