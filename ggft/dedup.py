@@ -137,9 +137,8 @@ class Fingerprints:
             ordered = keys[order]
             starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
             ends = np.r_[starts[1:], len(ordered)]
-            for start, end in zip(starts, ends, strict=True):
-                if end - start > 1:
-                    _compare(signatures, rows[order[start:end]], near)
+            for i in np.flatnonzero(ends - starts > 1).tolist():
+                _compare(signatures, rows[order[starts[i] : ends[i]]], near)
         return near
 
 
