@@ -95,7 +95,7 @@ class NumericError(GgftError):
     exit_code = EXIT_NUMERIC
 
 
-class Interrupted(GgftError):
+class Interrupted(GgftError):  # noqa: N818
     """The user or the system asked to stop; what was done is saved; exit code 130 or 143."""
 
     exit_code = EXIT_SIGINT
