@@ -16,6 +16,13 @@ namespace {
 constexpr int64_t SCRATCH_ELEMENTS = 16 << 20;
 constexpr int64_t SCORE_ELEMENTS = 8 << 20;
 
+// aᵀ b. Sums in F32 everywhere: backends may otherwise sum in half precision, CUDA among them.
+Tensor product(ggml_context * c, Tensor a, Tensor b) {
+    Tensor y = ggml_mul_mat(c, a, b);
+    ggml_prec_set_acc(y, GGML_PREC_F32);
+    return y;
+}
+
 Tensor transposed(Graph & g, Tensor x) {
     return ggml_cont(g.ctx(), ggml_transpose(g.ctx(), x));
 }
@@ -79,8 +86,8 @@ public:
             y = ggml_add(c, y, w.bias);
         }
         if (lora) {
-            Tensor u = ggml_mul_mat(c, lora.a, in.dropped);
-            y = ggml_add(c, y, ggml_mul_mat(c, lora.b, ggml_scale(c, u, lora.scale)));
+            Tensor u = product(c, lora.a, in.dropped);
+            y = ggml_add(c, y, product(c, lora.b, ggml_scale(c, u, lora.scale)));
         }
         return add(g, y, residual);
     }
@@ -91,19 +98,19 @@ public:
         ggml_context * c = g.ctx();
         Tensor du = nullptr;
         if (lora) {
-            Tensor u = ggml_scale(c, ggml_mul_mat(c, lora.a, in.dropped), lora.scale);
+            Tensor u = ggml_scale(c, product(c, lora.a, in.dropped), lora.scale);
             g.expand(
-                ggml_add_inplace(c, lora.db, ggml_mul_mat(c, transposed(g, u), transposed(g, dy))));
-            du = ggml_scale(c, ggml_mul_mat(c, transposed(g, lora.b), dy), lora.scale);
+                ggml_add_inplace(c, lora.db, product(c, transposed(g, u), transposed(g, dy))));
+            du = ggml_scale(c, product(c, transposed(g, lora.b), dy), lora.scale);
             g.expand(ggml_add_inplace(
-                c, lora.da, ggml_mul_mat(c, transposed(g, in.dropped), transposed(g, du))));
+                c, lora.da, product(c, transposed(g, in.dropped), transposed(g, du))));
         }
         if (!need_dx) {
             return acc;
         }
         Tensor dx = matmul_transposed(g, w.weight, dy);
         if (lora) {
-            Tensor d = ggml_mul_mat(c, transposed(g, lora.a), du);
+            Tensor d = product(c, transposed(g, lora.a), du);
             dx = ggml_add(c, dx, in.keep ? ggml_mul(c, d, in.keep) : d);
         }
         return add(g, dx, acc);
@@ -131,7 +138,7 @@ public:
             for_heads(in, x, [&](int64_t k0, int64_t kn) {
                 const Heads p = heads(g, in, x, b, k0, kn);
                 Tensor o =
-                    ggml_mul_mat(c, value_transposed(g, p), probabilities(g, in, p, b, scale));
+                    product(c, value_transposed(g, p), probabilities(g, in, p, b, scale));
                 row = concat(g, row, merge_heads(g, o), 0);
             });
             out = concat(g, out, row, 1);
@@ -156,16 +163,16 @@ public:
                 Tensor P = probabilities(g, in, p, b, scale);
                 Tensor dO =
                     split_heads(g, in, ggml_reshape_3d(c, dout, D, H, in.N()), b, k0 * group, hn);
-                Tensor dP = ggml_mul_mat(c, p.v, dO);
+                Tensor dP = product(c, p.v, dO);
                 Tensor dS = ggml_mul(c, P, ggml_sub(c, dP, ggml_sum_rows(c, ggml_mul(c, dP, P))));
                 dS = ggml_scale(c, dS, scale);
                 Tensor kt = ggml_cont(c, ggml_permute(c, p.k, 1, 0, 2, 3));
-                Tensor dq = ggml_mul_mat(c, kt, dS);
+                Tensor dq = product(c, kt, dS);
                 auto grouped = [&](Tensor t, int64_t width) {
                     return transposed(g, ggml_reshape_3d(c, ggml_cont(c, t), width, T * group, kn));
                 };
-                Tensor dk = ggml_mul_mat(c, grouped(p.q, D), grouped(dS, T));
-                Tensor dv = ggml_mul_mat(c, grouped(dO, D), grouped(P, T));
+                Tensor dk = product(c, grouped(p.q, D), grouped(dS, T));
+                Tensor dv = product(c, grouped(dO, D), grouped(P, T));
                 row = {concat(g, row.q, merge_heads(g, dq), 0),
                        concat(g, row.k, merge_heads(g, dk), 0),
                        concat(g, row.v, merge_heads(g, dv), 0)};
@@ -255,7 +262,7 @@ private:
     static Tensor probabilities(Graph & g, const Inputs & in, const Heads & p, int64_t b,
                                 float scale) {
         ggml_context * c = g.ctx();
-        Tensor S = ggml_mul_mat(c, p.k, p.q);
+        Tensor S = product(c, p.k, p.q);
         Tensor mask = ggml_view_2d(c, in.mask, in.T, in.T, (size_t)in.T * sizeof(ggml_fp16_t),
                                    (size_t)(b * in.T * in.T) * sizeof(ggml_fp16_t));
         return ggml_soft_max_ext(c, S, mask, scale, 0.0f);
@@ -280,16 +287,12 @@ private:
     // the activations, so there the weight is dequantized first.
     Tensor matmul(Graph & g, Tensor w, Tensor x) const {
         ggml_context * c = g.ctx();
-        if (quantized_forward_ || w->type == GGML_TYPE_F32) {
-            Tensor y = ggml_mul_mat(c, w, x);
-            ggml_prec_set_acc(y, GGML_PREC_F32);
-            return y;
-        }
+        if (quantized_forward_ || w->type == GGML_TYPE_F32) { return product(c, w, x); }
         Tensor y = nullptr;
         const int64_t step = rows_per_piece(w);
         for (int64_t r = 0; r < w->ne[1]; r += step) {
             Tensor piece = dequantized(g, w, r, std::min(step, w->ne[1] - r));
-            y = concat(g, y, ggml_mul_mat(c, piece, x), 0);
+            y = concat(g, y, product(c, piece, x), 0);
         }
         return y;
     }
@@ -311,7 +314,7 @@ private:
                 n == dy->ne[0]
                     ? dy
                     : ggml_cont(c, ggml_view_2d(c, dy, n, dy->ne[1], dy->nb[1], (size_t)r * 4));
-            dx = add(g, dx, ggml_mul_mat(c, wt, part));
+            dx = add(g, dx, product(c, wt, part));
         }
         return dx;
     }
