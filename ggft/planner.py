@@ -25,8 +25,10 @@ MAX_TOKENS = 4096
 LOGIT_BYTES = 96 * 2**20
 # The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
 RUNTIME_BYTES = 90 * 2**20
-# Cost of one use of a matrix, in tokens' worth of its product: dequantizing it.
-DEQUANTIZE_TOKENS = 40.0
+# Measured on two cores of a Zen 4: what a micro-batch costs besides its tokens (dequantizing each
+# matrix, mostly), in tokens; and passes over the block, forward being one.
+MICRO_BATCH_TOKENS = 17.0
+PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
 NEARLY_BEST = 1.03
 # Share of the free memory that a run takes unless told otherwise.
@@ -261,11 +263,11 @@ def make_plan(
 
 
 def _cost(plan: Plan, max_rows: int) -> float:
-    """Return the relative time of a step: passes over the weights, and dequantization for each."""
+    """Return the relative time of a step."""
     micro_batches = -(-max_rows // plan.n_rows)
-    passes = 2.0 if plan.keep else 3.0
+    passes = PASSES_KEPT if plan.keep else PASSES_RECOMPUTED
     tokens = max_rows * plan.n_tokens
-    return passes * (tokens + DEQUANTIZE_TOKENS * micro_batches)
+    return passes * (tokens + MICRO_BATCH_TOKENS * micro_batches)
 
 
 def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:
