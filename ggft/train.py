@@ -11,7 +11,7 @@ from ggft import checkpoint
 from ggft.base import Base, Data, load_data, open_base
 from ggft.config import FinetuneConfig, parse_layers, parse_size, parse_targets
 from ggft.engine import Engine, EngineSettings, find_device
-from ggft.errors import InputError
+from ggft.errors import InputError, ResourceError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.interrupt import StopSignals
 from ggft.options import to_record
@@ -56,13 +56,13 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
         )
         config = choose_settings(config, data)
         shape = make_shape(config, base.file, base.info)
-        steps = make_steps(config, base.info, data)
         if config.dry_run:
-            announce(config, base, data, plan_run(config, shape, steps), progress)
+            _, planned = plan_run(config, data, shape)
+            announce(config, base, data, planned, progress)
             return
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
-            planned = plan_run(config, shape, steps, saved)
+            steps, planned = plan_run(config, data, shape, saved)
             announce(config, base, data, planned, progress)
             check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
@@ -81,23 +81,33 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
 
 def plan_run(
     config: FinetuneConfig,
+    data: Data,
     shape: Shape,
-    steps: Steps,
     saved: checkpoint.Checkpoint | None = None,
-) -> Plan:
-    """Choose how the run uses memory; micro-batches stay as they were when it is continued."""
-    n_rows = None
-    if saved is not None:
-        n_rows, n_tokens = saved.state["circumstances"]["micro_batch"]
-        n_rows = n_rows if n_tokens == steps.row_tokens else None
-    return make_plan(
-        shape,
-        limits_of(config),
-        n_tokens=steps.row_tokens,
-        max_rows=steps.max_rows,
-        n_rows=n_rows,
-        keep=None if config.recompute is None else not config.recompute,
-    )
+) -> tuple[Steps, Plan]:
+    """Divide the data into steps and choose how they use memory.
+
+    Rows are long, so that short examples share one, unless only shorter ones fit into memory. A run
+    that is continued keeps its micro-batches.
+    """
+    n_rows, then = saved.state["circumstances"]["micro_batch"] if saved else (None, None)
+    lengths = sorted({max(data.max_length, min(ROW_TOKENS, shape.model.n_ctx)), data.max_length})
+    while True:
+        steps = make_steps(config, data, lengths.pop())
+        if lengths and then not in (None, steps.row_tokens):
+            continue
+        try:
+            return steps, make_plan(
+                shape,
+                limits_of(config),
+                n_tokens=steps.row_tokens,
+                max_rows=steps.max_rows,
+                n_rows=n_rows if then == steps.row_tokens else None,
+                keep=None if config.recompute is None else not config.recompute,
+            )
+        except ResourceError:
+            if not lengths:
+                raise
 
 
 def limits_of(config: FinetuneConfig) -> Limits:
@@ -179,13 +189,13 @@ def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape
     )
 
 
-def make_steps(config: FinetuneConfig, info: ModelInfo, data: Data) -> Steps:
-    """Divide the data into optimizer steps."""
+def make_steps(config: FinetuneConfig, data: Data, n_tokens: int) -> Steps:
+    """Divide the data into optimizer steps of rows of at most `n_tokens`."""
     assert config.batch_size is not None
     return Steps(
         data.train,
         examples_per_step=config.batch_size * config.grad_accum,
-        n_tokens=max(data.max_length, min(ROW_TOKENS, info.n_ctx)),
+        n_tokens=n_tokens,
         packing=config.packing,
         seed=config.seed,
     )

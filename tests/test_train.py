@@ -297,6 +297,25 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     assert not (case.folder / "run").exists()
 
 
+def test_a_run_shrinks_rather_than_fails(case: Case) -> None:
+    """In ever less memory internals are recomputed and rows get shorter; steps stay the same."""
+    given: dict[str, Any] = {"epochs": 1, "dropout": 0, "batch_size": 23, "overwrite": True}
+    plans, losses = [], []
+    while True:
+        run = case.train(**given)
+        plans.append(json.loads((run / "report.json").read_text())["plan"])
+        losses.append(metrics(run)[-1]["loss"])
+        given["memory"] = f"{plans[-1]['total_bytes'] // 1024 - 1}K"
+        try:
+            case.train(**{**given, "dry_run": True})
+        except ResourceError:
+            break
+    assert plans[0]["keep"]
+    assert not plans[-1]["keep"]
+    assert plans[-1]["row_tokens"] < plans[0]["row_tokens"]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
 def test_a_file_in_the_way(case: Case) -> None:
     (case.folder / "run").write_text("mine")
     assert "not a directory" in case.fails(InputError)
