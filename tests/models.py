@@ -21,7 +21,7 @@ from tests.reference import LINEARS, Array, Decoder, Lora, Rope, Shape
 
 ALIGNMENT = 32
 UNUSED = 5  # token type of a filler
-SLOW_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
+SLOW_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 """Seconds to quantize, so that their blocks are random instead."""
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "

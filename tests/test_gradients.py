@@ -154,7 +154,11 @@ def test_subset_of_linears_and_layers(
 ) -> None:
     tiny = make(Spec(bias=True))
     first, last = layers
-    settings = {"targets": list(targets), "layer_first": first, "layer_last": last}
+    settings: dict[str, Any] = {
+        "targets": list(targets),
+        "layer_first": first,
+        "layer_last": last,
+    }
     with open_engine(tiny, kernels=kernels, **settings) as engine:
         assert {name.split(".")[2] for name in engine.parameters} == set(targets)
         assert {int(name.split(".")[1]) for name in engine.parameters} == set(range(first, last))
