@@ -259,5 +259,21 @@ def test_typed_chat_goes_on_after_an_error(
     assert len(fake.prompts) == 1
 
 
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["the hen", "/exit"])
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+
+    def interrupted(*_: Any, **__: Any) -> Iterator[int]:
+        yield 5
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaModel, "generate", interrupted)
+    module.chat(config(tiny))
+    assert "(stopped)" in capsys.readouterr().err
+
+
 def test_checked_text_keeps_the_text() -> None:
     assert checked_text(" 法国 ", "x") == " 法国 "
