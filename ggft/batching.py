@@ -6,6 +6,7 @@ Everything follows from (seed, epoch): the same call gives the same batches, and
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypedDict
@@ -81,6 +82,28 @@ def pack(lengths: Sequence[int], n_tokens: int) -> list[list[int]]:
     return rows
 
 
+def balance(lengths: Sequence[int], n_rows: int) -> list[list[int]]:
+    """Distribute examples over `n_rows` rows so that the longest row is short.
+
+    Each goes into the emptiest row, in descending order of length, which keeps the longest row
+    within 4/3 of the best. Source: Graham, "Bounds on multiprocessing timing anomalies" (1969).
+
+    Args:
+        lengths: Tokens of each example.
+        n_rows: How many rows, at most as many as examples.
+
+    Returns:
+        Rows as lists of indexes into `lengths`.
+    """
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
+    filled = [(0, row) for row in range(n_rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        n, row = heapq.heappop(filled)
+        rows[row].append(i)
+        heapq.heappush(filled, (n + lengths[i], row))
+    return rows
+
+
 class Batches:
     """Micro-batches of an epoch.
 
@@ -148,6 +171,12 @@ class Batches:
 
         lengths = self.examples.lengths
         longest = max(int(lengths[row].sum()) for row in rows)
+        indexes = [i for row in rows for i in row]
+        even = balance(lengths[indexes].tolist(), len(rows))
+        even_rows = [[indexes[i] for i in row] for row in even]
+        even_longest = max(int(lengths[row].sum()) for row in even_rows)
+        if even_longest < longest:  # best fit fills rows one by one, and the last one hardly
+            rows, longest = even_rows, even_longest
         width = min(self.n_tokens, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
         shape = (len(rows), width)
         tokens = np.zeros(shape, np.int32)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggft.batching import Batch, Batches, pack
+from ggft.batching import Batch, Batches, balance, pack
 from ggft.token_store import StoreView, TokenStore
 
 
@@ -84,6 +84,13 @@ def test_rows_are_nearly_full_on_usual_lengths() -> None:
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(5, 0.6, 5000).astype(int), 8, 512).tolist()
     assert sum(lengths) / (512 * len(pack(lengths, 512))) > 0.97
+
+
+def test_rows_of_a_batch_are_evened_out() -> None:
+    data = store([300, 200, 150, 90, 60])
+    batches = Batches(data, rows=4, n_tokens=512, shuffle=False)
+    assert [b["tokens"].shape for b in batches.epoch(0)] == [(2, 416)]
+    assert [sorted(row) for row in balance([300, 200, 150, 90, 60], 2)] == [[0, 3], [1, 2, 4]]
 
 
 def test_an_example_longer_than_a_row_is_an_error() -> None:
