@@ -137,7 +137,12 @@ def _locked(path: Path, target: Path) -> Iterator[BinaryIO]:
                 "another process is downloading this file", path=target, hint="wait for it to end"
             ) from None
         file.seek(0)
-        yield file
+        try:
+            yield file
+        finally:
+            file.flush()
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
 
 def _is_unused(path: Path) -> bool:
