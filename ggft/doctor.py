@@ -19,6 +19,7 @@ from typing import Any
 from ggft import __version__
 from ggft.config import DEFAULT_MODEL
 from ggft.errors import EXIT_OK, EXIT_RESOURCE, GgftError
+from ggft.metal import metal_rules
 from ggft.options import option
 from ggft.terminal import printable
 
@@ -38,7 +39,10 @@ class DoctorConfig:
         help="The model for --graph: a GGUF file or a name that `ggft models` lists",
     )  # fmt: skip
     device: str = option(
-        "--device", default="auto", metavar="NAME", help="The device for --graph: auto, cpu or NAME"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="The device for --graph: auto, cpu or NAME; metal is judged by its rules anywhere",
     )
     json: bool = option("--json", default=False, help="Print the findings as JSON")
 
@@ -144,25 +148,39 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
-    """Return every distinct node of the training graphs of a model: op, types, count, supported.
+    """Return what the training graphs of a model consist of: op, types, count, supported.
+
+    Where there is no Metal, device "metal" means Metal's rules for the installed llama.cpp.
 
     Raises:
         InputError: The model cannot be used.
         ResourceError: The device is not there, or does not support a node.
     """
     from ggft.config import TARGETS
-    from ggft.engine import Engine, EngineSettings
+    from ggft.engine import Engine, EngineSettings, find_device
     from ggft.gguf import check_model, read_gguf
     from ggft.planner import physical_cores
 
     file = read_gguf(model)
+    by_rules = device.lower() == "metal" and platform.system() != "Darwin"
+    if not by_rules:
+        find_device(device)
     settings = EngineSettings(
         paths=[str(path) for path in file.paths], targets=list(TARGETS), layer_first=0,
-        layer_last=check_model(file).n_layer, rank=8, alpha=32.0, dropout=0.1, device=device,
+        layer_last=check_model(file).n_layer, rank=8, alpha=32.0, dropout=0.1,
+        device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto",
         threads=physical_cores(), n_rows=1, n_tokens=128,
     )  # fmt: skip
     with Engine(settings) as engine:
-        return engine.graph_report()
+        report = engine.graph_report(gpu=by_rules)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for node in report:
+        types = f"{node['type']} <- {' '.join(s['type'] for s in node['sources'])}"
+        row = {"op": node["op"], "types": types, "count": 0, "supported": True}
+        row = rows.setdefault((node["op"], types), row)
+        row["count"] += node["count"]
+        row["supported"] &= metal_rules().supports(node) if by_rules else node["supported"]
+    return list(rows.values())
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -175,7 +193,7 @@ def doctor(config: DoctorConfig) -> int:
         found.look("graph", lambda: graph_rows(model, config.device))
         for row in found.facts["graph"] or ():
             if not row["supported"]:
-                found.problems.append(f"unsupported on this device: {row}")
+                found.problems.append(f"unsupported on this device: {row['op']} {row['types']}")
     if config.json:
         import json
 
@@ -209,7 +227,8 @@ def _lines(found: Findings) -> list[str]:
             f"{device['memory_free'] / 1e9:.1f} of {device['memory_total'] / 1e9:.1f} GB free"
         )
     for row in facts.get("graph") or ():
-        lines.append("node        " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        verdict = "supported" if row["supported"] else "NOT SUPPORTED"
+        lines.append(f"node        {row['op']}, {row['types']}: {row['count']} times, {verdict}")
     lines += [f"warning     {text}" for text in found.warnings]
     lines += [f"problem     {text}" for text in found.problems]
     lines.append("Ready to train." if not found.problems else "Mend the problems first.")

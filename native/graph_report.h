@@ -46,7 +46,7 @@ private:
     std::map<std::string, NodeReport> nodes_; // by operation and layout
 };
 
-// Throws Error(resource) that names operation, types, shapes and device of an unsupported node.
+// Throws Error(resource) that names operation, types, shapes and device of every unsupported node.
 void require_supported(const std::vector<NodeReport> & nodes, ggml_backend_dev_t device);
 
 } // namespace ggft

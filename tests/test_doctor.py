@@ -101,10 +101,25 @@ def test_the_graph_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     config = DoctorConfig(graph=True, model=model, device="cpu", json=True)
     assert doctor(config) == 0
     rows = json.loads(capsys.readouterr().out)["graph"]
-    assert {"op", "count", "supported"} <= set(rows[0])
+    assert set(rows[0]) == {"op", "types", "count", "supported"}
     assert all(row["supported"] for row in rows)
     assert doctor(DoctorConfig(graph=True, model=model, device="cpu")) == 0
     assert capsys.readouterr().out.count("node   ") == len(rows)
+
+
+def test_metal_is_judged_by_its_rules_anywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    model = str(write_model(tmp_path / "tiny.gguf", spec_for("Q4_0")).path)
+    config = DoctorConfig(graph=True, model=model, device="metal")
+    assert doctor(config) == 0
+    out = capsys.readouterr().out
+    assert "MUL_MAT, f32 <- q4_0 f32" in out, "the product that a GPU computes"
+    assert "CUSTOM" not in out
+    monkeypatch.setattr("ggft.metal.MetalRules.supports", lambda _, node: node["op"] != "ROPE")
+    assert doctor(config) == 3
+    assert "unsupported on this device: ROPE f32 <- f32 i32" in capsys.readouterr().out
 
 
 def test_an_unsupported_node_is_a_problem(
