@@ -17,6 +17,7 @@ MUTANTS = 100000
 SHELL := /bin/bash
 VENV := .venv
 PEER := .venv-peer
+GPU := .venv-gpu
 BIN := $(VENV)/bin
 GGFT := $(BIN)/ggft
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
@@ -34,7 +35,7 @@ IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test fuzz check format stub docs bench bench-setup clean help
+.PHONY: setup dev model finetune chat test test-gpu fuzz check format stub docs bench bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -67,6 +68,21 @@ test: dev model ## run the tests (set-up and the default model included)
 fuzz: dev ## give damaged model files to all readers: make fuzz MUTANTS=100000
 	@GGFT_MUTANTS=$(MUTANTS) $(BIN)/python -m pytest -s tests/test_fuzz_files.py $(PYTEST_ARGS)
 
+# Vulkan stands for all GPUs: where there is none, Mesa's software Vulkan computes. The first run of the tests
+# multiplies in F32, so that rounding hides nothing; the second in half precision, as GPUs do.
+test-gpu: ## run the GPU's tests in .venv-gpu: on Vulkan, without a GPU by software; on a Mac on Metal
+	@if [ "$$(uname)" = Darwin ]; then $(MAKE) dev model && $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS); else \
+	    command -v glslc >/dev/null || $(call fail,Vulkan is needed. Install it with: \
+	    $$($(call install,glslc spirv-headers libvulkan-dev mesa-vulkan-drivers,glslc spirv-headers-devel \
+	    vulkan-loader-devel mesa-vulkan-drivers,shaderc spirv-headers vulkan-headers vulkan-icd-loader \
+	    vulkan-swrast,shaderc spirv-headers vulkan-headers vulkan-loader-dev mesa-vulkan-swrast,))); \
+	    headers=$$(.ci/vulkan-headers "$(CURDIR)/build/vulkan-headers") && \
+	    CMAKE_ARGS="-DGGML_VULKAN=ON -DVulkan_INCLUDE_DIR=$$headers" \
+	    $(MAKE) VENV=$(GPU) dev model && \
+	    export GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} GGFT_TEST_DEVICE=Vulkan0 && \
+	    GGML_VK_DISABLE_F16=1 $(GPU)/bin/python -m pytest -m gpu $(PYTEST_ARGS) && \
+	    $(GPU)/bin/python -m pytest -m gpu $(PYTEST_ARGS); fi
+
 check: dev ## formatting, lint, types, and whether the stub of the native module is current
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/ruff check -q .
@@ -92,7 +108,7 @@ bench: setup model bench-setup ## measure ggft beside PEFT on this machine (ARGS
 bench-setup: $(PEER)/.setup ## make the peer's environment (torch and PEFT: about 1 GB)
 
 clean: ## remove what was built (models/ and results/ stay)
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find ggft tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set-up: each stamp is written when its step has succeeded, so that a second make is instant ----
