@@ -139,8 +139,9 @@ def judge(losses: Losses) -> Verdict:
     """Say plainly what was learned.
 
     - *too little*: not even the loss on the training rows fell by a tenth.
-    - *memorised*: the training loss fell, the held-out loss by less than a twentieth; or, without
-      held-out rows, the training answers are nearly certain (less than 0.1 nats a token).
+    - *memorised*: the training loss fell, the held-out loss by less than a twentieth, or it rose
+      again beyond its start; or, without held-out rows, the training answers are nearly certain
+      (less than 0.1 nats a token).
     - *learned*: the held-out loss fell, too; or, without held-out rows, the training loss did.
     """
     x = losses
@@ -150,16 +151,25 @@ def judge(losses: Losses) -> Verdict:
         return _judge_alone(x, train, fell)
     val = f"held-out loss {x.val_before:.3f} → {x.val_best:.3f} on {x.n_val} rows"
     gained = _drop(x.val_before, x.val_best)
+    last = x.val_best if x.val_last is None else x.val_last
+    rough = f" With {x.n_val} held-out rows this is a rough estimate."
+    rough = rough if x.n_val < MIN_SPLIT_ROWS else ""
+    if gained >= 0.05 and last > x.val_before:
+        return Verdict(
+            "memorised",
+            f"memorised: {train}, but {val}, and then it rose to {last:.3f}, above where it began."
+            " The adapter that was kept is the one from the turning point: it has the form of the"
+            " answers and little of their content. Give more and more varied rows. If repeating"
+            f" these rows is the aim, train on all of them with --val-split 0.{rough}",
+        )
     if gained >= 0.05:
         text = f"learned: {val}, {train}."
-        if x.val_last is not None and x.val_last > 1.05 * x.val_best:
+        if last > 1.05 * x.val_best:
             text += (
-                f" Later epochs only memorised (held-out loss {x.val_last:.3f} at the end);"
-                " the best adapter was kept."
+                f" Later epochs only memorised (held-out loss {last:.3f} at the end); the best"
+                " adapter was kept."
             )
-        if x.n_val < MIN_SPLIT_ROWS:
-            text += f" With {x.n_val} held-out rows this is a rough estimate."
-        return Verdict("learned", text)
+        return Verdict("learned", text + rough)
     if fell < 0.1:
         return Verdict(
             "too little",
@@ -169,8 +179,8 @@ def judge(losses: Losses) -> Verdict:
     return Verdict(
         "memorised",
         f"memorised: {train}, but {val}. The adapter repeats its rows and does not carry over to"
-        " others: give more and more varied rows, or fewer --epochs. If repeating them is the aim,"
-        " this is it.",
+        " others: give more and more varied rows, or fewer --epochs. If repeating these rows is the"
+        " aim, train on all of them with --val-split 0.",
     )
 
 

@@ -88,6 +88,7 @@ def test_a_recorded_share_gives_the_same_number() -> None:
         (Losses(3.0, 1.0, 3.0, 2.0, 2.0, 50), "learned", "on 50 rows"),
         (Losses(3.0, 0.1, 3.0, 2.0, 2.9, 50), "learned", "best adapter was kept"),
         (Losses(3.0, 1.0, 3.0, 2.0, 2.0, 6), "learned", "rough estimate"),
+        (Losses(5.4, 0.3, 4.7, 3.4, 5.9, 2), "memorised", "rose to 5.900, above where it began"),
         (Losses(0.0, 0.0, 0.0, 0.0, 0.0, 5), "too little", "0.000"),
     ],
 )
