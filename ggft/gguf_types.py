@@ -154,11 +154,8 @@ class StringArray(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield every string."""
-        begin = 8
-        data = self._data
-        for end in self._ends:
-            yield data[begin:end].decode("utf-8", "surrogateescape")
-            begin = end + 8
+        for text in self._texts():
+            yield text.decode("utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         """Compare by content with any sequence of strings."""
@@ -167,6 +164,13 @@ class StringArray(Sequence[str]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _texts(self) -> Iterator[bytes]:
+        begin = 8
+        data = self._data
+        for end in self._ends:
+            yield data[begin:end]
+            begin = end + 8
 
     def raw(self, index: int) -> bytes:
         """Return the bytes of one string."""
@@ -181,15 +185,16 @@ class StringArray(Sequence[str]):
         return self._data
 
     def first_duplicate(self) -> tuple[int, int] | None:
-        """Return the indices of the first string that stands twice, or None."""
-        data = self._data
-        bounds = zip((0, *self._ends), self._ends, strict=False)
-        # Records include the length, so that equal records mean equal strings.
-        if len({data[begin:end] for begin, end in bounds}) == len(self):
-            return None
+        """Return the indices of the first string that stands twice for llama.cpp, or None.
+
+        llama.cpp reads C strings, which end at a NUL, and calls empty ones [EMPTY_i].
+        """
         seen: dict[bytes, int] = {}
-        for i in range(len(self)):
-            first = seen.setdefault(self.raw(i), i)
+        texts = [record.partition(b"\0")[0] for record in self._texts()]
+        if len(set(texts)) == len(texts) and b"" not in texts:
+            return None
+        for i, text in enumerate(texts):
+            first = seen.setdefault(text or b"[EMPTY_%d]" % i, i)
             if first != i:
                 return first, i
         return None

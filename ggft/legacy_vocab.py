@@ -140,14 +140,16 @@ def _fill(vocabulary: SpmVocabulary, n_vocab: int) -> None:
 
 
 def _mark_duplicates(vocabulary: SpmVocabulary) -> None:
-    """Rename texts that stand twice or are empty: llama.cpp stops the process at them."""
+    """Rename texts that stand twice, up to a NUL, or are empty: llama.cpp stops at them."""
     seen: set[str] = set()
     for i, text in enumerate(vocabulary.tokens):
-        if not text or text in seen:
-            vocabulary.tokens[i] = f"<duplicate_{i}>"
+        shown = text.partition("\0")[0]
+        if not shown or shown in seen:
+            shown = f"<duplicate_{i}>"
+            vocabulary.tokens[i] = shown
             vocabulary.types[i] = UNUSED
-            vocabulary.notes.append(f"token {i} repeats {text!a}; named {vocabulary.tokens[i]}")
-        seen.add(vocabulary.tokens[i])
+            vocabulary.notes.append(f"token {i} repeats {text!a}; named {shown}")
+        seen.add(shown)
 
 
 def _find_padding(vocabulary: SpmVocabulary) -> None:

@@ -237,7 +237,7 @@ def test_vocabulary_of_an_old_file(tmp_path: Path) -> None:
 
 def test_two_tokens_of_one_text_are_told_apart(tmp_path: Path) -> None:
     """llama.cpp stops the whole process at such a vocabulary."""
-    tokens = [*RawGGML().vocabulary(), b"a", b""]
+    tokens = [*RawGGML().vocabulary(), b"a\0b", b""]
     report = convert_model(raw(tmp_path, tokens=tokens), tmp_path / "new.gguf")
     assert report.refusal is None
     texts = read_gguf(tmp_path / "new.gguf").metadata["tokenizer.ggml.tokens"]

@@ -59,6 +59,16 @@ MODEL_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
          "tokenizer__ggml__token_type": None},
         "same text",
     ),
+    "17 two tokens equal up to a NUL": (
+        {"tokenizer__ggml__tokens": strings(
+            "tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "<0x0A>", "a\0b", "a\0c"])},
+        "same text",
+    ),
+    "17 an empty token and its substitute": (
+        {"tokenizer__ggml__tokens": strings(
+            "tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "<0x0A>", "[EMPTY_5]", ""])},
+        "same text",
+    ),
     "17 no merges": (
         {"tokenizer__ggml__model": text("tokenizer.ggml.model", "gpt2")},
         "merges does not fit",
