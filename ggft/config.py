@@ -146,6 +146,9 @@ class FinetuneConfig:
         "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
         help="Share of the rows held out for validation; 0 is off",
     )  # fmt: skip
+    keep_duplicates: bool = option(
+        "--keep-duplicates", default=False, help="Train on rows that equal an earlier one, too"
+    )
     patience: int | None = option(
         "--patience", "--early-stopping-patience", default=None, minimum=0, shown="3",
         help="Stop after this many evaluations without a better one; 0 is never",

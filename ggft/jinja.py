@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ from .errors import InputError
 MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
 MAX_WAIT_S = 120.0  # the same, by the clock, for a machine that is short of memory
 MAX_MEMORY_BYTES = 512 << 20  # beyond what the process has at its start
+_LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # Python itself may need them
+_TOO_LARGE = 77  # exit code of a process that outgrew its memory
 MAX_CHARS = 1 << 20  # of a rendering, beyond four times its contents
 FIXED_DATE = (
     "26 Jul 2024"  # for templates that ask for today's: a prompt must not change by the day
@@ -191,7 +195,7 @@ class JinjaProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={},
+            env={name: os.environ[name] for name in _LIBRARY_PATHS if name in os.environ},
             close_fds=True,
         )
         self.close = weakref.finalize(self, _stop, self._process)
@@ -234,6 +238,8 @@ class JinjaProcess:
 def _reason(code: int) -> str:
     import signal
 
+    if code == _TOO_LARGE:
+        return "too much memory"
     if code >= 0:
         return f"it ended with code {code}"
     name = signal.Signals(-code).name
@@ -293,9 +299,24 @@ def serve() -> None:
 
 
 def _limit_memory() -> None:
-    """Limit the address space where the system can (Linux), and forbid files and core dumps."""
+    """Forbid files and core dumps, and limit memory.
+
+    Linux limits the address space. Elsewhere a thread looks at what is used, often enough: a text
+    can only double between two looks.
+    """
     import resource
 
+    def used_bytes() -> int:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used << 10
+
+    def watch() -> None:
+        while used_bytes() < limit_bytes:
+            time.sleep(0.02)
+        os._exit(_TOO_LARGE)
+
+    limit_bytes = used_bytes() + MAX_MEMORY_BYTES
+    threading.Thread(target=watch, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     with contextlib.suppress(OSError, ValueError):

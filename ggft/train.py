@@ -51,7 +51,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             train_on_prompt=config.train_on_prompt,
             check=stop.check,
             val_split=config.val_split,
-            keep_duplicates=False,
+            keep_duplicates=config.keep_duplicates,
             seed=config.seed,
         )
         config = choose_settings(config, data)
