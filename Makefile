@@ -13,6 +13,7 @@ PYTHON =
 PYTEST_ARGS =
 # How many damaged files make fuzz tries.
 MUTANTS = 100000
+SANITIZED = build/sanitized
 
 SHELL := /bin/bash
 VENV := .venv
@@ -84,6 +85,19 @@ test-gpu: ## run the GPU's tests in .venv-gpu: on Vulkan, without a GPU by softw
 	    export GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} GGFT_TEST_DEVICE=Vulkan0 && \
 	    GGML_VK_DISABLE_F16=1 $(GPU)/bin/python -m pytest -m gpu $(PYTEST_ARGS) && \
 	    $(GPU)/bin/python -m pytest -m gpu $(PYTEST_ARGS); fi
+
+fuzz-asan: dev ## the same with the native module under ASan and UBSan (nightly, Linux: MUTANTS=1000000)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B $(SANITIZED) -G Ninja -DGGFT_SANITIZE=ON \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	    -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)" >/dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
+	@rm -rf $(SANITIZED)/run; mkdir -p $(SANITIZED)/run/mutants
+	@cp -R ggft tests $(SANITIZED)/run; rm -f $(SANITIZED)/run/ggft/_native*.so
+	@cp $(SANITIZED)/_native*.so $(SANITIZED)/run/ggft
+	@cd $(SANITIZED)/run && LD_PRELOAD="$(foreach l,asan ubsan stdc++,$$($(or $(CXX),c++) -print-file-name=lib$(l).so))" \
+	    ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 UBSAN_OPTIONS=halt_on_error=1 \
+	    PYTHONPATH=".:$$($(abspath $(BIN))/python -c 'import sysconfig as s; print(s.get_paths()["purelib"])')" \
+	    $(abspath $(BIN))/python -S -m tests.mutants mutants 0 $(MUTANTS)
 
 check: dev ## formatting, lint, types, and whether the stub of the native module is current
 	@$(BIN)/ruff format --check -q .
