@@ -100,6 +100,11 @@ def _judge(found: Findings, devices: list[dict[str, Any]]) -> None:
         found.warnings.append("little memory is free: close other programs before training")
     if facts["disk_free_bytes"] < LOW_DISK_BYTES:
         found.warnings.append("little disk space is free here: runs and models need some")
+    for device in devices:
+        if not device.get("trains", True):
+            found.warnings.append(
+                f"device {device['name']} lacks operations of training: `--device auto` passes it"
+            )
     if platform.system() != "Darwin":
         return
     if platform.machine() == "x86_64" and _is_apple_silicon():

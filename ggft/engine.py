@@ -85,7 +85,7 @@ def find_device(name: str) -> dict[str, Any]:
     if name == "auto":
         for kind in ("gpu", "igpu", "cpu"):
             for device in devices:
-                if device["type"] == kind:
+                if device["type"] == kind and device["trains"]:
                     return device
     wanted = name.lower()
     for device in devices:

@@ -62,6 +62,7 @@ static nb::list devices() {
         d["memory_free"] = device.memory_free;
         d["memory_total"] = device.memory_total;
         d["host_pointer"] = device.host_pointer;
+        d["trains"] = device.trains;
         result.append(d);
     }
     return result;

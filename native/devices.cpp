@@ -1,6 +1,7 @@
 #include "devices.h"
 
 #include "error.h"
+#include "graph.h"
 
 #include <algorithm>
 #include <cctype>
@@ -32,6 +33,36 @@ static std::vector<ggml_backend_dev_t> all_devices() {
     return devices;
 }
 
+// Asks for one of each operation that older and virtual GPUs lack; the real graphs are checked when
+// an engine opens.
+static bool trains(ggml_backend_dev_t device) {
+    Graph g(64);
+    ggml_context * c = g.ctx();
+    auto floats = [&](int64_t n0, int64_t n1, int64_t n2 = 1) {
+        return ggml_new_tensor_3d(c, GGML_TYPE_F32, n0, n1, n2);
+    };
+    Tensor w = ggml_new_tensor_2d(c, GGML_TYPE_Q4_0, 256, 64), x = floats(256, 32);
+    Tensor ids = ggml_new_tensor_1d(c, GGML_TYPE_I32, 32);
+    Tensor mask = ggml_new_tensor_2d(c, GGML_TYPE_F16, 32, 32);
+    Tensor value = floats(256, 32);
+    ggml_set_param(value);
+    const std::vector<Tensor> nodes = {
+        ggml_mul_mat(c, w, x),
+        ggml_rms_norm(c, x, 1e-5f),
+        ggml_soft_max_ext(c, floats(32, 32, 4), mask, 1.0f, 0.0f),
+        ggml_rope_ext_back(c, floats(64, 4, 32), ids, nullptr, 64, GGML_ROPE_TYPE_NEOX, 0, 10000.0f,
+                           1.0f, 0.0f, 1.0f, 32.0f, 1.0f),
+        ggml_silu_back(c, x, floats(256, 32)),
+        ggml_sum_rows(c, x),
+        ggml_get_rows(c, w, ids),
+        ggml_set_rows(c, floats(256, 64), x, ids),
+        ggml_opt_step_adamw(c, value, x, floats(256, 32), floats(256, 32), floats(7, 1)),
+    };
+    return std::all_of(nodes.begin(), nodes.end(), [device](Tensor node) {
+        return ggml_backend_dev_supports_op(device, node);
+    });
+}
+
 std::vector<DeviceInfo> list_devices() {
     std::vector<DeviceInfo> result;
     for (ggml_backend_dev_t device : all_devices()) {
@@ -39,7 +70,7 @@ std::vector<DeviceInfo> list_devices() {
         ggml_backend_dev_get_props(device, &props);
         result.push_back({ggml_backend_dev_name(device), ggml_backend_dev_description(device),
                           type_name(device), props.memory_free, props.memory_total,
-                          props.caps.buffer_from_host_ptr});
+                          props.caps.buffer_from_host_ptr, trains(device)});
     }
     return result;
 }
@@ -55,8 +86,10 @@ ggml_backend_dev_t find_device(const std::string & name) {
     if (name == "auto") {
         for (const auto type : {GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU,
                                 GGML_BACKEND_DEVICE_TYPE_CPU}) {
-            if (ggml_backend_dev_t device = ggml_backend_dev_by_type(type)) {
-                return device;
+            for (ggml_backend_dev_t device : devices) {
+                if (ggml_backend_dev_type(device) == type && trains(device)) {
+                    return device;
+                }
             }
         }
     }

@@ -12,11 +12,12 @@ struct DeviceInfo {
     std::string name, description, type; // type: cpu, gpu, igpu or accelerator
     size_t memory_free, memory_total;    // bytes
     bool host_pointer;                   // reads mapped files without a copy
+    bool trains;                         // has the operations of the training graphs
 };
 
 std::vector<DeviceInfo> list_devices();
 
-// By device name or family, case ignored; "auto" prefers a GPU. Throws Error(resource).
+// By device name or family, case ignored; "auto" prefers a GPU that trains. Throws Error(resource).
 ggml_backend_dev_t find_device(const std::string & name);
 
 // Throws Error(resource).

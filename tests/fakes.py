@@ -176,5 +176,5 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def native_module(engine: Any = FakeEngine) -> Any:
     """Return what `ggft.engine.load_native` gives in tests."""
     cpu = {"name": "CPU", "description": "fake", "type": "cpu", "memory_free": 1 << 34,
-           "host_pointer": True}  # fmt: skip
+           "host_pointer": True, "trains": True}  # fmt: skip
     return SimpleNamespace(Engine=engine, Error=Error, devices=lambda: [cpu])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ggft.engine import load_native
+from ggft import engine as module
+from ggft.engine import find_device, load_native
 from ggft.errors import ResourceError
 from tests.engines import T, make_batch, open_engine
 from tests.models import Tiny, spec_for, write_model
@@ -42,6 +43,18 @@ def test_every_node_is_supported_here(tiny: Tiny) -> None:
         report = engine.graph_report()
     assert {"MUL_MAT", "SOFT_MAX", "OPT_STEP_ADAMW"} <= {node["family"] for node in report}
     assert all(node["supported"] for node in report)
+
+
+def test_auto_passes_a_gpu_that_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = next(d for d in load_native().devices() if d["type"] == "cpu")
+    assert cpu["trains"]
+    old = {**cpu, "type": "gpu", "name": "Old0", "trains": False}
+    fake = type("Native", (), {"devices": staticmethod(lambda: [old, cpu])})
+    monkeypatch.setattr(module, "load_native", lambda: fake)
+    assert find_device("auto") == cpu
+    assert find_device("old") == old
+    old["trains"] = True
+    assert find_device("auto") == old
 
 
 def test_an_unknown_device_is_refused_with_those_found(tiny: Tiny) -> None:
