@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ggft.prepare import PrepareConfig
     from ggft.quantize import QuantizeConfig
     from ggft.registry import ModelsConfig
+    from ggft.report import ReportConfig
 
 ConfigT = TypeVar("ConfigT")
 # Whether this process is `ggft` itself, which can be started again as a child, and not a test.
@@ -189,6 +190,18 @@ def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) ->
     from ggft.quantize import quantize_file as action
 
     click.echo(action(str(find_model(model)), output, type_name, config))
+
+
+@verb(cli, "ggft.report:ReportConfig")
+@click.argument("run", metavar="RUN")
+def report(config: ReportConfig, run: str) -> None:
+    """Say what a training run came to.
+
+    RUN is a run directory; its report.html is written anew.
+    """
+    from ggft.report import report as action
+
+    click.echo(action(run, config))
 
 
 @verb(cli, "ggft.doctor:DoctorConfig")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ggft import __version__
+from ggft.errors import InputError
+from ggft.options import option
 from ggft.recipe import Losses, Verdict, judge
 from ggft.rundir import RunDirectory
+from ggft.terminal import printable
 
 Points = Sequence[tuple[float, float]]
 
@@ -38,6 +42,13 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
 pre { white-space: pre-wrap; margin: 0; font: inherit; }
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of `ggft report`."""
+
+    json: bool = option("--json", default=False, help="Print the report as JSON")
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,50 @@ def write_report(run: RunDirectory, outcome: Outcome) -> None:
     text = json.dumps(outcome.record(), indent=1, ensure_ascii=False)
     run.write_text(run.report_json, text + "\n")
     run.write_text(run.report_html, html(outcome))
+
+
+def read_outcome(path: str | Path) -> Outcome:
+    """Return the outcome that a run directory holds.
+
+    Raises:
+        InputError: it is no run directory, or its run has not ended.
+    """
+    run = RunDirectory(Path(path))
+    try:
+        record = json.loads(run.report_json.read_text(encoding="utf-8"))
+        values = {
+            name.name: record[name.name] for name in fields(Outcome) if name.name != "metrics"
+        }
+        return Outcome(**values, metrics=run.read_metrics())
+    except FileNotFoundError as error:
+        raise InputError(
+            "no finished run here", path=path, found=f"no {Path(error.filename).name}",
+            expected="a directory that `ggft finetune` wrote to its end",
+            hint="a run that was stopped is finished with ggft finetune --resume",
+        ) from None  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the report cannot be read: {error!r}", path=run.report_json) from None
+
+
+def report(path: str, config: ReportConfig) -> str:
+    """Return the report of a run as text, or as JSON, and write its page anew."""
+    outcome = read_outcome(path)
+    run = RunDirectory(Path(path))
+    run.write_text(run.report_html, html(outcome))
+    if config.json:
+        return json.dumps(outcome.record(), ensure_ascii=False)
+    lines = [outcome.verdict().text, ""]
+    lines += [f"{'memory':<30}{'predicted':>14}{'used':>14}"]
+    lines += [f"  {part:<28}{_mib(a):>14}{_mib(b):>14}" for part, a, b in outcome.memory()]
+    lines += [
+        "",
+        f"steps     {len(outcome.steps)}, {outcome.tokens_per_s():.1f} tokens/s",
+        f"ended     {outcome.state.get('ended')}",
+    ]
+    for sample in outcome.samples:
+        lines += ["", *(f"{name + ':':<10}{text}" for name, text in sample.items())]
+    lines += ["", f"page      {run.report_html}"]
+    return printable("\n".join(lines))
 
 
 def html(outcome: Outcome) -> str:

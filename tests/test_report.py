@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ggft.report import Outcome, chart, html, peak_rss_bytes, write_report
+from ggft.errors import InputError
+from ggft.report import Outcome, ReportConfig, chart, html, peak_rss_bytes, report, write_report
 from ggft.rundir import RunDirectory
 
 
@@ -111,6 +112,31 @@ def test_both_files_are_written(tmp_path: Path) -> None:
     assert record["steps"] == 2
     assert "metrics" not in record
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_run_is_reported_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    samples = [{"question": "who?", "before": "x\x1b[2J", "after": "me"}]
+    made = outcome([2.0, 1.0], samples=samples)
+    write_report(run, made)
+    lines = [json.dumps(record) for record in made.metrics]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"torn']))
+    page = run.report_html.read_text()
+    run.report_html.unlink()
+    text = report(str(tmp_path), ReportConfig())
+    assert text.startswith("learned: training loss 2.000 → 1.500")
+    assert "\x1b" not in text
+    assert run.report_html.read_text() == page
+    assert json.loads(report(str(tmp_path), ReportConfig(json=True)))["samples"] == samples
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "foreign"])
+def test_what_is_no_run_is_named(tmp_path: Path, damage: str) -> None:
+    if damage != "missing":
+        (tmp_path / "report.json").write_text('{"model": 1}' if damage == "foreign" else "{")
+        (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        report(str(tmp_path), ReportConfig())
 
 
 def test_peak_size_of_this_process() -> None:
