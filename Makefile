@@ -38,7 +38,7 @@ EVERY_ROW = $(if $(findstring command,$(origin DATA)),,--val-split 0)
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test test-gpu fuzz check format stub docs bench bench-setup clean help
+.PHONY: setup dev model finetune chat test test-gpu fuzz fuzz-asan check format stub docs bench bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
