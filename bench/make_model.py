@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.blocks import TYPES, random_blocks
-from tests.models import ALIGNMENT, Spec, gguf_head, llama_metadata, matrix_shapes
+from tests.models import ALIGNMENT, Spec, gguf_head, model_metadata, matrix_shapes
 
 CHUNK_VALUES = 1 << 24
 
@@ -112,7 +112,7 @@ def write(file: BinaryIO, shapes: Shapes, type_name: str, seed: int = 0) -> None
     """Stream the whole model to `file`."""
     rng = np.random.default_rng(seed)
     tensors = plan(shapes, type_name)
-    metadata = llama_metadata(shapes.spec, shapes.n_vocab)
+    metadata = model_metadata(shapes.spec, shapes.n_vocab)
     infos = [(t.name, t.type_name, t.shape, t.n_bytes) for t in tensors]
     file.write(gguf_head(metadata, infos))
     for tensor in tensors:

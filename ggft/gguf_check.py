@@ -92,6 +92,7 @@ def check_model(file: GGUFFile) -> ModelInfo:
         "Q": n_head * n_embd_head,
         "K": n_head_kv * n_embd_head,
         "D": n_embd_head // 2,
+        "H": n_embd_head,
         "V": check_vocabulary(file),
     }
     if keys.whole("vocab_size", default=sizes["V"]) != sizes["V"]:

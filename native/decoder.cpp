@@ -22,16 +22,40 @@ LinearInput Decoder::input(Graph & g, int64_t l, int which, Tensor x, bool dropo
     return ops_.linear_input(g, in_, x, (int)l * N_INPUTS + which, dropout, std::move(adapters));
 }
 
+Tensor Decoder::rotated(Graph & g, Tensor x, Tensor norm) const {
+    if (norm != nullptr) {
+        Tensor rows = ggml_reshape_2d(g.ctx(), x, x->ne[0], x->ne[1] * x->ne[2]);
+        rows = ops_.rms_norm(g, rows, norm, model_.hparams.norm_eps, /*for_linear=*/false);
+        x = ggml_reshape_3d(g.ctx(), rows, x->ne[0], x->ne[1], x->ne[2]);
+    }
+    return ops_.rope(g, in_, model_.hparams.rope, x);
+}
+
+// dy [D, heads, N] -> the gradient of the linear's result [D*heads, N].
+Tensor Decoder::rotated_back(Graph & g, Tensor x_raw, Tensor norm, Tensor dy) const {
+    const int64_t D = dy->ne[0], heads = dy->ne[1], N = dy->ne[2];
+    Tensor d = ops_.rope_back(g, in_, model_.hparams.rope, dy);
+    if (norm != nullptr) {
+        auto rows = [&](Tensor t) { return ggml_reshape_2d(g.ctx(), t, D, heads * N); };
+        d = ops_.rms_norm_back(g, rows(x_raw), norm, model_.hparams.norm_eps, rows(d), nullptr);
+    }
+    return ggml_reshape_2d(g.ctx(), d, D * heads, N);
+}
+
 Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
     const Hparams & h = model_.hparams;
     const Layer & layer = model_.layers[(size_t)l];
     Block b;
 
-    b.attn_in = input(g, l, IN_ATTN, ops_.rms_norm(g, x, layer.attn_norm, h.norm_eps), dropout);
-    b.act.q =
-        ops_.rope(g, in_, h.rope, as_heads(g, linear(g, l, ATTN_Q, b.attn_in), h.n_embd_head));
-    b.act.k =
-        ops_.rope(g, in_, h.rope, as_heads(g, linear(g, l, ATTN_K, b.attn_in), h.n_embd_head));
+    b.attn_in = norm_input(g, l, IN_ATTN, x, layer.attn_norm, dropout);
+    Tensor q = as_heads(g, linear(g, l, ATTN_Q, b.attn_in), h.n_embd_head);
+    Tensor k = as_heads(g, linear(g, l, ATTN_K, b.attn_in), h.n_embd_head);
+    if (layer.attn_q_norm != nullptr) {
+        b.act.q_raw = q;
+        b.act.k_raw = k;
+    }
+    b.act.q = rotated(g, q, layer.attn_q_norm);
+    b.act.k = rotated(g, k, layer.attn_k_norm);
     b.act.v = as_heads(g, linear(g, l, ATTN_V, b.attn_in), h.n_embd_head);
 
     b.act.attn = ops_.attention(g, in_, {b.act.q, b.act.k, b.act.v}, h.attn_scale);
@@ -39,8 +63,7 @@ Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
     b.output_in = input(g, l, IN_OUTPUT, out, dropout);
     b.act.x_mid = linear(g, l, ATTN_OUTPUT, b.output_in, x);
 
-    b.ffn_in =
-        input(g, l, IN_FFN, ops_.rms_norm(g, b.act.x_mid, layer.ffn_norm, h.norm_eps), dropout);
+    b.ffn_in = norm_input(g, l, IN_FFN, b.act.x_mid, layer.ffn_norm, dropout);
     b.act.gate = linear(g, l, FFN_GATE, b.ffn_in);
     b.act.up = linear(g, l, FFN_UP, b.ffn_in);
     return b;
@@ -56,9 +79,9 @@ Block Decoder::restore(Graph & g, int64_t l, Tensor x, const Activations & act,
     const Hparams & h = model_.hparams;
     const Layer & layer = model_.layers[(size_t)l];
     Tensor out = ops_.attention_out(g, act.attn, h.n_head * h.n_embd_head, in_.N());
-    return {act, input(g, l, IN_ATTN, ops_.rms_norm(g, x, layer.attn_norm, h.norm_eps), dropout),
+    return {act, norm_input(g, l, IN_ATTN, x, layer.attn_norm, dropout),
             input(g, l, IN_OUTPUT, out, dropout),
-            input(g, l, IN_FFN, ops_.rms_norm(g, act.x_mid, layer.ffn_norm, h.norm_eps), dropout)};
+            norm_input(g, l, IN_FFN, act.x_mid, layer.ffn_norm, dropout)};
 }
 
 Tensor Decoder::backward(Graph & g, int64_t l, Tensor x, const Block & b, Tensor dy, bool dropout,
@@ -78,8 +101,8 @@ Tensor Decoder::backward(Graph & g, int64_t l, Tensor x, const Block & b, Tensor
     // Attention.
     Tensor dout = linear_back(g, l, ATTN_OUTPUT, b.output_in, dx_mid, nullptr);
     Qkv d = ops_.attention_back(g, in_, {a.q, a.k, a.v}, a.attn, dout, h.attn_scale);
-    Tensor dq = as_rows(g, ops_.rope_back(g, in_, h.rope, d.q));
-    Tensor dk = as_rows(g, ops_.rope_back(g, in_, h.rope, d.k));
+    Tensor dq = rotated_back(g, a.q_raw, layer.attn_q_norm, d.q);
+    Tensor dk = rotated_back(g, a.k_raw, layer.attn_k_norm, d.k);
     dn = linear_back(g, l, ATTN_Q, b.attn_in, dq, nullptr, need_dx);
     dn = linear_back(g, l, ATTN_K, b.attn_in, dk, dn, need_dx);
     dn = linear_back(g, l, ATTN_V, b.attn_in, as_rows(g, d.v), dn, need_dx);
@@ -98,7 +121,7 @@ Tensor Decoder::head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) c
     Tensor rows = part(in_.rows);
     Tensor at = in_.label_at == nullptr ? nullptr : part(in_.label_at);
     Tensor xr = ggml_get_rows(g.ctx(), x, rows);
-    Tensor norm = ops_.rms_norm(g, xr, model_.output_norm, h.norm_eps);
+    Tensor norm = ops_.rms_norm(g, xr, model_.output_norm, h.norm_eps, /*for_linear=*/true);
     const auto loss =
         ops_.loss(g, {model_.output, nullptr}, norm, part(in_.labels), at, dx != nullptr);
     if (dx != nullptr) {
@@ -110,7 +133,8 @@ Tensor Decoder::head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) c
 
 Tensor Decoder::logits(Graph & g, Tensor x, int64_t first, int64_t n) const {
     Tensor part = ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], (size_t)first * x->nb[1]);
-    Tensor norm = ops_.rms_norm(g, part, model_.output_norm, model_.hparams.norm_eps);
+    Tensor norm =
+        ops_.rms_norm(g, part, model_.output_norm, model_.hparams.norm_eps, /*for_linear=*/true);
     return ops_.linear(g, {model_.output, nullptr}, {},
                        ops_.linear_input(g, in_, norm, 0, false, {}), nullptr);
 }

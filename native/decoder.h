@@ -39,6 +39,11 @@ private:
     enum { IN_ATTN, IN_OUTPUT, IN_FFN, IN_DOWN, N_INPUTS };
 
     LinearInput input(Graph & g, int64_t layer, int which, Tensor x, bool dropout) const;
+    LinearInput norm_input(Graph & g, int64_t layer, int which, Tensor x, Tensor norm,
+                           bool dropout) const {
+        Tensor n = ops_.rms_norm(g, x, norm, model_.hparams.norm_eps, /*for_linear=*/true);
+        return input(g, layer, which, n, dropout);
+    }
     Tensor linear(Graph & g, int64_t layer, int site, const LinearInput & in,
                   Tensor residual = nullptr) const {
         return ops_.linear(g, model_.layers[(size_t)layer].linear[site], lora_.pair(layer, site),
@@ -49,6 +54,10 @@ private:
         return ops_.linear_back(g, model_.layers[(size_t)layer].linear[site],
                                 lora_.pair(layer, site), in, dy, acc, need_dx);
     }
+
+    // RMSNorm of every head and the rotation; x, the linear's result, is [D, heads, N].
+    Tensor rotated(Graph & g, Tensor x, Tensor norm) const;
+    Tensor rotated_back(Graph & g, Tensor x_raw, Tensor norm, Tensor dy) const;
 
     const Model & model_;
     const Lora & lora_;

@@ -137,6 +137,7 @@ private:
     std::vector<Tensor>
         saved_; // [C, Nmax] inputs of the adapted blocks, then the last block's output
     struct KeptField {
+        Tensor Activations::* field;
         ggml_type type;
         int64_t ne[4];
         size_t offset;

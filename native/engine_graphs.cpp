@@ -18,9 +18,9 @@ static Tensor base_of(Tensor t) {
     return t->view_src != nullptr ? t->view_src : t;
 }
 
-static std::vector<Tensor> fields_of(const Activations & a) {
-    return {a.q, a.k, a.v, a.attn, a.x_mid, a.gate, a.up};
-}
+static constexpr Tensor Activations::* FIELDS[] = {
+    &Activations::q_raw, &Activations::k_raw, &Activations::q,    &Activations::k, &Activations::v,
+    &Activations::attn,  &Activations::x_mid, &Activations::gate, &Activations::up};
 
 void Engine::allocate_saved() {
     const int64_t C = model_->hparams.n_embd, N = config_.n_rows * config_.n_tokens;
@@ -41,8 +41,11 @@ void Engine::allocate_saved() {
         Graph g(GRAPH_NODES);
         Tensor x = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, C, N);
         size_t bytes = 0;
-        for (Tensor t : fields_of(decoder_->forward(g, config_.lora.layer_first, x, true).act)) {
-            bytes += GGML_PAD(ggml_nbytes(base_of(t)), KEEP_ALIGN);
+        const Activations act = decoder_->forward(g, config_.lora.layer_first, x, true).act;
+        for (auto field : FIELDS) {
+            if (Tensor t = act.*field) {
+                bytes += GGML_PAD(ggml_nbytes(base_of(t)), KEEP_ALIGN);
+            }
         }
         for (int64_t i = 0; i < n_adapted; i++) {
             kept_.push_back(
@@ -57,26 +60,30 @@ void Engine::allocate_saved() {
 // allocated.
 void Engine::keep(const Activations & act, int64_t layer) {
     const size_t i = (size_t)(layer - config_.lora.layer_first);
-    auto fields = fields_of(act);
     size_t offset = 0;
     kept_fields_[i].clear();
-    for (Tensor t : fields) {
+    for (auto field : FIELDS) {
+        Tensor t = act.*field;
+        if (t == nullptr) {
+            continue;
+        }
         Tensor base = base_of(t);
         ggml_backend_tensor_alloc(kept_[i]->buffer, base, (uint8_t *)kept_[i]->data + offset);
-        KeptField f{t->type, {t->ne[0], t->ne[1], t->ne[2], t->ne[3]}, offset};
-        kept_fields_[i].push_back(f);
+        kept_fields_[i].push_back(
+            {field, t->type, {t->ne[0], t->ne[1], t->ne[2], t->ne[3]}, offset});
         offset += GGML_PAD(ggml_nbytes(base), KEEP_ALIGN);
     }
 }
 
 Activations Engine::kept_of(Graph & g, int64_t layer) const {
     const size_t i = (size_t)(layer - config_.lora.layer_first);
-    std::vector<Tensor> t;
+    Activations act;
     for (const KeptField & f : kept_fields_[i]) {
-        t.push_back(ggml_new_tensor(g.ctx(), f.type, 4, f.ne));
-        ggml_backend_tensor_alloc(kept_[i]->buffer, t.back(), (uint8_t *)kept_[i]->data + f.offset);
+        Tensor t = ggml_new_tensor(g.ctx(), f.type, 4, f.ne);
+        ggml_backend_tensor_alloc(kept_[i]->buffer, t, (uint8_t *)kept_[i]->data + f.offset);
+        act.*f.field = t;
     }
-    return {t[0], t[1], t[2], t[3], t[4], t[5], t[6]};
+    return act;
 }
 
 std::map<std::string, size_t> Engine::buffer_bytes() const {

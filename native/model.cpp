@@ -21,7 +21,9 @@ const char * site_name(int site) {
 
 const std::vector<ArchTraits> & supported_archs() {
     static const std::vector<ArchTraits> archs = {
-        {"llama", GGML_ROPE_TYPE_NORMAL},
+        {"llama", GGML_ROPE_TYPE_NORMAL, false},
+        {"qwen2", GGML_ROPE_TYPE_NEOX, false},
+        {"qwen3", GGML_ROPE_TYPE_NEOX, true},
     };
     return archs;
 }
@@ -332,12 +334,17 @@ void Model::read_tensors() {
 
     const int64_t in[N_SITES] = {C, C, C, h.n_head * D, C, C, F};
     const int64_t out[N_SITES] = {h.n_head * D, h.n_head_kv * D, h.n_head_kv * D, C, F, F, C};
+    const bool qk_norm = traits_of(h.arch).qk_norm;
     layers.resize((size_t)h.n_layer);
     for (int64_t l = 0; l < h.n_layer; l++) {
         Layer & layer = layers[(size_t)l];
         const std::string p = "blk." + std::to_string(l) + ".";
         layer.attn_norm = find(p + "attn_norm.weight", {C}, true);
         layer.ffn_norm = find(p + "ffn_norm.weight", {C}, true);
+        if (qk_norm) {
+            layer.attn_q_norm = find(p + "attn_q_norm.weight", {D}, true);
+            layer.attn_k_norm = find(p + "attn_k_norm.weight", {D}, true);
+        }
         for (int s = 0; s < N_SITES; s++) {
             layer.linear[s].weight = find(p + SITE_NAMES[s] + ".weight", {in[s], out[s]}, true);
             layer.linear[s].bias = find(p + SITE_NAMES[s] + ".bias", {out[s]}, false);

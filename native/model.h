@@ -38,6 +38,7 @@ struct Hparams {
 struct ArchTraits {
     const char * name;
     int rope_mode;
+    bool qk_norm; // RMSNorm of every query and key head before the rotation
 };
 
 const std::vector<ArchTraits> & supported_archs();
@@ -51,8 +52,10 @@ enum Site { ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT, FFN_GATE, FFN_UP, FFN_DOWN, N_S
 const char * site_name(int site); // "attn_q", as in "blk.0.attn_q.weight"
 
 struct Layer {
-    Tensor attn_norm = nullptr; // [C]
-    Tensor ffn_norm = nullptr;  // [C]
+    Tensor attn_norm = nullptr;   // [C]
+    Tensor attn_q_norm = nullptr; // [D] or null
+    Tensor attn_k_norm = nullptr; // [D] or null
+    Tensor ffn_norm = nullptr;    // [C]
     Linear linear[N_SITES];
 };
 

@@ -57,6 +57,8 @@ struct LinearInput {
 
 // The activations of a block that its backward pass reads. Recomputed, or kept between the passes.
 struct Activations {
+    Tensor q_raw = nullptr; // [D, H, N] before its norm; null without one
+    Tensor k_raw = nullptr; // [D, K, N]
     Tensor q = nullptr;     // [D, H, N] rotated
     Tensor k = nullptr;     // [D, K, N] rotated
     Tensor v = nullptr;     // [D, K, N]
@@ -74,8 +76,9 @@ class Ops {
 public:
     virtual ~Ops() = default;
 
-    // n = x / rms(x) * w over the first dimension (Zhang & Sennrich 2019). w may be null: 1.
-    virtual Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) = 0;
+    // n = x / rms(x) * w over the first dimension (Zhang & Sennrich 2019), as F32 or, for_linear,
+    // as whatever the matrix products read best. x is [C, rows].
+    virtual Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) = 0;
     // dx = residual + r (dn*w - n̂ mean(dn*w * n̂)) with r = 1/rms, n̂ = x r. residual may be null,
     // and may be overwritten.
     virtual Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn,

@@ -32,8 +32,9 @@ public:
 
     const char * name() const override { return "fused"; }
 
-    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) override {
-        return g.custom("rms_norm", linear_type(), {x->ne[0], x->ne[1]}, {x, w},
+    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override {
+        const ggml_type type = for_linear ? linear_type() : GGML_TYPE_F32;
+        return g.custom("rms_norm", type, {x->ne[0], x->ne[1]}, {x, w},
                         [=](Tensor n, int ith, int nth) {
                             ggft::rms_norm(floats(x), floats(w), eps, x->ne[0], x->ne[1], as_f32(n),
                                            as_bf16(n), nullptr, ith, nth);

@@ -41,7 +41,7 @@ public:
 
     const char * name() const override { return "ggml"; }
 
-    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps) override {
+    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool) override {
         Tensor n = ggml_rms_norm(g.ctx(), x, eps);
         return w == nullptr ? n : ggml_mul(g.ctx(), n, w);
     }
@@ -99,11 +99,10 @@ public:
         Tensor du = nullptr;
         if (lora) {
             Tensor u = ggml_scale(c, product(c, lora.a, in.dropped), lora.scale);
-            g.expand(
-                ggml_add_inplace(c, lora.db, product(c, transposed(g, u), transposed(g, dy))));
+            g.expand(ggml_add_inplace(c, lora.db, product(c, transposed(g, u), transposed(g, dy))));
             du = ggml_scale(c, product(c, transposed(g, lora.b), dy), lora.scale);
-            g.expand(ggml_add_inplace(
-                c, lora.da, product(c, transposed(g, in.dropped), transposed(g, du))));
+            g.expand(ggml_add_inplace(c, lora.da,
+                                      product(c, transposed(g, in.dropped), transposed(g, du))));
         }
         if (!need_dx) {
             return acc;
@@ -137,8 +136,7 @@ public:
             Tensor row = nullptr;
             for_heads(in, x, [&](int64_t k0, int64_t kn) {
                 const Heads p = heads(g, in, x, b, k0, kn);
-                Tensor o =
-                    product(c, value_transposed(g, p), probabilities(g, in, p, b, scale));
+                Tensor o = product(c, value_transposed(g, p), probabilities(g, in, p, b, scale));
                 row = concat(g, row, merge_heads(g, o), 0);
             });
             out = concat(g, out, row, 1);
@@ -287,7 +285,9 @@ private:
     // the activations, so there the weight is dequantized first.
     Tensor matmul(Graph & g, Tensor w, Tensor x) const {
         ggml_context * c = g.ctx();
-        if (quantized_forward_ || w->type == GGML_TYPE_F32) { return product(c, w, x); }
+        if (quantized_forward_ || w->type == GGML_TYPE_F32) {
+            return product(c, w, x);
+        }
         Tensor y = nullptr;
         const int64_t step = rows_per_piece(w);
         for (int64_t r = 0; r < w->ne[1]; r += step) {

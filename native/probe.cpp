@@ -90,7 +90,7 @@ Arrays Engine::probe(const std::string & op, const MicroBatch & batch, const Arr
     const int site = site_of(op);
     if (op == "rms_norm") {
         Tensor x = p.take("x", {C, N});
-        p.give("y", ops_->rms_norm(g, x, w.attn_norm, h.norm_eps));
+        p.give("y", ops_->rms_norm(g, x, w.attn_norm, h.norm_eps, false));
         p.give("dx",
                ops_->rms_norm_back(g, x, w.attn_norm, h.norm_eps, p.take("dy", {C, N}), nullptr));
     } else if (op == "rope") {

@@ -1,4 +1,4 @@
-"""Random tiny llama GGUFs of any tensor type, with a small real vocabulary.
+"""Random tiny GGUFs of any supported architecture and tensor type, with a small real vocabulary.
 
 `write_model` returns the path with the float64 weights *as stored* (quantized, then dequantized),
 so that `tests.reference` and the engine start from the same numbers. The writer is deliberately
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ggft.architectures import ARCHITECTURES
 from tests.blocks import TYPES, dequantize, quantize, random_blocks
 from tests.reference import LINEARS, Array, Decoder, Lora, Rope, Shape
 
@@ -104,16 +105,19 @@ class Spec:
     """What to write.
 
     Args:
+        arch: Architecture, as llama.cpp calls it.
         types: Base type of all matrices, or of some by the short name of a tensor (`attn_q`,
             `token_embd`, `output`; `*` for the rest). None picks sizes for `type_name`.
         head_size: D; None is n_embd / n_head.
         rope_freqs: Add a `rope_freqs.weight` as Llama 3 has.
         rope_scaling: Linear position factor (2 halves the positions); 1 is none.
         bias: Biases on all seven linears.
+        qkv_bias: Biases on the first three, as Qwen2 has.
         vocab: "spm" or "bpe".
         chat_template: Jinja text, or None for no template.
     """
 
+    arch: str = "llama"
     types: str | Mapping[str, str] = "F32"
     n_layer: int = 2
     n_embd: int = 64
@@ -128,6 +132,7 @@ class Spec:
     rope_freqs: bool = False
     tied: bool = False
     bias: bool = False
+    qkv_bias: bool = False
     vocab: str = "bpe"
     chat_template: str | None = None
     seed: int = 0
@@ -222,9 +227,12 @@ def _random_weights(spec: Spec, n_vocab: int) -> dict[str, Array]:
     norms = ["output_norm"]
     for i in range(spec.n_layer):
         norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
+        if spec.arch == "qwen3":
+            for name in ("attn_q_norm", "attn_k_norm"):
+                weights[f"blk.{i}.{name}.weight"] = 1 + 0.2 * rng.normal(size=spec.d)
         for name, (n_out, n_in) in matrix_shapes(spec).items():
             weights[f"blk.{i}.{name}.weight"] = rng.normal(size=(n_out, n_in)) / math.sqrt(n_in)
-            if spec.bias:
+            if spec.bias or (spec.qkv_bias and name in LINEARS[:3]):
                 weights[f"blk.{i}.{name}.bias"] = 0.3 * rng.normal(size=n_out)
     scale = 1 / math.sqrt(spec.n_embd) if spec.tied else 1.0
     for name in norms:
@@ -239,7 +247,7 @@ def _random_weights(spec: Spec, n_vocab: int) -> dict[str, Array]:
     return weights
 
 
-def llama_metadata(spec: Spec, n_vocab: int | None = None) -> dict[str, Any]:
+def model_metadata(spec: Spec, n_vocab: int | None = None) -> dict[str, Any]:
     """Return the metadata of a model, its vocabulary filled up to `n_vocab` tokens."""
     vocab = vocabulary(spec.vocab)
     tokens = vocab["tokenizer.ggml.tokens"]
@@ -249,37 +257,37 @@ def llama_metadata(spec: Spec, n_vocab: int | None = None) -> dict[str, Any]:
         if f"tokenizer.ggml.{key}" in vocab:
             vocab[f"tokenizer.ggml.{key}"] = vocab[f"tokenizer.ggml.{key}"] + values
     metadata = {
-        "general.architecture": "llama",
+        "general.architecture": spec.arch,
         "general.name": "random",
         "general.alignment": ALIGNMENT,
         "general.quantization_version": 2,
-        "llama.block_count": spec.n_layer,
-        "llama.context_length": spec.n_ctx,
-        "llama.embedding_length": spec.n_embd,
-        "llama.feed_forward_length": spec.n_ff,
-        "llama.attention.head_count": spec.n_head,
-        "llama.attention.head_count_kv": spec.n_head_kv,
-        "llama.attention.key_length": spec.d,
-        "llama.attention.value_length": spec.d,
-        "llama.attention.layer_norm_rms_epsilon": spec.eps,
-        "llama.rope.dimension_count": spec.d,
-        "llama.rope.freq_base": spec.rope_base,
-        "llama.vocab_size": len(tokens) + n_fill,
+        f"{spec.arch}.block_count": spec.n_layer,
+        f"{spec.arch}.context_length": spec.n_ctx,
+        f"{spec.arch}.embedding_length": spec.n_embd,
+        f"{spec.arch}.feed_forward_length": spec.n_ff,
+        f"{spec.arch}.attention.head_count": spec.n_head,
+        f"{spec.arch}.attention.head_count_kv": spec.n_head_kv,
+        f"{spec.arch}.attention.key_length": spec.d,
+        f"{spec.arch}.attention.value_length": spec.d,
+        f"{spec.arch}.attention.layer_norm_rms_epsilon": spec.eps,
+        f"{spec.arch}.rope.dimension_count": spec.d,
+        f"{spec.arch}.rope.freq_base": spec.rope_base,
+        f"{spec.arch}.vocab_size": len(tokens) + n_fill,
         **vocab,
     }
     if spec.rope_scaling != 1.0:
-        metadata["llama.rope.scaling.type"] = "linear"
-        metadata["llama.rope.scaling.factor"] = spec.rope_scaling
+        metadata[f"{spec.arch}.rope.scaling.type"] = "linear"
+        metadata[f"{spec.arch}.rope.scaling.factor"] = spec.rope_scaling
     if spec.chat_template is not None:
         metadata["tokenizer.chat_template"] = spec.chat_template
     return {**metadata, **spec.extra}
 
 
 def write_model(path: Path, spec: Spec | None = None) -> Tiny:
-    """Write a random llama to `path`; return it with the weights as stored."""
+    """Write a random model to `path`; return it with the weights as stored."""
     spec = spec or Spec()
-    metadata = llama_metadata(spec)
-    n_vocab = metadata["llama.vocab_size"]
+    metadata = model_metadata(spec)
+    n_vocab = metadata[f"{spec.arch}.vocab_size"]
     tensors: list[Tensor] = []
     stored: dict[str, Array] = {}
     for name, values in _random_weights(spec, n_vocab).items():
@@ -293,7 +301,8 @@ def write_model(path: Path, spec: Spec | None = None) -> Tiny:
         stored[name] = dequantize(data, type_name, values.shape)
     write_gguf(path, metadata, tensors)
     factors = stored.get("rope_freqs.weight")
-    rope = Rope(spec.d, spec.rope_base, 1 / spec.rope_scaling, factors)
+    neox = ARCHITECTURES[spec.arch].rope == "neox"
+    rope = Rope(spec.d, spec.rope_base, 1 / spec.rope_scaling, factors, neox)
     eps = float(np.float32(spec.eps))
     shape = Shape(spec.n_layer, spec.n_head, spec.n_head_kv, n_vocab, rope, eps)
     return Tiny(path, spec, shape, stored)

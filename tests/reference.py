@@ -269,6 +269,15 @@ class Decoder:
             grads[f"{name}.weight.lora_a"], grads[f"{name}.weight.lora_b"] = da, db
         return dx
 
+    def _head_norm(self, i: int, which: str, x: Array) -> Array:
+        """Normalize every head of x (B, T, heads, D) where the model does (Qwen3)."""
+        w = self.weights.get(f"blk.{i}.attn_{which}_norm.weight")
+        return x if w is None else rms_norm(x, w, self.shape.eps)
+
+    def _head_norm_vjp(self, i: int, which: str, dy: Array, x: Array) -> Array:
+        w = self.weights.get(f"blk.{i}.attn_{which}_norm.weight")
+        return dy if w is None else rms_norm_vjp(dy, x, w, self.shape.eps)
+
     def block(self, i: int, x: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
         """Run block i on x (B, T, C); return its output and what `block_vjp` needs."""
         s, s_ = self.shape, {"x": x}
@@ -278,6 +287,8 @@ class Decoder:
             self._linear(f"blk.{i}.attn_{n}", s_["h"]).reshape(b, t, heads, -1)
             for n, heads in (("q", s.n_head), ("k", s.n_head_kv), ("v", s.n_head_kv))
         )
+        s_["q_raw"], s_["k_raw"] = q, k
+        q, k = self._head_norm(i, "q", q), self._head_norm(i, "k", k)
         s_["q"], s_["k"] = rope(q, batch.positions, s.rope), rope(k, batch.positions, s.rope)
         s_["v"] = v
         att, s_["p"] = attention(s_["q"], s_["k"], v, may_attend(batch.segments))
@@ -306,6 +317,8 @@ class Decoder:
             datt.reshape(b, t, s.n_head, -1), s_["q"], s_["k"], s_["v"], s_["p"]
         )
         dq, dk = rope_vjp(dq, batch.positions, s.rope), rope_vjp(dk, batch.positions, s.rope)
+        dq = self._head_norm_vjp(i, "q", dq, s_["q_raw"])
+        dk = self._head_norm_vjp(i, "k", dk, s_["k_raw"])
         dh = np.zeros_like(s_["h"])
         for n, d in (("q", dq), ("k", dk), ("v", dv)):
             dh = dh + self._linear_vjp(f"blk.{i}.attn_{n}", d.reshape(b, t, -1), s_["h"], grads)

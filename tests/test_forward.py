@@ -38,8 +38,10 @@ end, and people call it the water cycle. Without it there would be no forests an
         Spec(tied=True, bias=True, vocab="spm"),
         Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=4.0, head_size=32),
         Spec(types={"*": "Q4_0", "output": "Q8_0"}, n_layer=3),
+        Spec(arch="qwen2", qkv_bias=True, rope_base=1e6),
+        Spec(arch="qwen3", tied=True, head_size=32),
     ],
-    ids=["plain", "tied, bias", "rope", "quantized"],
+    ids=["plain", "tied, bias", "rope", "quantized", "qwen2", "qwen3"],
 )
 def test_logits_and_nats(tmp_path: Path, spec: Spec, precision: str, kernels: str) -> None:
     tiny, bar = write_model(tmp_path / "tiny.gguf", spec), BARS[precision]

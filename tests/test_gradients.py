@@ -42,6 +42,8 @@ MODELS = {
     "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
     "wide heads": Spec(head_size=32),
     "spm, odd head count": Spec(vocab="spm", n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
+    "qwen2": Spec(arch="qwen2", qkv_bias=True),
+    "qwen3": Spec(arch="qwen3", head_size=32, tied=True),
     "mixed types": Spec(
         types={
             "attn_q": "Q4_0",

@@ -13,7 +13,7 @@ from typing import Any
 from ggft.llamacpp import LlamaTokenizer
 from ggft.templates import Template, make_template
 from tests.models import Spec as ModelSpec
-from tests.models import llama_metadata, write_gguf
+from tests.models import model_metadata, write_gguf
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ FAMILIES = {
 
 def metadata_of(family: Family) -> dict[str, Any]:
     """Return the metadata of a family's model."""
-    metadata = llama_metadata(ModelSpec(vocab=family.kind))
+    metadata = model_metadata(ModelSpec(vocab=family.kind))
     tokens = metadata["tokenizer.ggml.tokens"] = [
         *metadata["tokenizer.ggml.tokens"],
         *family.specials,
