@@ -73,6 +73,10 @@ class _Item:
     turn: int
 
 
+class UnstableError(InputError):
+    """A template writes a conversation otherwise than the prompts within it; see `Splitter`."""
+
+
 RenderAll = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
 
 MARK_OPEN, MARK_CLOSE = "\ue0c5", "\ue0c6"  # private use; a template that has them is refused
@@ -89,6 +93,10 @@ def joined(messages: Sequence[Message]) -> list[Message]:
 
 class Splitter:
     """Split renderings of one template into parts.
+
+    Some templates write earlier turns otherwise than the last one (without its reasoning, or with
+    the system message moved). Of such a conversation only the last answer can be learned; the
+    answers before it must be given as context (`learn` false), or `UnstableError` is raised.
 
     Args:
         render: Renders conversations, each with or without the generation prompt.
@@ -138,7 +146,10 @@ class Splitter:
             if isinstance(text, InputError):
                 raise text
         prompt = asked is None
-        key = (prompt, *((m["role"], *map(_filled, _texts(m))) for m in messages))
+        key = (
+            prompt,
+            *((m["role"], m.get("learn", True), *map(_filled, _texts(m))) for m in messages),
+        )
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = self._learn(messages, prompt)
@@ -174,19 +185,20 @@ class Splitter:
             for text in (whole, before):
                 if isinstance(text, InputError):
                     raise text
-            if not str(whole).startswith(str(before)):
-                raise InputError(
+            if str(whole).startswith(str(before)):
+                starts[len(str(before))] = i
+            elif not prompt and messages[i].get("learn", True):
+                raise UnstableError(
                     f"the chat template cannot be split at message {i + 1}: the prompt that it"
                     " writes before an answer is not how the whole conversation begins",
                     found=_after_common(str(before), str(whole)),
                     expected=_after_common(str(whole), str(before)),
                     hint=_OTHER,
                 )
-            starts[len(before)] = i  # type: ignore[arg-type]
         if isinstance(whole, InputError):
             raise whole
         shape = _cut(whole, starts)
-        _check(shape, messages)
+        _check(shape, messages, set(starts.values()))
         return shape
 
 
@@ -257,7 +269,7 @@ def _cut(whole: str, starts: dict[int, int]) -> tuple[_Item, ...]:
     return tuple(items)
 
 
-def _check(shape: tuple[_Item, ...], messages: Sequence[Message]) -> None:
+def _check(shape: tuple[_Item, ...], messages: Sequence[Message], answers: set[int]) -> None:
     """Raise InputError unless every content is there, answers in their turns and only there."""
     seen: set[int] = set()
     for item in shape:
@@ -265,7 +277,7 @@ def _check(shape: tuple[_Item, ...], messages: Sequence[Message]) -> None:
             continue
         index = item.what // 2
         seen.add(item.what)
-        is_answer = messages[index]["role"] == "assistant"
+        is_answer = index in answers
         if is_answer != (item.side is Side.ANSWER) or (is_answer and index != item.turn):
             raise InputError(
                 f"the chat template writes message {index + 1} where it does not belong",

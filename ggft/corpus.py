@@ -13,12 +13,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .chat_template import Message, UnstableError
 from .datasets import Example, check_format, read_examples
 from .dedup import Duplicates, Fingerprints, split
 from .errors import InputError
 from .formats import DataFiles, find_files
 from .recipe import choose_max_length, held_out_rows
-from .templates import Template
+from .templates import Template, Tokens
 from .token_store import StoreView, TokenStore
 
 if TYPE_CHECKING:
@@ -242,18 +243,14 @@ class _Loader:
     def _read(self, number: int, path: Path) -> None:
         """Read and tokenize one file."""
         empty = True
-        for example, ids, trained in self._encoded(path):
+        for example, encoded in self._encoded(path):
             empty = False
             self.check()
             row = len(self.table)
             self.table.add(number, example.line)
             self.prints.add(example.messages, example.text)
-            step = len(ids) or 1
-            if example.text is not None:
-                limit = self.options.max_length or TEXT_TOKENS
-                step = min(limit, self.options.n_ctx)
-            for at in range(0, len(ids) or 1, step):
-                self.store.add(ids[at : at + step], trained[at : at + step])
+            for tokens in encoded:
+                self.store.add(tokens.ids, tokens.trained)
                 self.row_of.append(row)
         if empty:
             raise InputError(
@@ -265,24 +262,47 @@ class _Loader:
                 else "add rows, or leave this file out",
             )
 
-    def _encoded(self, path: Path) -> Iterator[tuple[Example, list[int], list[bool]]]:
-        """Yield the examples of a file with their tokens."""
+    def _encoded(self, path: Path) -> Iterator[tuple[Example, list[Tokens]]]:
+        """Yield the rows of a file, each with the examples that it makes."""
         examples, queue = itertools.tee(read_examples(path, self.options.format_name))
         encoded = self.template.encode_examples(
             (e.messages if e.text is None else e.text for e in examples),
             train_on_prompt=self.options.train_on_prompt,
         )
         for tokens, example in zip(encoded, queue, strict=False):
-            if isinstance(tokens, InputError):
+            try:
+                if isinstance(tokens, UnstableError):
+                    yield example, self._turn_by_turn(example.messages)
+                elif isinstance(tokens, InputError):
+                    raise tokens
+                elif example.text is None:
+                    yield example, [tokens]
+                else:
+                    yield example, self._pieces(tokens)
+            except InputError as error:
                 raise InputError(
-                    tokens.message,
+                    error.message,
                     path=example.path,
                     line=example.line,
-                    found=tokens.found,
-                    expected=tokens.expected,
-                    hint=tokens.hint or "correct or remove this row, or choose another --template",
-                )
-            yield example, tokens.ids, tokens.trained
+                    found=error.found,
+                    expected=error.expected,
+                    hint=error.hint or "correct or remove this row, or choose another --template",
+                ) from None
+
+    def _turn_by_turn(self, messages: list[Message]) -> list[Tokens]:
+        """Encode each answer of a conversation as an example with what is before it as context."""
+        note = "the template rewrites earlier turns, so each answer is an example of its own"
+        if note not in self.account.notes:
+            self.account.notes.append(note)
+        return self.template.encode_turns(messages, train_on_prompt=self.options.train_on_prompt)
+
+    def _pieces(self, tokens: Tokens) -> list[Tokens]:
+        """Cut plain text into pieces that fit."""
+        n = min(self.options.max_length or TEXT_TOKENS, self.options.n_ctx)
+        return [
+            Tokens(tokens.ids[at : at + n], tokens.trained[at : at + n])
+            for at in range(0, len(tokens.ids), n)
+        ]
 
     def _max_length(self) -> int:
         """Return where examples are cut."""

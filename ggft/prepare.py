@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ggft.corpus import Corpus
     from ggft.datasets import Example
     from ggft.progress import Progress
-    from ggft.templates import Template
+    from ggft.templates import Template, Tokens
     from ggft.token_store import IntArray
 
 HISTOGRAM_ROWS = 10
@@ -189,29 +189,48 @@ def preview(
         if corpus.fate[row] > Fate.VALID:
             continue
         shown += 1
-        if example.text is not None:
-            tokens = template.encode_text(example.text)
-        else:
-            tokens = template.encode_example(
-                example.messages, train_on_prompt=config.train_on_prompt
+        for tokens in _encoded(example, template, train_on_prompt=config.train_on_prompt):
+            cut = corpus.max_length if example.text is None else len(tokens.ids)
+            yield ""
+            yield (
+                f"── {corpus.table.where(row)} · {len(tokens.ids)} tokens, {tokens.n_trained} trained"
             )
-        yield ""
-        yield f"── {corpus.table.where(row)} · {len(tokens.ids)} tokens, {tokens.n_trained} trained"
-        out: list[str] = []
-        cut = corpus.max_length if example.text is None else len(tokens.ids)
-        runs = itertools.groupby(
-            zip(tokens.ids[:cut], tokens.trained[:cut], strict=True), key=lambda pair: pair[1]
-        )
-        for trained, run in runs:
-            ids = [token for token, _ in run]
-            text = printable(template.tokenizer.decode(ids).decode("utf-8", "replace"))
-            if trained:
-                text = f"{OPEN}{text}{CLOSE}"
-                text = f"{GREEN}{BOLD}{text}{RESET}" if colour else text
-            out.append(text)
-        if len(tokens.ids) > cut:
-            out.append(f"… cut: {len(tokens.ids) - cut} more tokens")
-        yield "".join(out)
+            yield marked(tokens, cut, template, colour=colour)
+
+
+def _encoded(example: Example, template: Template, *, train_on_prompt: bool) -> list[Tokens]:
+    """Return the examples that a row makes."""
+    from ggft.chat_template import UnstableError
+
+    if example.text is not None:
+        return [template.encode_text(example.text)]
+    try:
+        return [template.encode_example(example.messages, train_on_prompt=train_on_prompt)]
+    except UnstableError:
+        return template.encode_turns(example.messages, train_on_prompt=train_on_prompt)
+
+
+def marked(tokens: Tokens, cut: int, template: Template, *, colour: bool) -> str:
+    """Return the text of an example with what is trained between marks, and in colour.
+
+    Args:
+        tokens: The example.
+        cut: How many of its tokens are kept.
+        template: Whose tokenizer gives the text.
+        colour: Whether to colour, too.
+    """
+    out: list[str] = []
+    pairs = zip(tokens.ids[:cut], tokens.trained[:cut], strict=True)
+    for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        ids = [token for token, _ in run]
+        text = printable(template.tokenizer.decode(ids).decode("utf-8", "replace"))
+        if trained:
+            text = f"{OPEN}{text}{CLOSE}"
+            text = f"{GREEN}{BOLD}{text}{RESET}" if colour else text
+        out.append(text)
+    if len(tokens.ids) > cut:
+        out.append(f"… cut: {len(tokens.ids) - cut} more tokens")
+    return "".join(out)
 
 
 def _name(template: Template, token: int) -> str:
@@ -219,11 +238,28 @@ def _name(template: Template, token: int) -> str:
 
 
 def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]:
-    """Yield the rows again, with their numbers."""
-    from ggft.datasets import read_examples
+    """Yield the rows again, with their numbers.
 
-    files = (read_examples(path, format_name) for path in corpus.table.paths)
-    return enumerate(itertools.chain.from_iterable(files))
+    Raises:
+        InputError: there are not as many as before.
+    """
+    from ggft.datasets import read_examples
+    from ggft.errors import InputError
+
+    row = -1
+    for path in corpus.table.paths:
+        for example in read_examples(path, format_name):
+            row += 1
+            if row >= len(corpus.fate):
+                break
+            yield row, example
+    if row != len(corpus.fate) - 1:
+        raise InputError(
+            "the data changed while it was read",
+            path=corpus.table.paths[-1],
+            expected=f"{len(corpus.fate)} rows",
+            hint="run the command again when nothing writes to the data",
+        )
 
 
 def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, int]:

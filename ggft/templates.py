@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .jinja import JinjaProcess, render_here
 
 __all__ = ["Message", "Template", "Tokenizer", "Tokens", "make_template"]
 
-TOKENIZER_THREADS = 2
+TOKENIZER_THREADS = min(4, os.cpu_count() or 1)
 RENDER_BATCH = 64
 MAX_SOURCE_BYTES = 1 << 20
 
@@ -120,6 +121,22 @@ class Template:
             raise InputError("the conversation has no answer to learn")
         parts = self._splitter.split(self._prepared(messages[:n]), prompt=False)
         return self._encode(parts, closed=True, learn_all=train_on_prompt)
+
+    def encode_turns(
+        self, messages: Sequence[Message], *, train_on_prompt: bool = False
+    ) -> list[Tokens]:
+        """Return an example for each answer, with what is before it as context.
+
+        For templates that write earlier turns otherwise than the last (`UnstableError`).
+        """
+        examples: list[Tokens] = []
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant" and message.get("learn", True):
+                context: list[Message] = [{**m, "learn": False} for m in messages[:n]]
+                examples.append(
+                    self.encode_example([*context, message], train_on_prompt=train_on_prompt)
+                )
+        return examples
 
     def encode_examples(
         self, examples: Iterable[Sequence[Message] | str], *, train_on_prompt: bool = False
@@ -308,6 +325,7 @@ def _find_source(name: str, metadata: Mapping[str, object]) -> tuple[str, str]:
             expected="auto, gguf, " + ", ".join(BUILTIN) + ", or a Jinja file",
         )
     try:
-        return name, path.read_bytes()[: MAX_SOURCE_BYTES + 1].decode("utf-8")
+        with path.open("rb") as file:
+            return name, file.read(MAX_SOURCE_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read the template: {e}", path=path) from None

@@ -165,6 +165,39 @@ def test_the_split_is_the_same_when_a_run_is_resumed(template: Template, tmp_pat
     assert first.max_length == again.max_length
 
 
+NO_THOUGHTS = (  # of earlier turns, as reasoning models have it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each_answer(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(NO_THOUGHTS)
+    template = make_template(str(own), {}, LlamaTokenizer(tiny))
+    turns = [
+        {"role": role, "content": f"{role} {n}"}
+        for n in (1, 2, 3)
+        for role in ("user", "assistant")
+    ]
+    corpus = load(save(tmp_path / "x.jsonl", [{"messages": turns}]), template)
+    assert (corpus.account.n_rows, corpus.account.n_kept) == (1, 3)
+    assert "each answer is an example of its own" in corpus.account.notes[0]
+    for n in range(3):
+        ids, trained = corpus.train.get(n)
+        answer = template.tokenizer.decode(ids[trained].tolist()).decode()
+        assert answer == f"assistant {n + 1}<|im_end|>"
+        prompt = template.encode_prompt(turns[: 2 * n + 1])  # type: ignore[arg-type]
+        assert ids[~trained].tolist() == prompt
+    arguments = ["-m", str(tiny), "-d", str(tmp_path / "x.jsonl"), "--template", str(own)]
+    out, _ = prepare([*arguments, "--preview", "1"], capsys)
+    assert out.count("⟦") == 3
+
+
 def prepare(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     assert run(cli, ["prepare", *arguments]) == 0
     captured = capsys.readouterr()
