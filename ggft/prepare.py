@@ -192,9 +192,8 @@ def preview(
         for tokens in _encoded(example, template, train_on_prompt=config.train_on_prompt):
             cut = corpus.max_length if example.text is None else len(tokens.ids)
             yield ""
-            yield (
-                f"── {corpus.table.where(row)} · {len(tokens.ids)} tokens, {tokens.n_trained} trained"
-            )
+            counts = f"{len(tokens.ids)} tokens, {tokens.n_trained} trained"
+            yield f"── {corpus.table.where(row)} · {counts}"
             yield marked(tokens, cut, template, colour=colour)
 
 
