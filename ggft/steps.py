@@ -23,15 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some of the examples, in the order of `indexes`."""
+    """Some of the examples, in the order of `indexes`; `lengths` are theirs."""
 
     examples: Examples
     indexes: npt.NDArray[np.int64]
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens of each example, (N,)."""
-        return self.examples.lengths[self.indexes]
+    lengths: IntArray
 
     def get(self, index: int) -> tuple[IntArray, BoolArray]:
         """Return ids and trained mask of an example."""
@@ -99,7 +95,7 @@ class Steps:
         first = index * self.examples_per_step
         chosen = self._epoch_order(epoch)[first : first + self.examples_per_step]
         batches = Batches(
-            Subset(self.examples, chosen),
+            Subset(self.examples, chosen, self.lengths[chosen]),
             rows=n_rows,
             n_tokens=self.row_tokens,
             packing=self.packing,

@@ -21,6 +21,7 @@ from ggft.recipe import suggest
 from ggft.report import Outcome, write_report
 from ggft.rundir import RunDirectory, check_free, check_output, open_run
 from ggft.samples import ask
+from ggft.schedule import steps_per_epoch
 from ggft.steps import Steps
 from ggft.trainer import Trainer
 
@@ -158,10 +159,15 @@ def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     """Fill what the user left open; only `max_steps`, `memory` and `recompute` may stay None."""
     advice = suggest(len(data.train), data.account.n_trained, batch_size=config.batch_size)
     rank = config.rank or advice.rank
+    batch_size = config.batch_size or advice.batch_size
+    epochs = config.epochs or advice.epochs
+    if config.epochs is None and config.max_steps is not None:
+        per_epoch = steps_per_epoch(len(data.train), batch_size * config.grad_accum)
+        epochs = -(-config.max_steps // per_epoch)
     return replace(
         config,
-        epochs=config.epochs or advice.epochs,
-        batch_size=config.batch_size or advice.batch_size,
+        epochs=epochs,
+        batch_size=batch_size,
         lr=config.lr or advice.lr,
         rank=rank,
         alpha=config.alpha or 4.0 * rank,
@@ -216,7 +222,7 @@ def announce(
     progress.note(f"template     {base.template.name}")
     for text in base.template.notes:
         progress.note(f"             {text}")
-    for text in account.warnings:
+    for text in (*base.file.warnings, *account.warnings):
         progress.warn(text)
     progress.note(
         f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "

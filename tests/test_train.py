@@ -206,6 +206,33 @@ def test_resume_takes_the_settings_of_the_run(case: Case) -> None:
     assert len(metrics(run)) == 12
 
 
+def test_what_was_chosen_from_the_data_stays_when_resuming(case: Case) -> None:
+    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}"} for i in range(61)]
+    case.data.write_text(json.dumps(rows))
+    given = {"val_split": None, "lr": None, "dropout": None, "epochs": 2, "patience": 0}
+    whole, parts = case.train("whole", **given), case.train("parts", **given)
+    assert any("val_loss" in line for line in metrics(whole))
+    newest = max((parts / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    config = make(FinetuneConfig, {"output": str(parts), "resume": True, "samples": 0})
+    assert config.val_split
+    finetune(config, Progress("quiet"))
+    assert metrics(parts) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("given", "n_steps"),
+    [
+        ({"max_steps": 20}, 20),
+        ({"max_steps": 4}, 4),
+        ({"max_steps": 20, "epochs": 2}, 12),
+        ({"max_steps": 3, "epochs": 2}, 3),
+    ],
+)
+def test_max_steps(case: Case, given: dict[str, Any], n_steps: int) -> None:
+    assert len(metrics(case.train(**given))) == n_steps
+
+
 def test_resuming_a_finished_run_does_nothing(case: Case) -> None:
     run = case.train(epochs=1)
     before = (run / "adapter.gguf").read_bytes()
