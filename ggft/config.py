@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ggft.errors import InputError
 from ggft.options import option
@@ -204,6 +204,23 @@ class FinetuneConfig:
         """Return the settings of the run that is to be continued, if there is one."""
         path = Path(str(given.get("output", "results"))) / "config.yaml"
         return path if given.get("resume") and path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledConfig(FinetuneConfig):
+    """Settings of a run, with all that was left open chosen from the data and the machine."""
+
+    if TYPE_CHECKING:
+        epochs: int
+        batch_size: int
+        lr: float
+        rank: int
+        alpha: float
+        dropout: float
+        max_length: int
+        val_split: float
+        patience: int
+        threads: int
 
 
 @dataclass(frozen=True, kw_only=True)

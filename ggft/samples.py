@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ggft.base import Base, Data
-from ggft.config import FinetuneConfig
+from ggft.config import SettledConfig
 from ggft.errors import ResourceError
 from ggft.interrupt import StopSignals
 from ggft.llamacpp import LlamaModel
@@ -18,7 +18,7 @@ def ask(
     base: Base,
     data: Data,
     adapter: Path,
-    config: FinetuneConfig,
+    config: SettledConfig,
     stop: StopSignals,
     progress: Progress,
 ) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ggft import checkpoint
 from ggft.base import Base, Data, load_data, open_base
-from ggft.config import FinetuneConfig, parse_layers, parse_size, parse_targets
+from ggft.config import FinetuneConfig, SettledConfig, parse_layers, parse_size, parse_targets
 from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError, ResourceError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
@@ -30,6 +30,7 @@ BATCH_SIZE = 4
 # Rows may be as long as this where examples are shorter, so that several share one.
 ROW_TOKENS = 512
 RANK = 8
+PATIENCE = 3
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
@@ -55,33 +56,33 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             keep_duplicates=config.keep_duplicates,
             seed=config.seed,
         )
-        config = choose_settings(config, data)
-        shape = make_shape(config, base.file, base.info)
+        settled = choose_settings(config, data)
+        shape = make_shape(config, settled.rank, base.file, base.info)
         if config.dry_run:
-            _, planned = plan_run(config, data, shape)
-            announce(config, base, data, planned, progress)
+            _, planned = plan_run(settled, data, shape)
+            announce(settled, base, data, planned, progress)
             return
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
-            steps, planned = plan_run(config, data, shape, saved)
-            announce(config, base, data, planned, progress)
+            steps, planned = plan_run(settled, data, shape, saved)
+            announce(settled, base, data, planned, progress)
             check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
-            with open_engine(config, base, shape, planned, stop) as engine:
-                trainer = Trainer(config, base, data, steps, planned, run, engine, progress, stop)
+            with open_engine(settled, base, shape, planned, stop) as engine:
+                trainer = Trainer(settled, base, data, steps, planned, run, engine, progress, stop)
                 trainer.begin(saved)
                 trainer.loop()
                 outcome = trainer.outcome()
             if config.samples and not stop.signal_number:
                 progress.note("asking the base model and the adapter")
-                samples = ask(base, data, run.adapter, config, stop, progress)
+                samples = ask(base, data, run.adapter, settled, stop, progress)
                 outcome = replace(outcome, samples=samples)
             conclude(run, outcome, progress)
             stop.check()
 
 
 def plan_run(
-    config: FinetuneConfig,
+    config: SettledConfig,
     data: Data,
     shape: Shape,
     saved: checkpoint.Checkpoint | None = None,
@@ -139,10 +140,9 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
     progress = progress or Progress("json" if config.json else "auto")
     file = read_gguf(config.model)
     info = check_model(file)
-    config = replace(config, rank=config.rank or RANK)
     n_tokens = min(config.max_length or MAX_LENGTH, info.n_ctx)
     made = make_plan(
-        make_shape(config, file, info),
+        make_shape(config, config.rank or RANK, file, info),
         limits_of(config),
         n_tokens=n_tokens,
         max_rows=(config.batch_size or BATCH_SIZE) * config.grad_accum,
@@ -155,8 +155,8 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
         progress.result(line)
 
 
-def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
-    """Fill what the user left open; only `max_steps`, `memory` and `recompute` may stay None."""
+def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
+    """Fill what the user left open."""
     advice = suggest(len(data.train), data.account.n_trained, batch_size=config.batch_size)
     rank = config.rank or advice.rank
     batch_size = config.batch_size or advice.batch_size
@@ -164,25 +164,24 @@ def choose_settings(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     if config.epochs is None and config.max_steps is not None:
         per_epoch = steps_per_epoch(len(data.train), batch_size * config.grad_accum)
         epochs = -(-config.max_steps // per_epoch)
-    return replace(
-        config,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=config.lr or advice.lr,
-        rank=rank,
-        alpha=config.alpha or 4.0 * rank,
-        dropout=advice.dropout if config.dropout is None else config.dropout,
-        max_length=data.max_length,
-        val_split=data.account.val_share,
-        patience=3 if config.patience is None else config.patience,
-        threads=config.threads or physical_cores(),
-    )
+    chosen = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": config.lr or advice.lr,
+        "rank": rank,
+        "alpha": config.alpha or 4.0 * rank,
+        "dropout": advice.dropout if config.dropout is None else config.dropout,
+        "max_length": data.max_length,
+        "val_split": data.account.val_share,
+        "patience": PATIENCE if config.patience is None else config.patience,
+        "threads": config.threads or physical_cores(),
+    }
+    return SettledConfig(**{**vars(config), **chosen})
 
 
-def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape:
+def make_shape(config: FinetuneConfig, rank: int, file: GGUFFile, info: ModelInfo) -> Shape:
     """Return what memory depends on."""
     first, last = parse_layers(config.layers, info.n_layer)
-    assert config.rank is not None
     device = find_device(config.device)
     return Shape(
         model=info,
@@ -190,14 +189,13 @@ def make_shape(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> Shape
         targets=parse_targets(config.target_modules),
         layer_first=first,
         layer_last=last,
-        rank=config.rank,
+        rank=rank,
         fused=device["type"] == "cpu" and config.kernels != "ggml",
     )
 
 
-def make_steps(config: FinetuneConfig, data: Data, n_tokens: int) -> Steps:
+def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
     """Divide the data into optimizer steps of rows of at most `n_tokens`."""
-    assert config.batch_size is not None
     return Steps(
         data.train,
         examples_per_step=config.batch_size * config.grad_accum,
@@ -207,9 +205,7 @@ def make_steps(config: FinetuneConfig, data: Data, n_tokens: int) -> Steps:
     )
 
 
-def announce(
-    config: FinetuneConfig, base: Base, data: Data, plan: Plan, progress: Progress
-) -> None:
+def announce(config: SettledConfig, base: Base, data: Data, plan: Plan, progress: Progress) -> None:
     """Say what will be done, with warnings about the data."""
     account = data.account
     progress.note(f"model        {base.name} ({base.file.path.name})")
@@ -260,12 +256,9 @@ def find_checkpoint(
 
 @contextlib.contextmanager
 def open_engine(
-    config: FinetuneConfig, base: Base, shape: Shape, plan: Plan, stop: StopSignals
+    config: SettledConfig, base: Base, shape: Shape, plan: Plan, stop: StopSignals
 ) -> Iterator[Engine]:
     """Open the engine as planned; a signal cancels its calls."""
-    assert config.alpha is not None
-    assert config.dropout is not None
-    assert config.threads is not None
     settings = EngineSettings(
         paths=[str(path) for path in base.file.paths],
         targets=list(shape.targets),

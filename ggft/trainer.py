@@ -11,7 +11,7 @@ from ggft import __version__, checkpoint, schedule
 from ggft.adapter import AdapterMeta, write_adapter
 from ggft.base import Base, Data
 from ggft.batching import Batches
-from ggft.config import FinetuneConfig
+from ggft.config import SettledConfig
 from ggft.engine import Cancelled, Engine, mean_nats
 from ggft.errors import Interrupted, NumericError
 from ggft.interrupt import StopSignals
@@ -52,7 +52,7 @@ class State:
 class Trainer:
     """The loop of one run."""
 
-    config: FinetuneConfig
+    config: SettledConfig
     base: Base
     data: Data
     steps: Steps
@@ -66,14 +66,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        assert config.epochs is not None
         self.n_steps = schedule.total_steps(
             len(self.data.train), self.steps.examples_per_step, config.epochs, config.max_steps
         )
         self.warmup_steps = schedule.safe_warmup(config.warmup_steps, self.n_steps)
         self.interval = schedule.safe_interval(config.logging_steps, self.n_steps)
-        assert config.rank is not None
-        assert config.alpha is not None
         self.meta = AdapterMeta(
             architecture=self.base.file.architecture,
             rank=config.rank,
@@ -202,7 +199,6 @@ class Trainer:
         self._log(nats / count, lr, norm, tokens / max(seconds, 1e-9), count)
 
     def _lr(self, step: int) -> float:
-        assert self.config.lr is not None
         return schedule.lr_at(
             step,
             n_steps=self.n_steps,
@@ -295,7 +291,7 @@ class Trainer:
         """Save after a signal, then raise Interrupted."""
         self.engine.zero_grad()
         self._save(at_start=True)
-        if not self.run.adapter.exists():
+        if self.state.best_val is None:
             self._write_adapter()
         step = self.engine.step
         self.progress.event("interrupted", step=step, adapter=str(self.run.adapter))

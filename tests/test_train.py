@@ -293,6 +293,24 @@ def test_an_older_run_is_neither_overwritten_nor_touched(case: Case) -> None:
     assert len(metrics(case.train(epochs=2, overwrite=True))) == 12
 
 
+def test_a_stopped_run_does_not_pass_an_older_adapter_off_as_its_own(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = (case.train(epochs=1) / "adapter.gguf").read_bytes()
+
+    def token_nats(self: FakeEngine, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert self._cancel.wait(5)
+        return FakeEngine.token_nats(self, *args)
+
+    use_engine(monkeypatch, token_nats=token_nats)
+    message = case.fails(Interrupted, epochs=1, val_split=0.2, seed=7, overwrite=True)
+    assert "learned nothing yet" in message
+    adapter = read_adapter(case.folder / "run" / "adapter.gguf")
+    assert adapter.path.read_bytes() != old
+    assert not any(a.any() for n, a in adapter.arrays().items() if n.endswith("lora_b"))
+
+
 def test_nothing_is_written_by_a_dry_run(case: Case) -> None:
     before = snapshot(case.folder)
     case.train(dry_run=True)
