@@ -488,3 +488,23 @@ def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
     assert "--resume" in rest
     read_adapter(run / "adapter.gguf", read_gguf(case.model))
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(case: Case) -> None:
+    """As in `ggft finetune --json | head -1`, with the terminal gone as well."""
+    run = case.folder / "run"
+    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
+    settings = ["--val-split", "0", "--epochs", "1", "--samples", "0", "--json"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments, *settings],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert json.loads(child.stdout.readline())["event"] == "plan"
+        child.stdout.close()
+        child.stderr.close()
+        assert child.wait(timeout=60) == 0
+    assert len(metrics(run)) == 6
+    assert (run / "report.html").is_file()
