@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from typing import Any, TextIO
 
+MIN_COLUMNS = 40
 MODES = ("auto", "bar", "lines", "json", "quiet")
 
 
@@ -106,8 +108,9 @@ class Progress:
 
 
 def _is_terminal(stream: TextIO) -> bool:
+    """Return whether a bar can be drawn; some pseudo-terminals say that they have no columns."""
     try:
-        return stream.isatty()
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= MIN_COLUMNS
     except (OSError, ValueError):
         return False
 

@@ -12,8 +12,27 @@ from ggft.progress import Progress
 
 
 class Terminal(io.StringIO):
+    columns = 100
+
     def isatty(self) -> bool:
         return True
+
+    def fileno(self) -> int:
+        return 1000 + self.columns
+
+
+@pytest.fixture(autouse=True)
+def _columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((fd - 1000, 24)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "mode"), [(100, "bar"), (40, "bar"), (39, "lines"), (0, "lines")]
+)
+def test_a_bar_needs_room(columns: int, mode: str) -> None:
+    err = Terminal()
+    err.columns = columns
+    assert Progress("auto", out=io.StringIO(), err=err).mode == mode
 
 
 class Broken(io.StringIO):
