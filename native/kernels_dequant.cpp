@@ -118,14 +118,18 @@ void dequant_q8_0(const void* blocks, int64_t n, uint16_t* out) {  // f16 d, 32 
     }
 }
 
-void dequant_iq4_nl(const void* blocks, int64_t n, uint16_t* out) {  // f16 d, nibbles of a codebook
+/// The 16 values of the IQ4 codebook times a scale, as BF16, twice.
+GGFT_INLINE __m512i codebook(float scale) {
     const __m512 values = _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
                                          53, 69, 89, 113);
+    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
+}
+
+void dequant_iq4_nl(const void* blocks, int64_t n, uint16_t* out) {  // f16 d, codebook nibbles
     const uint8_t* b = (const uint8_t*)blocks;
     for (int64_t i = 0; i < n; i += 32, b += 18) {
-        const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(half(b)));
-        const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
-        put(out + i, _mm512_permutexvar_epi16(nibbles(words16(b + 2)), table));
+        put(out + i, _mm512_permutexvar_epi16(nibbles(words16(b + 2)), codebook(half(b))));
     }
 }
 
@@ -214,6 +218,102 @@ void dequant_q6_k(const void* blocks, int64_t n, uint16_t* out) {  // ql 128, qh
     }
 }
 
+/// 16 bytes as floats.
+GGFT_INLINE __m512 unsigned_floats(__m128i bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+
+/// (lane / width) + first, for spreading one value per sub-block over its table entries.
+GGFT_INLINE __m512i lane_over(int shift, int first) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(_mm512_srli_epi32(lane, (unsigned)shift), _mm512_set1_epi32(first));
+}
+
+/// Word lanes 16..31 get `step`, the others 0: the second sub-block of 32 elements.
+GGFT_INLINE __m512i second_half(int step) {
+    return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16((short)step), 1);
+}
+
+void dequant_q2_k(const void* blocks, int64_t n, uint16_t* out) {  // 16 scale|min, 64 qs, d, dmin
+    const uint8_t* b = (const uint8_t*)blocks;
+    const __m128i low4 = _mm_set1_epi8(15);
+    const __m512 level = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    for (int64_t i = 0; i < n; i += 256, b += 84) {
+        const __m128i packed = _mm_loadu_si128((const __m128i*)b);
+        const __m512 scale = _mm512_mul_ps(unsigned_floats(_mm_and_si128(packed, low4)),
+                                           _mm512_set1_ps(half(b + 80)));
+        const __m128i mins = _mm_and_si128(_mm_srli_epi16(packed, 4), low4);
+        const __m512 min = _mm512_mul_ps(unsigned_floats(mins), _mm512_set1_ps(half(b + 82)));
+        for (int h = 0; h < 2; h++) {  // 128 elements: 8 sub-blocks of 4 levels are 32 values
+            const __m512i first = lane_over(2, 8 * h), second = lane_over(2, 8 * h + 4);
+            const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(
+                _mm512_fmsub_ps(_mm512_permutexvar_ps(second, scale), level,
+                                _mm512_permutexvar_ps(second, min)),
+                _mm512_fmsub_ps(_mm512_permutexvar_ps(first, scale), level,
+                                _mm512_permutexvar_ps(first, min)));
+            const __m512i q =
+                _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(b + 16 + 32 * h)));
+            for (int j = 0; j < 4; j++) {
+                const __m512i two = _mm512_and_si512(_mm512_srli_epi16(q, (unsigned)(2 * j)),
+                                                     _mm512_set1_epi16(3));
+                const __m512i at =
+                    _mm512_add_epi16(_mm512_or_si512(two, second_half(4)),
+                                     _mm512_set1_epi16((short)(8 * j)));
+                put(out + i + 128 * h + 32 * j, _mm512_permutexvar_epi16(at, table));
+            }
+        }
+    }
+}
+
+/// The 16 six-bit scales of a Q3_K superblock, minus 32, from its 12 bytes.
+GGFT_INLINE __m512 q3_scales(const uint8_t* p) {
+    const uint32_t a = load_as<uint32_t>(p), b = load_as<uint32_t>(p + 4),
+                   c = load_as<uint32_t>(p + 8);
+    const __m128i bytes = _mm_setr_epi32(
+        (int)((a & 0x0f0f0f0fu) | ((c << 4) & 0x30303030u)),
+        (int)((b & 0x0f0f0f0fu) | ((c << 2) & 0x30303030u)),
+        (int)(((a >> 4) & 0x0f0f0f0fu) | (c & 0x30303030u)),
+        (int)(((b >> 4) & 0x0f0f0f0fu) | ((c >> 2) & 0x30303030u)));
+    return _mm512_sub_ps(unsigned_floats(bytes), _mm512_set1_ps(32));
+}
+
+void dequant_q3_k(const void* blocks, int64_t n, uint16_t* out) {  // 32 high bits, 64 qs, 12, d
+    const uint8_t* b = (const uint8_t*)blocks;
+    const __m512 level = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
+    for (int64_t i = 0; i < n; i += 256, b += 110) {
+        const __m512 scale = _mm512_mul_ps(q3_scales(b + 96), _mm512_set1_ps(half(b + 108)));
+        const __m256i high = _mm256_loadu_si256((const __m256i*)b);
+        for (int g = 0; g < 8; g++) {  // 32 elements: 2 sub-blocks of 8 levels are 16 values
+            const __m512 values =
+                _mm512_mul_ps(_mm512_permutexvar_ps(lane_over(3, 2 * g), scale), level);
+            const __m512i table =
+                _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+            const __m512i q =
+                _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(b + 32 + g / 4 * 32)));
+            const __m512i two = _mm512_and_si512(_mm512_srli_epi16(q, (unsigned)(2 * (g % 4))),
+                                                 _mm512_set1_epi16(3));
+            const __mmask32 m = _mm256_test_epi8_mask(high, _mm256_set1_epi8((char)(1 << g)));
+            const __m512i three = _mm512_or_si512(two, _mm512_maskz_mov_epi16(m, _mm512_set1_epi16(4)));
+            put(out + i + 32 * g,
+                _mm512_permutexvar_epi16(_mm512_or_si512(three, second_half(8)), table));
+        }
+    }
+}
+
+void dequant_iq4_xs(const void* blocks, int64_t n, uint16_t* out) {  // d, u16 high, 4 low, 128 qs
+    const uint8_t* b = (const uint8_t*)blocks;
+    for (int64_t i = 0; i < n; i += 256, b += 136) {
+        const float d = half(b);
+        const uint32_t high = load_as<uint16_t>(b + 2);
+        for (int j = 0; j < 8; j++) {
+            const int low = (b[4 + j / 2] >> (4 * (j % 2))) & 15;
+            const int scale = (low | (int)((high >> (2 * j)) & 3) << 4) - 32;
+            put(out + i + 32 * j, _mm512_permutexvar_epi16(nibbles(words16(b + 8 + 16 * j)),
+                                                           codebook(d * (float)scale)));
+        }
+    }
+}
+
 }  // namespace
 
 DequantBf16 fast_dequant_bf16(ggml_type type) {
@@ -227,6 +327,9 @@ DequantBf16 fast_dequant_bf16(ggml_type type) {
         case GGML_TYPE_Q5_1: return dequant_q5_1;
         case GGML_TYPE_Q8_0: return dequant_q8_0;
         case GGML_TYPE_IQ4_NL: return dequant_iq4_nl;
+        case GGML_TYPE_IQ4_XS: return dequant_iq4_xs;
+        case GGML_TYPE_Q2_K: return dequant_q2_k;
+        case GGML_TYPE_Q3_K: return dequant_q3_k;
         case GGML_TYPE_Q4_K: return dequant_q4_k;
         case GGML_TYPE_Q5_K: return dequant_q5_k;
         case GGML_TYPE_Q6_K: return dequant_q6_k;

@@ -40,15 +40,20 @@ void copy_row(const Rows& x, Dropout dropout, int64_t t, int64_t column, int64_t
     }
 }
 
-/// out[t][r] = scale * sum_c x[t][c] * a[r][c] for T rows of x and R rows of a.
-template <int T, int R>
-void dot_tile(const float* x, int64_t x_stride, const float* a, int64_t a_stride, int64_t n,
+GGFT_INLINE V load_lanes(const float* p) { return load(p); }
+GGFT_INLINE V load_lanes(const uint16_t* p) { return load_bf16(p); }
+GGFT_INLINE float value(float x) { return x; }
+GGFT_INLINE float value(uint16_t x) { return from_bf16(x); }
+
+/// out[t][r] = scale * sum_c x[t][c] * a[r][c] for T rows of x (F32 or BF16) and R rows of a.
+template <int T, int R, class X>
+void dot_tile(const X* x, int64_t x_stride, const float* a, int64_t a_stride, int64_t n,
               float scale, float* out, int64_t out_stride) {
     V acc[T][R] = {};
     int64_t c = 0;
     for (; c + LANES <= n; c += LANES) {
         V xs[T];
-        GGFT_UNROLL for (int t = 0; t < T; t++) xs[t] = load(x + t * x_stride + c);
+        GGFT_UNROLL for (int t = 0; t < T; t++) xs[t] = load_lanes(x + t * x_stride + c);
         GGFT_UNROLL for (int r = 0; r < R; r++) {
             const V w = load(a + r * a_stride + c);
             GGFT_UNROLL for (int t = 0; t < T; t++) acc[t][r] = fma(xs[t], w, acc[t][r]);
@@ -57,15 +62,15 @@ void dot_tile(const float* x, int64_t x_stride, const float* a, int64_t a_stride
     for (int t = 0; t < T; t++) {
         for (int r = 0; r < R; r++) {
             float sum = sum_lanes(acc[t][r]);
-            for (int64_t k = c; k < n; k++) sum += x[t * x_stride + k] * a[r * a_stride + k];
+            for (int64_t k = c; k < n; k++) sum += value(x[t * x_stride + k]) * a[r * a_stride + k];
             out[t * out_stride + r] = scale * sum;
         }
     }
 }
 
 /// All ranks for T tokens.
-template <int T>
-void dot_rows(const float* x, int64_t x_stride, const float* a, int rank, int64_t n, float scale,
+template <int T, class X>
+void dot_rows(const X* x, int64_t x_stride, const float* a, int rank, int64_t n, float scale,
               float* out, int64_t out_stride) {
     int r = 0;
     for (; r + RANKS <= rank; r += RANKS)
@@ -76,42 +81,50 @@ void dot_rows(const float* x, int64_t x_stride, const float* a, int rank, int64_
         dot_tile<T, 1>(x, x_stride, a + r * n, n, n, scale, out + r, out_stride);
 }
 
+/// Every adapter's dot products of `tokens` <= TOKENS rows from token t on.
+template <class X>
+void dot_adapters(const X* rows, int64_t stride, int64_t t, int64_t tokens, int64_t n,
+                  const LoraDown* adapters, int n_adapters, float scale) {
+    for (int i = 0; i < n_adapters; i++) {
+        const LoraDown& l = adapters[i];
+        float* out = l.u + t * l.u_stride;
+        if (tokens == TOKENS) {
+            dot_rows<TOKENS>(rows, stride, l.a, l.rank, n, scale, out, l.u_stride);
+            continue;
+        }
+        for (int64_t k = 0; k < tokens; k++) {
+            dot_rows<1>(rows + k * stride, stride, l.a, l.rank, n, scale, out + k * l.u_stride,
+                        l.u_stride);
+        }
+    }
+}
+
 void dot_tokens(const Rows& x, Dropout dropout, int64_t n, int64_t n_tokens,
                 const LoraDown* adapters, int n_adapters, float scale, int ith, int nth) {
     static thread_local std::vector<float> buffer;
-    const bool copy = x.is_bf16 || dropout.p > 0.0f;
     const int64_t padded = (n + LANES - 1) / LANES * LANES;
-    if (copy) buffer.resize((size_t)(TOKENS * padded));
+    if (dropout.p > 0.0f) buffer.resize((size_t)(TOKENS * padded));
     const Range part = split_range(n_tokens, TOKENS, ith, nth);
     for (int64_t t = part.first; t < part.last; t += TOKENS) {
         const int64_t tokens = std::min<int64_t>(TOKENS, part.last - t);
-        const float* rows = (const float*)x.data + t * x.stride;
-        int64_t stride = x.stride;
-        if (copy) {
+        if (dropout.p > 0.0f) {
             for (int64_t i = 0; i < tokens; i++) {
                 copy_row(x, dropout, t + i, 0, n, padded, buffer.data() + i * padded);
             }
-            rows = buffer.data();
-            stride = padded;
-        }
-        for (int i = 0; i < n_adapters; i++) {
-            const LoraDown& l = adapters[i];
-            float* out = l.u + t * l.u_stride;
-            if (tokens == TOKENS) {
-                dot_rows<TOKENS>(rows, stride, l.a, l.rank, n, scale, out, l.u_stride);
-                continue;
-            }
-            for (int64_t k = 0; k < tokens; k++) {
-                dot_rows<1>(rows + k * stride, stride, l.a, l.rank, n, scale,
-                            out + k * l.u_stride, l.u_stride);
-            }
+            dot_adapters(buffer.data(), padded, t, tokens, n, adapters, n_adapters, scale);
+        } else if (x.is_bf16) {
+            dot_adapters((const uint16_t*)x.data + t * x.stride, x.stride, t, tokens, n, adapters,
+                         n_adapters, scale);
+        } else {
+            dot_adapters((const float*)x.data + t * x.stride, x.stride, t, tokens, n, adapters,
+                         n_adapters, scale);
         }
     }
 }
 
 /// sum[r][c] += sum_t left[t][r] * x[t][c] for R ranks and N vectors of columns.
-template <int R, int N>
-void outer_tile(const float* left, int64_t left_stride, const float* x, int64_t x_stride,
+template <int R, int N, class X>
+void outer_tile(const float* left, int64_t left_stride, const X* x, int64_t x_stride,
                 int64_t n_tokens, float* sum) {
     V acc[R][N];
     GGFT_UNROLL for (int r = 0; r < R; r++) {
@@ -119,7 +132,7 @@ void outer_tile(const float* left, int64_t left_stride, const float* x, int64_t 
     }
     for (int64_t t = 0; t < n_tokens; t++, left += left_stride, x += x_stride) {
         V xs[N];
-        GGFT_UNROLL for (int j = 0; j < N; j++) xs[j] = load(x + j * LANES);
+        GGFT_UNROLL for (int j = 0; j < N; j++) xs[j] = load_lanes(x + j * LANES);
         GGFT_UNROLL for (int r = 0; r < R; r++) {
             const V l = splat(left[r]);
             GGFT_UNROLL for (int j = 0; j < N; j++) acc[r][j] = fma(l, xs[j], acc[r][j]);
@@ -130,14 +143,27 @@ void outer_tile(const float* left, int64_t left_stride, const float* x, int64_t 
     }
 }
 
-template <int R>
-void outer_ranks(const float* left, int64_t left_stride, const float* x, int64_t x_stride,
+template <int R, class X>
+void outer_ranks(const float* left, int64_t left_stride, const X* x, int64_t x_stride,
                  int64_t n_tokens, int64_t width, float* sum) {
     int64_t c = 0;
     for (; c + VECTORS * LANES <= width; c += VECTORS * LANES)
         outer_tile<R, VECTORS>(left, left_stride, x + c, x_stride, n_tokens, sum + c);
     for (; c < width; c += LANES)
         outer_tile<R, 1>(left, left_stride, x + c, x_stride, n_tokens, sum + c);
+}
+
+/// sums[rank][WIDTH] += left' x for `depth` tokens and `width` columns.
+template <class X>
+void outer_block(const float* left, int64_t left_stride, int rank, const X* x, int64_t x_stride,
+                 int64_t depth, int64_t width, float* sums) {
+    int r = 0;
+    for (; r + RANKS <= rank; r += RANKS)
+        outer_ranks<RANKS>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
+    for (; r + 2 <= rank; r += 2)
+        outer_ranks<2>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
+    for (; r < rank; r++)
+        outer_ranks<1>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
 }
 
 /// out[r*r_step + c*c_step] += scale * sum_t left[t][r] * keep[t][c] * x[t][c], columns split.
@@ -151,28 +177,22 @@ void outer_sum(const Rows& x, Dropout dropout, const float* left, int64_t left_s
     for (int64_t c0 = part.first; c0 < part.last; c0 += WIDTH) {
         const int64_t n = std::min(WIDTH, part.last - c0);
         const int64_t width = (n + LANES - 1) / LANES * LANES;
-        const bool copy = x.is_bf16 || dropout.p > 0.0f || n < width;
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t t0 = 0; t0 < n_tokens; t0 += DEPTH) {
-            const int64_t depth = std::min(DEPTH, n_tokens - t0);
-            const float* rows = (const float*)x.data + t0 * x.stride + c0;
-            int64_t stride = x.stride;
-            if (copy) {
+            const int64_t depth = std::min(DEPTH, n_tokens - t0), at = t0 * x.stride + c0;
+            const float* l = left + t0 * left_stride;
+            if (dropout.p > 0.0f || n < width) {
                 for (int64_t t = 0; t < depth; t++) {
                     copy_row(x, dropout, t0 + t, c0, n, width, block.data() + t * WIDTH);
                 }
-                rows = block.data();
-                stride = WIDTH;
+                outer_block(l, left_stride, rank, block.data(), WIDTH, depth, width, sums.data());
+            } else if (x.is_bf16) {
+                outer_block(l, left_stride, rank, (const uint16_t*)x.data + at, x.stride, depth,
+                            width, sums.data());
+            } else {
+                outer_block(l, left_stride, rank, (const float*)x.data + at, x.stride, depth,
+                            width, sums.data());
             }
-            const float* l = left + t0 * left_stride;
-            float* sum = sums.data();
-            int r = 0;
-            for (; r + RANKS <= rank; r += RANKS)
-                outer_ranks<RANKS>(l + r, left_stride, rows, stride, depth, width, sum + r * WIDTH);
-            for (; r + 2 <= rank; r += 2)
-                outer_ranks<2>(l + r, left_stride, rows, stride, depth, width, sum + r * WIDTH);
-            for (; r < rank; r++)
-                outer_ranks<1>(l + r, left_stride, rows, stride, depth, width, sum + r * WIDTH);
         }
         for (int64_t c = 0; c < n; c++) {
             float* o = out + (c0 + c) * c_step;

@@ -279,7 +279,7 @@ void test_adamw() {
 
 void test_rows() {
     const SkinnyCase cases[] = {{7, 576, 8, 0, false}, {70, 200, 4, 0.1f, false}, {3, 64, 64, 0, true},
-                                {130, 37, 5, 0.2f, true}, {1, 16, 1, 0, false}, {65, 609, 15, 0, false}};
+                                {130, 37, 5, 0.2f, true}, {66, 96, 9, 0, true}, {1, 16, 1, 0, false}, {65, 609, 15, 0, false}};
     test_exp();
     test_dropout();
     test_adamw();
