@@ -210,3 +210,11 @@ def test_no_memory_of_a_failed_write(base: GGUFFile, tmp_path: Path) -> None:
         write_adapter(path, {"x.lora_a": (1, 1)}, fail, meta_for(base))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_safetensors_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(InputError, match="safetensors"):
+        read_adapter(path)

@@ -171,6 +171,15 @@ def test_held_out_rows_choose_the_best_adapter(case: Case) -> None:
     assert read_adapter(run / "adapter.gguf", read_gguf(case.model)).meta.rank == 8
 
 
+def test_some_linears_of_some_blocks(case: Case) -> None:
+    run = case.train("some", epochs=30, target_modules="q_proj,v_proj", layers="1-1")
+    adapter = read_adapter(run / "adapter.gguf", read_gguf(case.model))
+    assert set(adapter.base_names) == {"blk.1.attn_q.weight", "blk.1.attn_v.weight"}
+    assert case.loss(adapter.path) < case.loss(None)
+    with LlamaModel(case.model, adapter.path) as tuned, LlamaModel(case.model) as plain:
+        assert not np.allclose(tuned.nats([5, 6, 7, 8]), plain.nats([5, 6, 7, 8]))
+
+
 def test_an_adapter_of_another_template_is_refused(case: Case, trained: Path) -> None:
     arrays = read_adapter(trained / "adapter.gguf")
     meta = AdapterMeta(
