@@ -222,7 +222,8 @@ class _Loader:
         account.n_kept, account.n_held_out = len(view[0]), len(view[1])
         account.n_tokens = int(view[0].lengths.sum(dtype=np.int64))
         account.n_trained = int(n_trained[trainable & (usable & ~valid)[row_of]].sum())
-        account.n_truncated = int((self.store.lengths[trainable] > max_length).sum())
+        cut = trainable & usable[row_of] & (self.store.lengths > max_length)
+        account.n_truncated = int(cut.sum())
         if account.n_truncated:
             account.warnings.append(
                 f"{account.n_truncated} examples are longer than {max_length} tokens and lose their"
