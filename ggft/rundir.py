@@ -164,7 +164,7 @@ def open_run(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunDirect
         ResourceError: another run is using it.
     """
     run = RunDirectory(path)
-    made = not path.exists()
+    made = [place for place in (path, *path.parents) if not place.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,6 +190,6 @@ def open_run(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunDirect
                     with contextlib.suppress(OSError):
                         (path / LOCK).unlink()
     finally:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()  # only what is empty

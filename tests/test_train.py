@@ -335,11 +335,11 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     case: Case, given: dict[str, Any], kind: type[GgftError], parts: list[str]
 ) -> None:
     before = snapshot(case.folder)
-    message = case.fails(kind, **given)
+    message = case.fails(kind, "deep/run", **given)
     for part in parts:
         assert part in message
     assert snapshot(case.folder) == before
-    assert not (case.folder / "run").exists()
+    assert not (case.folder / "deep").exists()
 
 
 def test_a_run_shrinks_rather_than_fails(case: Case) -> None:
