@@ -1,8 +1,8 @@
 """The portable graph on a GPU backend of ggml: the same numbers as on the CPU, or it is wrong.
 
 Runs on the first device that is not the CPU, or on the one that GGFT_TEST_DEVICE names; `make
-test-gpu` brings Vulkan on the processor (lavapipe), so that this runs on any machine. Bars, norms as
-in test_gradients: see BARS.
+test-gpu` brings Vulkan on the processor (lavapipe), so that this runs on any machine. Bars and
+norms are those of test_gradients: see BARS.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_recomputed_equals_kept(make: Callable[[Spec], Tiny], gpu: str, dropout:
 
 
 def losses(tiny: Tiny, n_steps: int, **settings: Any) -> list[float]:
-    """Return the mean loss of each step of a short training with dropout and short micro-batches."""
+    """Return the mean loss of each step of a short training with dropout and short rows."""
     result = []
     with open_engine(tiny, kernels="ggml", dropout=0.1, weight_decay=0.01, **settings) as engine:
         engine.init_lora(seed=3)
@@ -155,7 +155,8 @@ def test_evaluation_and_logits(make: Callable[[Spec], Tiny], gpu: str) -> None:
         with open_engine(tiny, device=device, kernels="ggml") as engine:
             set_random_lora(engine)
             nats = engine.token_nats(batch)
-            results.append((engine.evaluate(batch)[0], nats, engine.logits(batch)))
+            total = np.array(engine.evaluate(batch)[0])
+            results.append((total, nats, engine.logits(batch)))
     for got, want in zip(results[1], results[0], strict=True):
         np.testing.assert_allclose(got, want, rtol=BARS["f32"], atol=BARS["f32"])
 
