@@ -32,8 +32,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Against the llama.cpp in this environment, in a build folder that only this environment uses.
 IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 
-# The example's rows are facts that do not follow from one another: none is held out for validation.
-EVERY_ROW = $(if $(findstring command,$(origin DATA)),,--val-split 0)
 # $(call given,NAME) repeats a variable that was given on make's command line.
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
