@@ -52,3 +52,15 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.skip("needs the default model: make model")
     return path
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """Return the name of the device to test; fail where GGFT_TEST_DEVICE names one that is not."""
+    from ggft.engine import load_native
+
+    wanted = os.environ.get("GGFT_TEST_DEVICE")
+    names = [d["name"] for d in load_native().devices() if d["type"] in ("gpu", "igpu")]
+    if not names and not wanted:
+        pytest.skip("needs a GPU backend of ggml: make test-gpu")
+    return wanted or names[0]

@@ -1,13 +1,12 @@
 """The portable graph on a GPU backend of ggml: the same numbers as on the CPU, or it is wrong.
 
 Runs on the first device that is not the CPU, or on the one that GGFT_TEST_DEVICE names; `make
-test-gpu` brings Vulkan on the processor (lavapipe), so that this runs on any machine. Bars and
-norms are those of test_gradients: see BARS.
+test-gpu` brings Vulkan on the processor (lavapipe), so that this runs on any machine. Norms are
+those of test_gradients.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ggft.engine import Engine, EngineSettings, load_native
+from ggft.engine import Engine, EngineSettings
 from tests.engines import (
     as_batch,
     gradient_errors,
@@ -28,15 +27,17 @@ from tests.reference import LINEARS
 
 pytestmark = pytest.mark.gpu
 
-BARS = {"f32": 2e-3, "fast": 2e-2}
-"""Backends may multiply in half precision whatever is asked of them, as Metal does: 2^-11 per
-factor, averaged by the sums."""
+BAR = 5e-3
+"""A GPU's products may round their operands to half precision whatever is asked of them, as Metal's
+and Vulkan's do: 2^-11 per factor, through two blocks and back."""
 
 MODELS = {
     "gqa": Spec(),
     "mqa, tied, three layers": Spec(n_head_kv=1, n_layer=3, tied=True),
     "bias": Spec(bias=True),
     "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
+    "qwen2": Spec(arch="qwen2", qkv_bias=True),
+    "qwen3": Spec(arch="qwen3", head_size=32, tied=True),
     "odd head count": Spec(n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
     "mixed types": Spec(
         types={
@@ -68,22 +69,12 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="session")
-def gpu() -> str:
-    """Return the name of the device to test; fail where GGFT_TEST_DEVICE names one that is not."""
-    wanted = os.environ.get("GGFT_TEST_DEVICE")
-    names = [d["name"] for d in load_native().devices() if d["type"] in ("gpu", "igpu")]
-    if not names and not wanted:
-        pytest.skip("needs a GPU backend of ggml: make test-gpu")
-    return wanted or names[0]
-
-
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[Spec], Tiny]:
     return lambda spec: write_model(tmp_path / "tiny.gguf", spec)
 
 
-@pytest.mark.parametrize("precision", BARS)
+@pytest.mark.parametrize("precision", ["f32", "fast"])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradient(make: Callable[[Spec], Tiny], gpu: str, model: str, precision: str) -> None:
     tiny = make(MODELS[model])
@@ -95,10 +86,9 @@ def test_gradient(make: Callable[[Spec], Tiny], gpu: str, model: str, precision:
         assert engine.info()["device"] == gpu
     want_nats, want = tiny.decoder(lora).gradients(as_batch(batch))
     assert count == (batch["targets"] >= 0).sum()
-    assert nats == pytest.approx(want_nats, rel=BARS[precision])
+    assert nats == pytest.approx(want_nats, rel=BAR)
     errors = gradient_errors(got, want)
-    print(model, precision, errors["whole"], max(errors.values()))
-    assert max(errors.values()) <= BARS[precision], errors
+    assert max(errors.values()) <= BAR, errors
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -125,7 +115,7 @@ def test_recomputed_equals_kept(make: Callable[[Spec], Tiny], gpu: str, dropout:
 
 
 def losses(tiny: Tiny, n_steps: int, **settings: Any) -> list[float]:
-    """Return the mean loss of each step of a short training with dropout and short rows."""
+    """Return the mean loss of each step of a short training with dropout."""
     result = []
     with open_engine(tiny, kernels="ggml", dropout=0.1, weight_decay=0.01, **settings) as engine:
         engine.init_lora(seed=3)
@@ -139,12 +129,12 @@ def losses(tiny: Tiny, n_steps: int, **settings: Any) -> list[float]:
 
 
 def test_twenty_steps_follow_the_cpu(make: Callable[[Spec], Tiny], gpu: str) -> None:
-    """Dropout draws the same masks; 1e-3 is what twenty AdamW steps make of the bar's rounding."""
+    """Dropout draws the same masks; each loss is within 1% of the F32 path's on the CPU."""
     tiny = make(MODELS["k-quants"])
     want = losses(tiny, 20, device="cpu", precision="f32")
     got = losses(tiny, 20, device=gpu, precision="fast")
     assert want[-1] < want[0] - 0.5
-    np.testing.assert_allclose(got, want, rtol=1e-2)
+    assert got == pytest.approx(want, rel=1e-2)
 
 
 def test_evaluation_and_logits(make: Callable[[Spec], Tiny], gpu: str) -> None:
@@ -158,30 +148,28 @@ def test_evaluation_and_logits(make: Callable[[Spec], Tiny], gpu: str) -> None:
             total = np.array(engine.evaluate(batch)[0])
             results.append((total, nats, engine.logits(batch)))
     for got, want in zip(results[1], results[0], strict=True):
-        np.testing.assert_allclose(got, want, rtol=BARS["f32"], atol=BARS["f32"])
+        np.testing.assert_allclose(got, want, rtol=BAR, atol=BAR)
 
 
-def smollm2_losses(path: Path, device: str, n_steps: int, text: bytes) -> list[float]:
-    """Train on short rows of a text; return the mean loss of each step."""
+def smollm2_losses(path: Path, device: str, n_steps: int, text: str) -> list[float]:
+    """Train on four rows of 16 tokens in turn; return the mean loss of each step."""
     from ggft.llamacpp import LlamaTokenizer
 
-    ids = LlamaTokenizer(path).encode(text.decode(), special=False)
-    n_tokens, n_rows = 32, 2
+    ids = np.array(LlamaTokenizer(path).encode(text, special=False), np.int32)
     settings = EngineSettings(
         paths=[str(path)], targets=list(LINEARS), layer_first=0, layer_last=30, rank=8, alpha=32.0,
-        dropout=0.0, device=device, threads=2, n_rows=n_rows, n_tokens=n_tokens,
+        device=device, threads=2, n_rows=1, n_tokens=16,
     )  # fmt: skip
     result = []
     with Engine(settings) as engine:
         engine.init_lora(seed=1)
         for step in range(n_steps):
-            at = step * n_rows * n_tokens % (len(ids) - n_rows * n_tokens - 1)
-            rows = np.array(ids[at : at + n_rows * n_tokens + 1], np.int32)
+            row = ids[step % 4 * 16 :][:17]
             batch = {
-                "tokens": rows[:-1].reshape(n_rows, n_tokens),
-                "targets": rows[1:].reshape(n_rows, n_tokens),
-                "positions": np.tile(np.arange(n_tokens, dtype=np.int32), (n_rows, 1)),
-                "segments": np.zeros((n_rows, n_tokens), np.int32),
+                "tokens": row[None, :-1],
+                "targets": row[None, 1:],
+                "positions": np.arange(16, dtype=np.int32)[None],
+                "segments": np.zeros((1, 16), np.int32),
             }
             nats, count = engine.forward_backward(batch, 0)
             engine.optimizer_step(1e-3, count)
@@ -190,9 +178,9 @@ def smollm2_losses(path: Path, device: str, n_steps: int, text: bytes) -> list[f
 
 
 def test_smollm2_follows_the_cpu(smollm2: Path, gpu: str) -> None:
-    """Twenty-four steps on two rows of 32 tokens: each loss within 1% of the CPU's."""
-    text = (Path(__file__).parent.parent / "LICENSE").read_bytes()
-    want = smollm2_losses(smollm2, "cpu", 24, text)
-    got = smollm2_losses(smollm2, gpu, 24, text)
+    """Twenty-two steps: each loss within 1% of the CPU's, all linears of all blocks trained."""
+    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+    want = smollm2_losses(smollm2, "cpu", 22, text)
+    got = smollm2_losses(smollm2, gpu, 22, text)
     assert want[-1] < want[0] - 1.0
-    np.testing.assert_allclose(got, want, rtol=1e-2)
+    assert got == pytest.approx(want, rel=1e-2)

@@ -20,6 +20,8 @@ from tests.models import Spec, Tiny, matrix_shapes, write_model
 from tests.reference import LINEARS, Array
 
 BARS = {"f32": 1e-5, "fast": 2e-2}
+# Whatever the path, a GPU's products may round their operands to half precision.
+GPU_BAR = 5e-3
 T = 80
 LENGTHS = ((33, 40), (64, 1, 15))
 SPEC = Spec(
@@ -59,12 +61,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return write_model(tmp_path_factory.mktemp("ops") / "tiny.gguf", SPEC)
 
 
-@pytest.fixture(params=["f32-fused", "fast-fused", "f32-ggml", "fast-ggml"])
+@pytest.fixture(
+    params=[
+        "f32-fused", "fast-fused", "f32-ggml", "fast-ggml",
+        pytest.param("f32-gpu", marks=pytest.mark.gpu),
+        pytest.param("fast-gpu", marks=pytest.mark.gpu),
+    ]
+)  # fmt: skip
 def opened(request: pytest.FixtureRequest, tiny: Tiny) -> Any:
     """Return an engine with random LoRA on every linear, its bar, and the LoRA."""
     precision, kernels = request.param.split("-")
-    with open_engine(tiny, precision=precision, kernels=kernels, n_tokens=T) as engine:
-        yield engine, BARS[precision], set_random_lora(engine)
+    where: dict[str, Any] = {"kernels": kernels}
+    if kernels == "gpu":
+        where = {"device": request.getfixturevalue("gpu")}
+    bar = GPU_BAR if kernels == "gpu" else BARS[precision]
+    with open_engine(tiny, precision=precision, n_tokens=T, **where) as engine:
+        yield engine, bar, set_random_lora(engine)
 
 
 @pytest.fixture
