@@ -20,8 +20,8 @@ namespace ggft {
 
 inline constexpr int MAX_HEAD_SIZE = 256;
 
-/// Token-major, contiguous: q, o, dq, d_o (N, H, D); k, v, dk, dv (N, K, D); lse (N, H). Rotary position
-/// encoding is already in q and k. D <= MAX_HEAD_SIZE, H a multiple of K.
+/// Token-major, contiguous: q, o, dq, d_o (N, H, D); k, v, dk, dv (N, K, D); lse (N, H). Rotary
+/// position encoding is already in q and k. D <= MAX_HEAD_SIZE, H a multiple of K.
 struct AttentionShape {
     int64_t n_tokens;
     int n_head, n_head_kv, head_size;
@@ -29,18 +29,18 @@ struct AttentionShape {
 };
 
 /// Write o and lse.
-void attention(Precision precision, const AttentionShape& shape, const float* q, const float* k,
-               const float* v, const int32_t* start, float* o, float* lse, int ith, int nth);
+void attention(Precision precision, const AttentionShape & shape, const float * q, const float * k,
+               const float * v, const int32_t * start, float * o, float * lse, int ith, int nth);
 
 /// Write dq, dk, dv from d_o; saved: q, k, v, o, lse.
 ///   dS = p * (d_o.v - delta) * scale, delta = d_o.o;  dq = dS k, dk = dS' q, dv = p' d_o
-void attention_backward(Precision precision, const AttentionShape& shape, const float* q,
-                        const float* k, const float* v, const int32_t* start, const float* o,
-                        const float* lse, const float* d_o, float* dq, float* dk, float* dv,
+void attention_backward(Precision precision, const AttentionShape & shape, const float * q,
+                        const float * k, const float * v, const int32_t * start, const float * o,
+                        const float * lse, const float * d_o, float * dq, float * dk, float * dv,
                         int ith, int nth);
 
 /// Bytes that one thread keeps, at most.
-size_t attention_scratch_bytes(Precision precision, const AttentionShape& shape);
-size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape& shape);
+size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape);
+size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape);
 
-}  // namespace ggft
+} // namespace ggft

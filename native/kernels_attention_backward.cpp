@@ -20,7 +20,7 @@ using namespace attention_detail;
 
 namespace {
 
-constexpr int64_t BLOCK_KEYS = 64;  // scores of a block, and their gradients: 24 KB each
+constexpr int64_t BLOCK_KEYS = 64; // scores of a block, and their gradients: 24 KB each
 
 /// Where a thread's working memory holds what, in words.
 struct Layout {
@@ -31,7 +31,7 @@ struct Layout {
         end += round_up(words, 16);
         return at;
     }
-    Layout(bool bf16, const AttentionShape& s) {
+    Layout(bool bf16, const AttentionShape & s) {
         const int64_t steps = head_steps(bf16, s.head_size), width = head_columns(s.head_size);
         const int64_t n = round_up(s.n_tokens, NR);
         k_columns = take(n * steps);
@@ -53,27 +53,27 @@ struct Layout {
 
 struct Backward {
     bool bf16;
-    const AttentionShape& s;
+    const AttentionShape & s;
     const float *q, *k, *v;
-    const int32_t* start;
+    const int32_t * start;
     const float *o, *lse, *d_o;
     float *dq, *dk, *dv;
     Layout at;
-    uint32_t* memory;
+    uint32_t * memory;
 
-    uint32_t* words(int64_t offset) const { return memory + offset; }
-    float* floats(int64_t offset) const { return (float*)(memory + offset); }
+    uint32_t * words(int64_t offset) const { return memory + offset; }
+    float * floats(int64_t offset) const { return (float *)(memory + offset); }
 };
 
 /// One query block at work.
 struct BlockState {
     int64_t rows;
-    Range seen[ROWS];  // keys that each row sees
+    Range seen[ROWS]; // keys that each row sees
     float lse[ROWS], delta[ROWS];
 };
 
 /// S and dP of all rows for keys [k0, k0+n); undefined where a row tile sees nothing of a panel.
-void score_tiles(const Backward& b, const BlockState& block, int64_t k0, int64_t n) {
+void score_tiles(const Backward & b, const BlockState & block, int64_t k0, int64_t n) {
     TileArgs g = {};
     const int64_t steps = head_steps(b.bf16, b.s.head_size);
     g.steps = (int)steps;
@@ -83,7 +83,8 @@ void score_tiles(const Backward& b, const BlockState& block, int64_t k0, int64_t
         const TileFunction tile = tile_function<STRIDE>(b.bf16, n_rows);
         const int64_t first = block.seen[r].first, last = block.seen[r + n_rows - 1].last;
         for (int64_t c = 0; c < n && k0 + c < last; c += NR) {
-            if (k0 + c + NR <= first) continue;
+            if (k0 + c + NR <= first)
+                continue;
             g.rows = b.words(b.at.q_rows) + r * STRIDE;
             g.panel = b.words(b.at.k_columns) + (k0 + c) * steps;
             g.y = b.floats(b.at.p) + r * BLOCK_KEYS + c;
@@ -97,17 +98,20 @@ void score_tiles(const Backward& b, const BlockState& block, int64_t k0, int64_t
 }
 
 /// Row r, keys from c on: scores and dP to p and dS; zero where unseen.
-GGFT_INLINE void gradient_lanes(const Backward& b, const BlockState& block, int64_t r, int64_t k0,
-                                int64_t c, V& p, V& ds) {
+GGFT_INLINE void gradient_lanes(const Backward & b, const BlockState & block, int64_t r, int64_t k0,
+                                int64_t c, V & p, V & ds) {
     const int64_t at = r * BLOCK_KEYS + c;
     const Range seen = block.seen[r];
     p = ds = V{};
-    if (k0 + c >= seen.last || k0 + c + LANES <= seen.first) return;
+    if (k0 + c >= seen.last || k0 + c + LANES <= seen.first)
+        return;
     p = vexp(fma(load(b.floats(b.at.p) + at), splat(b.s.scale), splat(-block.lse[r])));
     ds = p * (load(b.floats(b.at.ds) + at) - splat(block.delta[r])) * b.s.scale;
-    if (k0 + c >= seen.first && k0 + c + LANES <= seen.last) return;
+    if (k0 + c >= seen.first && k0 + c + LANES <= seen.last)
+        return;
     VI index;
-    for (int i = 0; i < LANES; i++) index[i] = (int32_t)(k0 + c) + i;
+    for (int i = 0; i < LANES; i++)
+        index[i] = (int32_t)(k0 + c) + i;
     const VI mask = (index >= (int32_t)seen.first) & (index < (int32_t)seen.last);
     p = select(mask, p, V{});
     ds = select(mask, ds, V{});
@@ -116,21 +120,21 @@ GGFT_INLINE void gradient_lanes(const Backward& b, const BlockState& block, int6
 /// All rows for n keys. F32: p and dS replace scores and dP. BF16: rows 2i and 2i+1 become words of
 /// row i. dS is also written as tile rows.
 template <bool BF16>
-void gradient_rows(const Backward& b, const BlockState& block, int64_t k0, int64_t n) {
+void gradient_rows(const Backward & b, const BlockState & block, int64_t k0, int64_t n) {
     constexpr int64_t PER = BF16 ? 2 : 1;
     for (int64_t i = 0; i < round_up(block.rows, PER * LANES) / PER; i++) {
-        float* p_out = b.floats(b.at.p) + i * BLOCK_KEYS;
-        float* ds_out = b.floats(b.at.ds) + i * BLOCK_KEYS;
+        float * p_out = b.floats(b.at.p) + i * BLOCK_KEYS;
+        float * ds_out = b.floats(b.at.ds) + i * BLOCK_KEYS;
         for (int64_t c = 0; c < n; c += LANES) {
             V p[PER] = {}, ds[PER] = {};
             for (int64_t j = 0; j < PER && i * PER + j < block.rows; j++) {
                 const int64_t r = i * PER + j;
                 gradient_lanes(b, block, r, k0, c, p[j], ds[j]);
-                uint32_t* row = b.words(b.at.ds_rows) + r * STRIDE;
+                uint32_t * row = b.words(b.at.ds_rows) + r * STRIDE;
                 if (BF16) {
-                    store_bf16((uint16_t*)row + c, ds[j]);
+                    store_bf16((uint16_t *)row + c, ds[j]);
                 } else {
-                    store((float*)row + c, ds[j]);
+                    store((float *)row + c, ds[j]);
                 }
             }
             store(p_out + c, BF16 ? (V)pair_bf16(p[0], p[PER - 1]) : p[0]);
@@ -140,7 +144,7 @@ void gradient_rows(const Backward& b, const BlockState& block, int64_t k0, int64
 }
 
 /// dq += dS k for the block's rows and keys [k0, k0+n).
-void add_dq(const Backward& b, const BlockState& block, int64_t depth, int64_t k0, int64_t n) {
+void add_dq(const Backward & b, const BlockState & block, int64_t depth, int64_t k0, int64_t n) {
     const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
     TileArgs g = {};
     g.ldy = width;
@@ -148,7 +152,8 @@ void add_dq(const Backward& b, const BlockState& block, int64_t depth, int64_t k
     for (int64_t r = 0; r < block.rows; r += MR) {
         const int n_rows = (int)std::min<int64_t>(MR, block.rows - r);
         const int64_t keys = std::min(n, block.seen[r + n_rows - 1].last - k0);
-        if (keys <= 0) continue;
+        if (keys <= 0)
+            continue;
         const TileFunction tile = tile_function<STRIDE>(b.bf16, n_rows);
         g.steps = (int)((keys + per - 1) / per);
         g.rows = b.words(b.at.ds_rows) + r * STRIDE;
@@ -161,20 +166,22 @@ void add_dq(const Backward& b, const BlockState& block, int64_t depth, int64_t k
 }
 
 /// sums += x' panels for keys [k0, k0+n): x is p or dS, panels are d_o or q by depth.
-void add_transposed(const Backward& b, const BlockState& block, const float* x,
-                    const uint32_t* panels, int64_t k0, int64_t n, float* sums) {
+void add_transposed(const Backward & b, const BlockState & block, const float * x,
+                    const uint32_t * panels, int64_t k0, int64_t n, float * sums) {
     const int64_t per = per_word(b.bf16), width = head_columns(b.s.head_size);
     const int64_t steps = (block.rows + per - 1) / per;
-    uint32_t* transposed = b.words(b.at.transposed);
+    uint32_t * transposed = b.words(b.at.transposed);
     for (int64_t r = 0; r < steps; r += LANES) {
-        transpose_words((const uint32_t*)x + r * BLOCK_KEYS, BLOCK_KEYS, n, transposed + r, STRIDE);
+        transpose_words((const uint32_t *)x + r * BLOCK_KEYS, BLOCK_KEYS, n, transposed + r,
+                        STRIDE);
     }
     TileArgs g = {};
     g.ldy = width;
     g.add = true;
     int64_t row = 0;
     for (int64_t i = 0; i < n; i += MR) {
-        while (row < block.rows && block.seen[row].last <= k0 + i) row++;  // rows before key i
+        while (row < block.rows && block.seen[row].last <= k0 + i)
+            row++; // rows before key i
         const int64_t skip = row / per;
         const TileFunction tile = tile_function<STRIDE>(b.bf16, (int)std::min<int64_t>(MR, n - i));
         g.steps = (int)(steps - skip);
@@ -188,8 +195,9 @@ void add_transposed(const Backward& b, const BlockState& block, const float* x,
 }
 
 /// Pack the block's q and d_o, compute its deltas, clear its dq.
-void begin_block(const Backward& b, const Unit& unit, const QueryBlock& block, BlockState& state) {
-    const AttentionShape& s = b.s;
+void begin_block(const Backward & b, const Unit & unit, const QueryBlock & block,
+                 BlockState & state) {
+    const AttentionShape & s = b.s;
     const int64_t rows = block.rows(), token = s.n_head * s.head_size;
     const int64_t at = (block.first * s.n_head + block.head) * s.head_size;
     const HeadRows q = {b.q + at, token, block.heads, s.head_size};
@@ -205,9 +213,11 @@ void begin_block(const Backward& b, const Unit& unit, const QueryBlock& block, B
         const float *x = o.row(r), *y = d_o.row(r);
         V dots = {};
         int d = 0;
-        for (; d + LANES <= s.head_size; d += LANES) dots = fma(load(x + d), load(y + d), dots);
+        for (; d + LANES <= s.head_size; d += LANES)
+            dots = fma(load(x + d), load(y + d), dots);
         float delta = sum_lanes(dots);
-        for (; d < s.head_size; d++) delta += x[d] * y[d];
+        for (; d < s.head_size; d++)
+            delta += x[d] * y[d];
         state.delta[r] = delta;
         const int64_t t = block.first + r / block.heads, h = block.head + r % block.heads;
         state.lse[r] = b.lse[t * s.n_head + h];
@@ -216,9 +226,9 @@ void begin_block(const Backward& b, const Unit& unit, const QueryBlock& block, B
 }
 
 /// One query block: against the key blocks it sees, or of those only the thread's own.
-void run_block(const Backward& b, const Unit& unit, const QueryBlock& block, bool own_queries,
+void run_block(const Backward & b, const Unit & unit, const QueryBlock & block, bool own_queries,
                int ith, int nth) {
-    const AttentionShape& s = b.s;
+    const AttentionShape & s = b.s;
     const int64_t rows = block.rows(), width = head_columns(s.head_size), per = per_word(b.bf16);
     const int64_t depth = (unit.last - unit.first + per - 1) / per;
     BlockState state;
@@ -226,27 +236,31 @@ void run_block(const Backward& b, const Unit& unit, const QueryBlock& block, boo
     const int64_t last_key = state.seen[rows - 1].last;
     for (int64_t k = state.seen[0].first / BLOCK_KEYS; k * BLOCK_KEYS < last_key; k++) {
         const bool own_keys = !unit.shared || (int)(k % nth) == ith;
-        if (!own_queries && !own_keys) continue;
+        if (!own_queries && !own_keys)
+            continue;
         const int64_t k0 = k * BLOCK_KEYS;
         const int64_t n = round_up(std::min(BLOCK_KEYS, last_key - k0), NR);
         score_tiles(b, state, k0, n);
         (b.bf16 ? gradient_rows<true> : gradient_rows<false>)(b, state, k0, n);
-        if (own_queries) add_dq(b, state, depth, k0, n);
-        if (!own_keys) continue;
+        if (own_queries)
+            add_dq(b, state, depth, k0, n);
+        if (!own_keys)
+            continue;
         const float *p = b.floats(b.at.p), *ds = b.floats(b.at.ds);
         add_transposed(b, state, p, b.words(b.at.o_depth), k0, n, b.floats(b.at.dv));
         add_transposed(b, state, ds, b.words(b.at.q_depth), k0, n, b.floats(b.at.dk));
     }
-    if (!own_queries) return;
+    if (!own_queries)
+        return;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = block.first + r / block.heads, head = block.head + r % block.heads;
-        std::memcpy(b.dq + (token * s.n_head + head) * s.head_size,
-                    b.floats(b.at.dq) + r * width, (size_t)s.head_size * 4);
+        std::memcpy(b.dq + (token * s.n_head + head) * s.head_size, b.floats(b.at.dq) + r * width,
+                    (size_t)s.head_size * 4);
     }
 }
 
-void run_unit(const Backward& b, const Unit& unit, int ith, int nth) {
-    const AttentionShape& s = b.s;
+void run_unit(const Backward & b, const Unit & unit, int ith, int nth) {
+    const AttentionShape & s = b.s;
     const int64_t n = unit.last - unit.first, width = head_columns(s.head_size);
     const int64_t token = s.n_head_kv * s.head_size;
     const int64_t at = unit.first * token + unit.head_kv * s.head_size;
@@ -262,27 +276,29 @@ void run_unit(const Backward& b, const Unit& unit, int ith, int nth) {
         run_block(b, unit, blocks[i], own, ith, nth);
     }
     for (int64_t i = 0; i < n; i++) {
-        if (unit.shared && (int)(i / BLOCK_KEYS % nth) != ith) continue;
+        if (unit.shared && (int)(i / BLOCK_KEYS % nth) != ith)
+            continue;
         std::memcpy(b.dk + at + i * token, b.floats(b.at.dk) + i * width, (size_t)s.head_size * 4);
         std::memcpy(b.dv + at + i * token, b.floats(b.at.dv) + i * width, (size_t)s.head_size * 4);
     }
 }
 
-}  // namespace
+} // namespace
 
-void attention_backward(Precision precision, const AttentionShape& s, const float* q,
-                        const float* k, const float* v, const int32_t* start, const float* o,
-                        const float* lse, const float* d_o, float* dq, float* dk, float* dv,
+void attention_backward(Precision precision, const AttentionShape & s, const float * q,
+                        const float * k, const float * v, const int32_t * start, const float * o,
+                        const float * lse, const float * d_o, float * dq, float * dk, float * dv,
                         int ith, int nth) {
     const bool bf16 = HAS_BF16 && precision == Precision::bf16;
     const Layout at(bf16, s);
-    const Backward b = {bf16, s,   q,   k,  v,  start, o,
+    const Backward b = {bf16, s,   q,  k,  v,  start, o,
                         lse,  d_o, dq, dk, dv, at,    scratch((size_t)at.end)};
-    for (const Unit& unit : plan_units(s, start, ith, nth)) run_unit(b, unit, ith, nth);
+    for (const Unit & unit : plan_units(s, start, ith, nth))
+        run_unit(b, unit, ith, nth);
 }
 
-size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape& shape) {
+size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape) {
     return (size_t)Layout(HAS_BF16 && precision == Precision::bf16, shape).end * 4;
 }
 
-}  // namespace ggft
+} // namespace ggft

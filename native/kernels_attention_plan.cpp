@@ -10,14 +10,14 @@
 namespace ggft::attention_detail {
 namespace {
 
-constexpr int64_t SMALL = 64;  // shorter examples are joined into units of this many tokens
+constexpr int64_t SMALL = 64; // shorter examples are joined into units of this many tokens
 
 struct Piece {
     int64_t first, last;
-    double cost;  // query-key pairs, plus something per token
+    double cost; // query-key pairs, plus something per token
 };
 
-std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t* start) {
+std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t * start) {
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < n_tokens; i++) {
         const bool starts_example = start[i] == i;
@@ -30,33 +30,36 @@ std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t* start) {
     return pieces;
 }
 
-}  // namespace
+} // namespace
 
-std::vector<Unit> plan_units(const AttentionShape& s, const int32_t* start, int ith, int nth) {
+std::vector<Unit> plan_units(const AttentionShape & s, const int32_t * start, int ith, int nth) {
     std::vector<Piece> pieces = pieces_of(s.n_tokens, start);
     std::stable_sort(pieces.begin(), pieces.end(),
-                     [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+                     [](const Piece & a, const Piece & b) { return a.cost > b.cost; });
     double total = 0;
-    for (const Piece& p : pieces) total += p.cost * s.n_head_kv;
+    for (const Piece & p : pieces)
+        total += p.cost * s.n_head_kv;
     std::vector<double> load((size_t)nth);
     std::vector<Unit> mine;
-    for (const Piece& p : pieces) {
+    for (const Piece & p : pieces) {
         for (int h = 0; h < s.n_head_kv; h++) {
             const size_t least =
                 (size_t)(std::min_element(load.begin(), load.end()) - load.begin());
             const bool shared = load[least] + p.cost > 1.05 * total / nth;
             if (shared) {
-                for (double& l : load) l += p.cost / nth;
+                for (double & l : load)
+                    l += p.cost / nth;
             } else {
                 load[least] += p.cost;
             }
-            if (shared || least == (size_t)ith) mine.push_back({p.first, p.last, h, shared});
+            if (shared || least == (size_t)ith)
+                mine.push_back({p.first, p.last, h, shared});
         }
     }
     return mine;
 }
 
-std::vector<QueryBlock> query_blocks(const AttentionShape& s, const Unit& unit) {
+std::vector<QueryBlock> query_blocks(const AttentionShape & s, const Unit & unit) {
     const int group = s.n_head / s.n_head_kv;
     const int heads = (int)std::min<int64_t>(group, ROWS);
     const int64_t tokens = ROWS / heads;
@@ -70,7 +73,7 @@ std::vector<QueryBlock> query_blocks(const AttentionShape& s, const Unit& unit) 
     return blocks;
 }
 
-void seen_keys(const QueryBlock& block, const int32_t* start, int64_t unit_first, Range* rows) {
+void seen_keys(const QueryBlock & block, const int32_t * start, int64_t unit_first, Range * rows) {
     for (int64_t t = block.first; t < block.last; t++) {
         for (int g = 0; g < block.heads; g++) {
             *rows++ = {start[t] - unit_first, t + 1 - unit_first};
@@ -81,40 +84,45 @@ void seen_keys(const QueryBlock& block, const int32_t* start, int64_t unit_first
 namespace {
 
 /// n floats as words: BF16 pairs (the last one padded with 0), or themselves.
-GGFT_INLINE void to_words(bool bf16, const float* from, int64_t n, uint32_t* words) {
+GGFT_INLINE void to_words(bool bf16, const float * from, int64_t n, uint32_t * words) {
     if (!bf16) {
         std::memcpy(words, from, (size_t)n * 4);
         return;
     }
-    uint16_t* to = (uint16_t*)words;
+    uint16_t * to = (uint16_t *)words;
     int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) store_bf16(to + k, load(from + k));
-    for (; k < n; k++) to[k] = to_bf16(from[k]);
-    if (n % 2) to[n] = 0;
+    for (; k + LANES <= n; k += LANES)
+        store_bf16(to + k, load(from + k));
+    for (; k < n; k++)
+        to[k] = to_bf16(from[k]);
+    if (n % 2)
+        to[n] = 0;
 }
 
 /// Rows of one head lie a token apart, which hardware prefetchers follow badly.
-GGFT_INLINE void prefetch_row(const HeadRows& x, int64_t row, int64_t n_rows) {
-    if (row >= n_rows) return;
-    const float* p = x.row(row);
-    for (int d = 0; d < x.head_size; d += 16) __builtin_prefetch(p + d);
+GGFT_INLINE void prefetch_row(const HeadRows & x, int64_t row, int64_t n_rows) {
+    if (row >= n_rows)
+        return;
+    const float * p = x.row(row);
+    for (int d = 0; d < x.head_size; d += 16)
+        __builtin_prefetch(p + d);
 }
 
-}  // namespace
+} // namespace
 
-void pack_tile_rows(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+void pack_tile_rows(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
     for (int64_t i = 0; i < n_rows; i++) {
         prefetch_row(x, i + 8, n_rows);
         to_words(bf16, x.row(i), x.head_size, out + i * STRIDE);
     }
 }
 
-void pack_columns(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+void pack_columns(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
     alignas(64) uint32_t rows[LANES * STRIDE];
     const int64_t steps = head_steps(bf16, x.head_size);
     for (int64_t r = 0; r < round_up(n_rows, NR); r += LANES) {
         for (int64_t i = 0; i < LANES; i++) {
-            uint32_t* row = rows + i * STRIDE;
+            uint32_t * row = rows + i * STRIDE;
             prefetch_row(x, r + i + LANES, n_rows);
             if (r + i < n_rows) {
                 to_words(bf16, x.row(r + i), x.head_size, row);
@@ -126,7 +134,7 @@ void pack_columns(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
     }
 }
 
-void pack_depth(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
+void pack_depth(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
     const int64_t per = per_word(bf16), steps = (n_rows + per - 1) / per;
     alignas(64) float first[MAX_HEAD_SIZE + NR] = {}, second[MAX_HEAD_SIZE + NR] = {};
     for (int64_t s = 0; s < steps; s++) {
@@ -137,7 +145,7 @@ void pack_depth(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
             std::fill(second, second + x.head_size, 0.0f);
         }
         for (int64_t c = 0; c < head_columns(x.head_size); c += LANES) {
-            uint32_t* to = out + (c / NR * steps + s) * NR + c % NR;
+            uint32_t * to = out + (c / NR * steps + s) * NR + c % NR;
             V words = load(first + c);
             if (bf16) {
                 words = (V)pair_bf16(words, load(second + c));
@@ -147,20 +155,21 @@ void pack_depth(bool bf16, const HeadRows& x, int64_t n_rows, uint32_t* out) {
     }
 }
 
-uint32_t* scratch(size_t words) {
+uint32_t * scratch(size_t words) {
     struct Free {
-        void operator()(uint32_t* p) const { std::free(p); }
+        void operator()(uint32_t * p) const { std::free(p); }
     };
     static thread_local std::unique_ptr<uint32_t, Free> memory;
     static thread_local size_t size = 0;
     if (words > size) {
         memory.reset();
         size = 0;
-        memory.reset((uint32_t*)std::aligned_alloc(64, (size_t)round_up((int64_t)words * 4, 64)));
-        if (!memory) throw std::bad_alloc();
+        memory.reset((uint32_t *)std::aligned_alloc(64, (size_t)round_up((int64_t)words * 4, 64)));
+        if (!memory)
+            throw std::bad_alloc();
         size = words;
     }
     return memory.get();
 }
 
-}  // namespace ggft::attention_detail
+} // namespace ggft::attention_detail

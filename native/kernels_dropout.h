@@ -22,8 +22,7 @@ GGFT_INLINE uint32_t dropout_row_key(uint64_t seed, int64_t row) {
     return (uint32_t)(dropout_mix(dropout_mix(seed + golden) + (uint64_t)(row + 1) * golden) >> 32);
 }
 
-template <class U>
-GGFT_INLINE U dropout_hash(U x) {
+template <class U> GGFT_INLINE U dropout_hash(U x) {
     x ^= x >> 16;
     x *= 0x21f0aaadu;
     x ^= x >> 15;
@@ -33,12 +32,15 @@ GGFT_INLINE U dropout_hash(U x) {
 }
 
 /// Smallest 24-bit hash that is kept: P(hash24 < threshold) = p to 2^-24.
-GGFT_INLINE int32_t dropout_threshold(float p) { return (int32_t)(p * 16777216.0f); }
+GGFT_INLINE int32_t dropout_threshold(float p) {
+    return (int32_t)(p * 16777216.0f);
+}
 
 /// The factors of LANES columns from `column` on.
 GGFT_INLINE V dropout_factors(uint32_t row_key, int64_t column, int32_t threshold, V kept) {
     VU lane;
-    for (int i = 0; i < LANES; i++) lane[i] = (uint32_t)i;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = (uint32_t)i;
     const VU hash = dropout_hash((lane + (uint32_t)column) * 0x9e3779b1u + row_key) >> 8;
     return select((VI)hash >= threshold, kept, V{});
 }
@@ -50,4 +52,4 @@ GGFT_INLINE float dropout_factor(uint64_t seed, int64_t row, int64_t column, flo
     return (int32_t)hash >= dropout_threshold(p) ? 1.0f / (1.0f - p) : 0.0f;
 }
 
-}  // namespace ggft
+} // namespace ggft

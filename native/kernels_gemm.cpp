@@ -19,28 +19,31 @@ constexpr int64_t GROUP_WORDS = 192 << 10;
 #else
 constexpr int64_t GROUP_WORDS = 128 << 10;
 #endif
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t round_up(int64_t n, int64_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
 
 struct FreeDeleter {
-    void operator()(void* p) const { std::free(p); }
+    void operator()(void * p) const { std::free(p); }
 };
 
 /// Working memory of one thread.
 struct Scratch {
     std::unique_ptr<uint32_t, FreeDeleter> memory;
-    uint32_t* panels;
-    uint32_t* rows;
-    float* spill;  // [MR][NR], a tile at the right edge
-    float* keep;   // [MR][NR], dropout factors
+    uint32_t * panels;
+    uint32_t * rows;
+    float * spill; // [MR][NR], a tile at the right edge
+    float * keep;  // [MR][NR], dropout factors
     std::vector<float> low_panels;
 
     Scratch() {
         const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * round_up(MR * NR, 16);
-        memory.reset((uint32_t*)std::aligned_alloc(64, round_up(words * 4, 64)));
-        if (!memory) throw std::bad_alloc();
+        memory.reset((uint32_t *)std::aligned_alloc(64, round_up(words * 4, 64)));
+        if (!memory)
+            throw std::bad_alloc();
         panels = memory.get();
         rows = panels + GROUP_WORDS;
-        spill = (float*)rows + MR * TILE_STRIDE;
+        spill = (float *)rows + MR * TILE_STRIDE;
         keep = spill + round_up(MR * NR, 16);
     }
 };
@@ -48,11 +51,11 @@ struct Scratch {
 /// A product out = x * panels, in one direction.
 struct Product {
     bool bf16, nt;
-    const Weight& w;
+    const Weight & w;
     Rows x;
-    const LowRank* low;
+    const LowRank * low;
     Output y;
-    int64_t n_tokens, n_cols, depth;  // n_cols: of the output; depth: of the reduction
+    int64_t n_tokens, n_cols, depth; // n_cols: of the output; depth: of the reduction
 
     int64_t block() const { return ggml_blck_size(w.type); }
     int64_t column_unit() const { return nt ? NR : std::max<int64_t>(NR, block()); }
@@ -64,14 +67,15 @@ struct Product {
 /// Tokens and columns of thread `ith`: as many column ranges as threads, unless columns are so few
 /// that splitting tokens, too, shortens the longest thread's work (dequantizing counts as
 /// `unpack_tokens` tokens).
-void choose_part(const Product& p, int ith, int nth, Range& tokens, Range& columns) {
+void choose_part(const Product & p, int ith, int nth, Range & tokens, Range & columns) {
     const int64_t unpack_tokens = 24;
     const int64_t tiles = (p.n_tokens + MR - 1) / MR;
     const int64_t units = (p.n_cols + p.column_unit() - 1) / p.column_unit();
     int best = 1;
     int64_t best_cost = INT64_MAX;
     for (int by_tokens = 1; by_tokens <= nth; by_tokens++) {
-        if (nth % by_tokens) continue;
+        if (nth % by_tokens)
+            continue;
         const int64_t by_columns = nth / by_tokens;
         const int64_t cost = ((units + by_columns - 1) / by_columns) *
                              ((tiles + by_tokens - 1) / by_tokens * MR + unpack_tokens);
@@ -85,18 +89,19 @@ void choose_part(const Product& p, int ith, int nth, Range& tokens, Range& colum
 }
 
 /// scale * right for columns [c0, c0+nc) as panels [nc/NR][rank][NR].
-void pack_low_rank(const Product& p, int64_t c0, int64_t nc, std::vector<float>& out) {
-    const LowRank& low = *p.low;
+void pack_low_rank(const Product & p, int64_t c0, int64_t nc, std::vector<float> & out) {
+    const LowRank & low = *p.low;
     out.assign((size_t)(round_up(nc, NR) * low.rank), 0.0f);
     for (int64_t c = 0; c < std::min(nc, p.n_cols - c0); c++) {
-        float* panel = out.data() + c / NR * low.rank * NR + c % NR;
-        const float* right = p.nt ? low.right + (c0 + c) * low.rank : low.right + c0 + c;
+        float * panel = out.data() + c / NR * low.rank * NR + c % NR;
+        const float * right = p.nt ? low.right + (c0 + c) * low.rank : low.right + c0 + c;
         const int64_t step = p.nt ? 1 : p.n_cols;
-        for (int r = 0; r < low.rank; r++) panel[r * NR] = low.scale * right[r * step];
+        for (int r = 0; r < low.rank; r++)
+            panel[r * NR] = low.scale * right[r * step];
     }
 }
 
-void fill_keep(const LowRank& low, int64_t t0, int rows, int64_t column, float* keep) {
+void fill_keep(const LowRank & low, int64_t t0, int rows, int64_t column, float * keep) {
     const int32_t threshold = dropout_threshold(low.dropout);
     const V kept = splat(1.0f / (1.0f - low.dropout));
     for (int i = 0; i < rows; i++) {
@@ -108,31 +113,32 @@ void fill_keep(const LowRank& low, int64_t t0, int rows, int64_t column, float* 
 }
 
 /// Ask for a share of the next row tile of x, so that it arrives while this one is at work.
-void prefetch_rows(const Rows& x, const Range& rows, int64_t k0, int64_t kc, int64_t share,
+void prefetch_rows(const Rows & x, const Range & rows, int64_t k0, int64_t kc, int64_t share,
                    int64_t shares) {
     const int64_t size = x.is_bf16 ? 2 : 4, lines = (kc * size + 63) / 64;
     const Range part = split_range((rows.last - rows.first) * lines, 1, (int)share, (int)shares);
     for (int64_t i = part.first; i < part.last; i++) {
         const int64_t row = rows.first + i / lines, line = i % lines;
-        __builtin_prefetch((const char*)x.data + (row * x.stride + k0) * size + line * 64);
+        __builtin_prefetch((const char *)x.data + (row * x.stride + k0) * size + line * 64);
     }
 }
 
-void prefetch_output(const float* y, int64_t stride, int rows) {
+void prefetch_output(const float * y, int64_t stride, int rows) {
     for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < NR; j += 16) __builtin_prefetch(y + i * stride + j, 1);
+        for (int j = 0; j < NR; j += 16)
+            __builtin_prefetch(y + i * stride + j, 1);
     }
 }
 
 /// A row tile and the block of panels that it runs past.
 struct TileJob {
-    const uint32_t* panels;
+    const uint32_t * panels;
     int64_t panel_steps;
     Range columns, tokens, next_tokens;
     int64_t k0, kc;
 };
 
-void run_tile(const Product& p, Scratch& s, const TileJob& job) {
+void run_tile(const Product & p, Scratch & s, const TileJob & job) {
     const int64_t t0 = job.tokens.first, c0 = job.columns.first;
     const int64_t nc = job.columns.last - c0, panels = (nc + NR - 1) / NR;
     const int rows = (int)(job.tokens.last - t0);
@@ -154,34 +160,38 @@ void run_tile(const Product& p, Scratch& s, const TileJob& job) {
                 g.keep = s.keep;
             }
         }
-        float* y = p.y.data + t0 * p.y.stride + c0 + c;
+        float * y = p.y.data + t0 * p.y.stride + c0 + c;
         const int64_t width = std::min<int64_t>(NR, p.n_cols - c0 - c);
         prefetch_rows(p.x, job.next_tokens, job.k0, job.kc, c / NR, panels);
-        if (c + NR < nc) prefetch_output(y + NR, p.y.stride, rows);
+        if (c + NR < nc)
+            prefetch_output(y + NR, p.y.stride, rows);
         g.y = width < NR ? s.spill : y;
         g.ldy = width < NR ? NR : p.y.stride;
         g.add = width < NR ? false : add;
         tile(g);
-        if (width == NR) continue;
+        if (width == NR)
+            continue;
         for (int i = 0; i < rows; i++) {
-            float* to = y + i * p.y.stride;
-            const float* from = s.spill + i * NR;
-            for (int64_t j = 0; j < width; j++) to[j] = add ? to[j] + from[j] : from[j];
+            float * to = y + i * p.y.stride;
+            const float * from = s.spill + i * NR;
+            for (int64_t j = 0; j < width; j++)
+                to[j] = add ? to[j] + from[j] : from[j];
         }
     }
 }
 
 /// The i-th of `tiles` parts of [tokens.first, tokens.last), as even as can be.
-Range tile_tokens(const Range& tokens, int64_t i, int64_t tiles) {
+Range tile_tokens(const Range & tokens, int64_t i, int64_t tiles) {
     const Range part = split_range(tokens.last - tokens.first, 1, (int)i, (int)tiles);
     return {tokens.first + part.first, tokens.first + part.last};
 }
 
-void run_product(const Product& p, int ith, int nth) {
+void run_product(const Product & p, int ith, int nth) {
     static thread_local Scratch scratch;
     Range tokens, columns;
     choose_part(p, ith, nth, tokens, columns);
-    if (tokens.first >= tokens.last) return;
+    if (tokens.first >= tokens.last)
+        return;
     const int64_t blocks = (p.depth + p.max_depth() - 1) / p.max_depth();
     const int64_t kc_full = round_up((p.depth + blocks - 1) / blocks, p.depth_unit());
     const int64_t tiles = (tokens.last - tokens.first + MR - 1) / MR;
@@ -189,18 +199,20 @@ void run_product(const Product& p, int ith, int nth) {
     const int64_t steps_full = (kc_full + per_word(p.bf16) - 1) / per_word(p.bf16);
     const int64_t most = GROUP_WORDS / steps_full / p.column_unit() * p.column_unit();
     const int64_t groups = (width + most - 1) / most;
-    for (int64_t group = 0; group < groups; group++) {  // of even size, so that none is tiny
+    for (int64_t group = 0; group < groups; group++) { // of even size, so that none is tiny
         const Range part = split_range(width, p.column_unit(), (int)group, (int)groups);
         const int64_t c0 = columns.first + part.first, nc = part.last - part.first;
-        if (p.low) pack_low_rank(p, c0, nc, scratch.low_panels);
+        if (p.low)
+            pack_low_rank(p, c0, nc, scratch.low_panels);
         for (int64_t k0 = 0; k0 < p.depth; k0 += kc_full) {
             const int64_t kc = std::min(kc_full, p.depth - k0);
             const int64_t steps = (kc + per_word(p.bf16) - 1) / per_word(p.bf16);
-            const uint32_t* panels = scratch.panels;
+            const uint32_t * panels = scratch.panels;
             int64_t panel_steps = steps;
             if (p.w.packed) {
                 panel_steps = p.packed_steps();
-                panels = (const uint32_t*)p.w.packed + c0 * panel_steps + k0 / per_word(p.bf16) * NR;
+                panels =
+                    (const uint32_t *)p.w.packed + c0 * panel_steps + k0 / per_word(p.bf16) * NR;
             } else if (p.nt) {
                 pack_panels_nt(p.bf16, p.w, c0, nc, k0, kc, steps, scratch.panels);
             } else {
@@ -222,19 +234,23 @@ size_t packed_bytes(bool bf16, int64_t n_columns, int64_t depth) {
     return (size_t)(round_up(n_columns, NR) * steps) * 4;
 }
 
-bool use_bf16(Precision precision) { return HAS_BF16 && precision == Precision::bf16; }
+bool use_bf16(Precision precision) {
+    return HAS_BF16 && precision == Precision::bf16;
+}
 
-}  // namespace
+} // namespace
 
-bool has_bf16_dot() { return HAS_BF16; }
+bool has_bf16_dot() {
+    return HAS_BF16;
+}
 
-void matmul_nt(Precision precision, const Weight& w, Rows x, const LowRank* low_rank, Output y,
+void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth) {
     run_product({use_bf16(precision), true, w, x, low_rank, y, n_tokens, w.n_rows, w.n_cols}, ith,
                 nth);
 }
 
-void matmul_nn(Precision precision, const Weight& w, Rows dy, const LowRank* low_rank, Output dx,
+void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth) {
     run_product({use_bf16(precision), false, w, dy, low_rank, dx, n_tokens, w.n_cols, w.n_rows},
                 ith, nth);
@@ -247,33 +263,35 @@ size_t packed_nn_bytes(Precision precision, int64_t n_rows, int64_t n_cols) {
     return packed_bytes(use_bf16(precision), n_cols, n_rows);
 }
 
-void pack_nt(Precision precision, const Weight& w, void* out, int ith, int nth) {
+void pack_nt(Precision precision, const Weight & w, void * out, int ith, int nth) {
     const bool bf16 = use_bf16(precision);
     const int64_t steps = (w.n_cols + per_word(bf16) - 1) / per_word(bf16);
     const Range part = split_range(w.n_rows, NR, ith, nth);
     pack_panels_nt(bf16, w, part.first, part.last - part.first, 0, w.n_cols, steps,
-                   (uint32_t*)out + part.first * steps);
+                   (uint32_t *)out + part.first * steps);
 }
 
-void pack_nn(Precision precision, const Weight& w, void* out, int ith, int nth) {
+void pack_nn(Precision precision, const Weight & w, void * out, int ith, int nth) {
     const bool bf16 = use_bf16(precision);
     const int64_t steps = (w.n_rows + per_word(bf16) - 1) / per_word(bf16);
     const int64_t unit = std::max<int64_t>(NR, ggml_blck_size(w.type));
     const Range part = split_range(w.n_cols, unit, ith, nth);
     pack_panels_nn(bf16, w, part.first, part.last - part.first, 0, w.n_rows, steps,
-                   (uint32_t*)out + part.first * steps);
+                   (uint32_t *)out + part.first * steps);
 }
 
-void convert_bf16(const float* x, int64_t x_stride, uint16_t* out, int64_t out_stride,
+void convert_bf16(const float * x, int64_t x_stride, uint16_t * out, int64_t out_stride,
                   int64_t n_cols, int64_t n_tokens, int ith, int nth) {
     const Range part = split_range(n_tokens, 1, ith, nth);
     for (int64_t t = part.first; t < part.last; t++) {
-        const float* from = x + t * x_stride;
-        uint16_t* to = out + t * out_stride;
+        const float * from = x + t * x_stride;
+        uint16_t * to = out + t * out_stride;
         int64_t c = 0;
-        for (; c + LANES <= n_cols; c += LANES) store_bf16(to + c, load(from + c));
-        for (; c < n_cols; c++) to[c] = to_bf16(from[c]);
+        for (; c + LANES <= n_cols; c += LANES)
+            store_bf16(to + c, load(from + c));
+        for (; c < n_cols; c++)
+            to[c] = to_bf16(from[c]);
     }
 }
 
-}  // namespace ggft
+} // namespace ggft

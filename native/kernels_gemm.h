@@ -1,7 +1,7 @@
 // Matrix products of activations with frozen weights of any ggml type, dequantized on the fly.
 //
-// Weights W are as in a GGUF: n_rows (N, outputs) rows of n_cols (K, inputs) elements, any type with
-// a dequantizer, rows `row_bytes` apart. Activations are token-major: row t holds one token.
+// Weights W are as in a GGUF: n_rows (N, outputs) rows of n_cols (K, inputs) elements, any type
+// with a dequantizer, rows `row_bytes` apart. Activations are token-major: row t holds one token.
 //
 //   matmul_nt (forward):   y[t][n]  = sum_k x[t][k]  * W[n][k]
 //   matmul_nn (backward): dx[t][k]  = sum_n dy[t][n] * W[n][k]
@@ -34,14 +34,15 @@ bool has_bf16_dot();
 struct Weight {
     ggml_type type;
     int64_t n_rows, n_cols;
-    const void* data;
+    const void * data;
     size_t row_bytes;
-    const void* packed = nullptr;  // from pack_nt/pack_nn for the same product; `data` is then unused
+    const void * packed =
+        nullptr; // from pack_nt/pack_nn for the same product; `data` is then unused
 };
 
 /// T token rows of F32 or BF16, `stride` elements apart.
 struct Rows {
-    const void* data;
+    const void * data;
     bool is_bf16 = false;
     int64_t stride = 0;
 };
@@ -51,9 +52,9 @@ struct Rows {
 ///   nn: dx[t][k] += keep[t][k] * scale * sum_r left[t][r] * right[r][k]   right is a, (R, K)
 /// keep[t][k] is the dropout factor of kernels_dropout.h, 1 where dropout is 0. nt ignores it.
 struct LowRank {
-    const float* left;
+    const float * left;
     int64_t left_stride;
-    const float* right;
+    const float * right;
     int rank;
     float scale = 1.0f;
     float dropout = 0.0f;
@@ -62,14 +63,14 @@ struct LowRank {
 
 /// Output: T rows of F32, `stride` elements apart; `add` adds to what is there.
 struct Output {
-    float* data;
+    float * data;
     int64_t stride;
     bool add = false;
 };
 
-void matmul_nt(Precision precision, const Weight& w, Rows x, const LowRank* low_rank, Output y,
+void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth);
-void matmul_nn(Precision precision, const Weight& w, Rows dy, const LowRank* low_rank, Output dx,
+void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth);
 
 /// Bytes of the packed form of an (n_rows, n_cols) weight, for either product.
@@ -77,12 +78,12 @@ size_t packed_nt_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
 size_t packed_nn_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
 
 /// Write the panels of the whole weight to `out` (64-byte aligned), for use as Weight::packed.
-void pack_nt(Precision precision, const Weight& w, void* out, int ith, int nth);
-void pack_nn(Precision precision, const Weight& w, void* out, int ith, int nth);
+void pack_nt(Precision precision, const Weight & w, void * out, int ith, int nth);
+void pack_nn(Precision precision, const Weight & w, void * out, int ith, int nth);
 
 /// BF16 copy of T rows of n_cols floats. The products take F32 rows just as well (they convert on
 /// the fly); a copy pays when several products share the rows, or to store them in half the memory.
-void convert_bf16(const float* x, int64_t x_stride, uint16_t* out, int64_t out_stride,
+void convert_bf16(const float * x, int64_t x_stride, uint16_t * out, int64_t out_stride,
                   int64_t n_cols, int64_t n_tokens, int ith, int nth);
 
-}  // namespace ggft
+} // namespace ggft

@@ -12,15 +12,16 @@ namespace ggft {
 
 /// What cross_entropy leaves behind besides nats.
 struct LogitGradient {
-    bool wanted = true;       // false: logits are only read
-    uint16_t* bf16 = nullptr;  // null: dz replaces the logits; else dz is written here as BF16 and
+    bool wanted = true;        // false: logits are only read
+    uint16_t * bf16 = nullptr; // null: dz replaces the logits; else dz is written here as BF16 and
                                // the logits are scratch
-    int64_t bf16_stride = 0;   // elements; bf16 may be the logits' own memory with twice their stride
+    int64_t bf16_stride = 0; // elements; bf16 may be the logits' own memory with twice their stride
 };
 
-/// logits: n_rows of n_vocab floats, `stride` apart. A label of -1 means: not trained; nats and dz are 0.
-/// Rows are split between the nth threads. nats: one per row. Non-finite logits give non-finite nats.
-void cross_entropy(float* logits, int64_t stride, const int32_t* labels, int64_t n_vocab,
-                   int64_t n_rows, LogitGradient gradient, double* nats, int ith, int nth);
+/// logits: n_rows of n_vocab floats, `stride` apart. A label of -1 means: not trained; nats and dz
+/// are 0. Rows are split between the nth threads. nats: one per row. Non-finite logits give
+/// non-finite nats.
+void cross_entropy(float * logits, int64_t stride, const int32_t * labels, int64_t n_vocab,
+                   int64_t n_rows, LogitGradient gradient, double * nats, int ith, int nth);
 
-}  // namespace ggft
+} // namespace ggft

@@ -3,8 +3,9 @@
 //   y[i][j] = (add ? y[i][j] : 0) + keep[i][j] * sum_r u[i][r] * B[r][j] + sum_k a[i][k] * P[k][j]
 //
 // The main reduction runs over `steps` 32-bit words: two BF16 (product and sum in F32) or one F32.
-// Rows of `a` are a constant number of words apart; panels hold NR words per step, so that both operands are
-// read forward. The low-rank part (LoRA's up-projection) is F32 and needs no pass of its own.
+// Rows of `a` are a constant number of words apart; panels hold NR words per step, so that both
+// operands are read forward. The low-rank part (LoRA's up-projection) is F32 and needs no pass of
+// its own.
 #pragma once
 
 #include <utility>
@@ -14,28 +15,28 @@
 namespace ggft {
 
 #if defined(GGFT_AVX512)
-inline constexpr int MR = 14, NV = 2;  // 28 accumulators, 2 panel vectors, 2 for broadcasts
+inline constexpr int MR = 14, NV = 2; // 28 accumulators, 2 panel vectors, 2 for broadcasts
 #elif defined(__AVX__)
 inline constexpr int MR = 6, NV = 2;
 #elif defined(__aarch64__)
-inline constexpr int MR = 8, NV = 2;  // compilers load all rows' words early: 16 + 2 + 8 registers
+inline constexpr int MR = 8, NV = 2; // compilers load all rows' words early: 16 + 2 + 8 registers
 #else
 inline constexpr int MR = 4, NV = 2;
 #endif
 inline constexpr int NR = NV * LANES;
 inline constexpr int MAX_STEPS = 512;              // words of a tile row
-inline constexpr int TILE_STRIDE = MAX_STEPS + 16;  // rows fall into different cache sets
+inline constexpr int TILE_STRIDE = MAX_STEPS + 16; // rows fall into different cache sets
 
 struct TileArgs {
-    const uint32_t* rows;   // [M] rows, STRIDE words apart
-    const uint32_t* panel;  // [steps][NR]
+    const uint32_t * rows;  // [M] rows, STRIDE words apart
+    const uint32_t * panel; // [steps][NR]
     int steps;
-    const float* low_rows;  // u: [M] rows, low_stride floats apart
+    const float * low_rows; // u: [M] rows, low_stride floats apart
     int64_t low_stride;
-    const float* low_panel;  // B: [low_steps][NR]
+    const float * low_panel; // B: [low_steps][NR]
     int low_steps;           // 0: no low-rank part
-    const float* keep;       // [M][NR], or null for all ones
-    float* y;                // [M] rows, ldy floats apart
+    const float * keep;      // [M][NR], or null for all ones
+    float * y;               // [M] rows, ldy floats apart
     int64_t ldy;
     bool add;
 };
@@ -49,8 +50,7 @@ GGFT_INLINE V dot_bf16(V acc, V a, V b) {
 #endif
 }
 
-template <int M>
-GGFT_INLINE void clear(V (&acc)[M][NV]) {
+template <int M> GGFT_INLINE void clear(V (&acc)[M][NV]) {
     GGFT_UNROLL for (int i = 0; i < M; i++) {
         GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = V{};
     }
@@ -58,8 +58,8 @@ GGFT_INLINE void clear(V (&acc)[M][NV]) {
 
 /// acc += sum over steps of rows[i][s] * panel[s][j]; `stride` words between rows.
 template <int M, bool BF16>
-GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t* rows, int64_t stride,
-                            const uint32_t* panel, int steps) {
+GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t * rows, int64_t stride,
+                            const uint32_t * panel, int steps) {
     for (int s = 0; s < steps; s++, rows++, panel += NR) {
         V w[NV];
         GGFT_UNROLL for (int j = 0; j < NV; j++) w[j] = load_as<V>(panel + j * LANES);
@@ -72,22 +72,21 @@ GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t* rows, int64_t strid
     }
 }
 
-template <int M, bool BF16, int STRIDE = TILE_STRIDE>
-void tile_product(const TileArgs& g) {
+template <int M, bool BF16, int STRIDE = TILE_STRIDE> void tile_product(const TileArgs & g) {
     V acc[M][NV];
     clear(acc);
     if (g.low_steps) {
-        accumulate<M, false>(acc, (const uint32_t*)g.low_rows, g.low_stride,
-                             (const uint32_t*)g.low_panel, g.low_steps);
+        accumulate<M, false>(acc, (const uint32_t *)g.low_rows, g.low_stride,
+                             (const uint32_t *)g.low_panel, g.low_steps);
         if (g.keep) {
             GGFT_UNROLL for (int i = 0; i < M; i++) {
-                GGFT_UNROLL for (int j = 0; j < NV; j++)
-                    acc[i][j] *= load(g.keep + i * NR + j * LANES);
+                GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] *=
+                    load(g.keep + i * NR + j * LANES);
             }
         }
     }
     accumulate<M, BF16>(acc, g.rows, STRIDE, g.panel, g.steps);
-    float* y = g.y;
+    float * y = g.y;
     GGFT_UNROLL for (int i = 0; i < M; i++, y += g.ldy) {
         GGFT_UNROLL for (int j = 0; j < NV; j++) {
             store(y + j * LANES, g.add ? load(y + j * LANES) + acc[i][j] : acc[i][j]);
@@ -103,18 +102,18 @@ inline constexpr bool HAS_BF16 = false;
 #endif
 
 /// The tile for `rows` in 1..MR.
-using TileFunction = void (*)(const TileArgs&);
+using TileFunction = void (*)(const TileArgs &);
 template <bool BF16, int STRIDE, size_t... I>
 TileFunction tile_of(int rows, std::index_sequence<I...>) {
     static constexpr TileFunction table[] = {tile_product<(int)I + 1, BF16, STRIDE>...};
     return table[rows - 1];
 }
-template <int STRIDE = TILE_STRIDE>
-TileFunction tile_function(bool bf16, int rows) {
+template <int STRIDE = TILE_STRIDE> TileFunction tile_function(bool bf16, int rows) {
     if constexpr (HAS_BF16) {
-        if (bf16) return tile_of<true, STRIDE>(rows, std::make_index_sequence<MR>());
+        if (bf16)
+            return tile_of<true, STRIDE>(rows, std::make_index_sequence<MR>());
     }
     return tile_of<false, STRIDE>(rows, std::make_index_sequence<MR>());
 }
 
-}  // namespace ggft
+} // namespace ggft

@@ -7,36 +7,38 @@
 namespace ggft {
 namespace {
 
-constexpr int64_t CHUNK = 256;  // elements of a row dequantized at once: the temporary stays in L1
+constexpr int64_t CHUNK = 256; // elements of a row dequantized at once: the temporary stays in L1
 
 /// Where element k of row r is (k a multiple of the block size).
-const char* element(const Weight& w, int64_t r, int64_t k) {
-    return (const char*)w.data + (size_t)r * w.row_bytes +
+const char * element(const Weight & w, int64_t r, int64_t k) {
+    return (const char *)w.data + (size_t)r * w.row_bytes +
            (size_t)(k / ggml_blck_size(w.type)) * ggml_type_size(w.type);
 }
 
 /// Ask for elements [k, k+n) of row r: pieces of rows are too short for hardware prefetchers.
-void prefetch_elements(const Weight& w, int64_t r, int64_t k, int64_t n) {
-    if (r >= w.n_rows || k >= w.n_cols) return;
-    const char* first = element(w, r, k);
-    const char* last = element(w, r, std::min(k + n, w.n_cols));
-    for (; first < last; first += 64) __builtin_prefetch(first);
+void prefetch_elements(const Weight & w, int64_t r, int64_t k, int64_t n) {
+    if (r >= w.n_rows || k >= w.n_cols)
+        return;
+    const char * first = element(w, r, k);
+    const char * last = element(w, r, std::min(k + n, w.n_cols));
+    for (; first < last; first += 64)
+        __builtin_prefetch(first);
 }
 
 /// Elements [k, k+n) of row r as words; BF16 or F32.
-void dequant_words(bool bf16, const Weight& w, int64_t r, int64_t k, int64_t n, void* out) {
-    const char* blocks = element(w, r, k);
+void dequant_words(bool bf16, const Weight & w, int64_t r, int64_t k, int64_t n, void * out) {
+    const char * blocks = element(w, r, k);
     if (bf16) {
-        dequant_bf16(w.type, blocks, n, (uint16_t*)out);
+        dequant_bf16(w.type, blocks, n, (uint16_t *)out);
     } else {
-        dequant_f32(w.type, blocks, n, (float*)out);
+        dequant_f32(w.type, blocks, n, (float *)out);
     }
 }
 
-}  // namespace
+} // namespace
 
 #if defined(GGFT_AVX512)
-void transpose_words(const uint32_t* in, int64_t in_stride, int64_t steps, uint32_t* out,
+void transpose_words(const uint32_t * in, int64_t in_stride, int64_t steps, uint32_t * out,
                      int64_t out_stride) {
     int64_t s = 0;
     for (; s + 16 <= steps; s += 16) {
@@ -44,18 +46,19 @@ void transpose_words(const uint32_t* in, int64_t in_stride, int64_t steps, uint3
         // Rows i, i+4, i+8, i+12 share a register by 128-bit quarters, so 4x4 transposes finish it.
         GGFT_UNROLL for (int q = 0; q < 4; q++) {
             GGFT_UNROLL for (int i = 0; i < 4; i++) {
-                const uint32_t* p = in + i * in_stride + s + 4 * q;
-                __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
-                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + 4 * in_stride)), 1);
-                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + 8 * in_stride)), 2);
-                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + 12 * in_stride)), 3);
+                const uint32_t * p = in + i * in_stride + s + 4 * q;
+                __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 4 * in_stride)), 1);
+                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 8 * in_stride)), 2);
+                v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 12 * in_stride)),
+                                       3);
                 a[4 * q + i] = v;
             }
             GGFT_UNROLL for (int i = 0; i < 2; i++) {
                 b[2 * i] = _mm512_unpacklo_epi32(a[4 * q + 2 * i], a[4 * q + 2 * i + 1]);
                 b[2 * i + 1] = _mm512_unpackhi_epi32(a[4 * q + 2 * i], a[4 * q + 2 * i + 1]);
             }
-            uint32_t* o = out + (s + 4 * q) * out_stride;
+            uint32_t * o = out + (s + 4 * q) * out_stride;
             _mm512_storeu_si512(o, _mm512_unpacklo_epi64(b[0], b[2]));
             _mm512_storeu_si512(o + out_stride, _mm512_unpackhi_epi64(b[0], b[2]));
             _mm512_storeu_si512(o + 2 * out_stride, _mm512_unpacklo_epi64(b[1], b[3]));
@@ -63,17 +66,18 @@ void transpose_words(const uint32_t* in, int64_t in_stride, int64_t steps, uint3
         }
     }
     for (; s < steps; s++) {
-        for (int i = 0; i < LANES; i++) out[s * out_stride + i] = in[i * in_stride + s];
+        for (int i = 0; i < LANES; i++)
+            out[s * out_stride + i] = in[i * in_stride + s];
     }
 }
 #else
-void transpose_words(const uint32_t* in, int64_t in_stride, int64_t steps, uint32_t* out,
+void transpose_words(const uint32_t * in, int64_t in_stride, int64_t steps, uint32_t * out,
                      int64_t out_stride) {
     typedef uint32_t W4 __attribute__((vector_size(16)));
     int64_t s = 0;
     for (; s + 4 <= steps; s += 4) {
         for (int i = 0; i < LANES; i += 4) {
-            const uint32_t* p = in + i * in_stride + s;
+            const uint32_t * p = in + i * in_stride + s;
             const W4 a = load_as<W4>(p), b = load_as<W4>(p + in_stride),
                      c = load_as<W4>(p + 2 * in_stride), d = load_as<W4>(p + 3 * in_stride);
             const W4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
@@ -90,23 +94,25 @@ void transpose_words(const uint32_t* in, int64_t in_stride, int64_t steps, uint3
         }
     }
     for (; s < steps; s++) {
-        for (int i = 0; i < LANES; i++) out[s * out_stride + i] = in[i * in_stride + s];
+        for (int i = 0; i < LANES; i++)
+            out[s * out_stride + i] = in[i * in_stride + s];
     }
 }
 #endif
 
-void pack_panels_nt(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t* out) {
+void pack_panels_nt(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    int64_t panel_steps, uint32_t * out) {
     const int64_t per = per_word(bf16);
     alignas(64) uint32_t rows[LANES * (CHUNK + 16)];
     constexpr int64_t stride = CHUNK + 16;
     for (int64_t c = 0; c < nc; c += LANES) {
-        uint32_t* panel = out + c / NR * panel_steps * NR + c % NR;
+        uint32_t * panel = out + c / NR * panel_steps * NR + c % NR;
         for (int64_t k = 0; k < kc; k += CHUNK) {
             const int64_t n = std::min(CHUNK, kc - k), words = (n + per - 1) / per;
             for (int64_t i = 0; i < LANES; i++) {
-                uint32_t* row = rows + i * stride;
-                if (n % per) row[words - 1] = 0;
+                uint32_t * row = rows + i * stride;
+                if (n % per)
+                    row[words - 1] = 0;
                 prefetch_elements(w, c0 + c + i, k0 + k + n, CHUNK);
                 if (c0 + c + i < w.n_rows) {
                     dequant_words(bf16, w, c0 + c + i, k0 + k, n, row);
@@ -122,8 +128,8 @@ void pack_panels_nt(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t 
 namespace {
 
 /// One step of BF16 panels: words (even row, odd row) of n columns, n a multiple of NR.
-void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, int64_t panel_words,
-                uint32_t* out) {
+void interleave(const uint16_t * even, const uint16_t * odd, int64_t n, int64_t panel_words,
+                uint32_t * out) {
     for (int64_t c = 0; c < n; c += NR, out += panel_words) {
         for (int64_t j = 0; j < NR; j += LANES) {
             const VU low = __builtin_convertvector(load_as<VH>(even + c + j), VU);
@@ -134,20 +140,21 @@ void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, int64_t pa
     }
 }
 
-}  // namespace
+} // namespace
 
-void pack_panels_nn(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t* out) {
+void pack_panels_nn(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    int64_t panel_steps, uint32_t * out) {
     const int64_t per = per_word(bf16), panel_words = panel_steps * NR;
     const int64_t rows = std::min(kc, w.n_rows - k0);
     for (int64_t c = 0; c < nc; c += CHUNK) {
         alignas(64) uint32_t even[CHUNK] = {}, odd[CHUNK] = {};
         const int64_t width = std::min(CHUNK, nc - c), n = std::min(width, w.n_cols - c0 - c);
         const int64_t padded = (width + NR - 1) / NR * NR;
-        uint32_t* panels = out + c / NR * panel_words;
+        uint32_t * panels = out + c / NR * panel_words;
         for (int64_t k = 0; k < rows; k += per) {
-            uint32_t* step = panels + k / per * NR;
-            for (int64_t i = 0; i < per; i++) prefetch_elements(w, k0 + k + 16 + i, c0 + c, n);
+            uint32_t * step = panels + k / per * NR;
+            for (int64_t i = 0; i < per; i++)
+                prefetch_elements(w, k0 + k + 16 + i, c0 + c, n);
             dequant_words(bf16, w, k0 + k, c0 + c, n, even);
             if (bf16) {
                 if (k + 1 < rows) {
@@ -155,7 +162,8 @@ void pack_panels_nn(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t 
                 } else {
                     std::memset(odd, 0, sizeof odd);
                 }
-                interleave((const uint16_t*)even, (const uint16_t*)odd, padded, panel_words, step);
+                interleave((const uint16_t *)even, (const uint16_t *)odd, padded, panel_words,
+                           step);
             } else {
                 for (int64_t j = 0; j < padded; j += NR, step += panel_words) {
                     std::memcpy(step, even + j, NR * 4);
@@ -165,30 +173,35 @@ void pack_panels_nn(bool bf16, const Weight& w, int64_t c0, int64_t nc, int64_t 
     }
 }
 
-void pack_rows(bool bf16, const Rows& x, int64_t t0, int rows, int64_t k0, int64_t kc,
-               uint32_t* out) {
+void pack_rows(bool bf16, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,
+               uint32_t * out) {
     for (int i = 0; i < rows; i++, out += TILE_STRIDE) {
         const int64_t at = (t0 + i) * x.stride + k0;
-        const float* f = (const float*)x.data + at;
-        const uint16_t* h = (const uint16_t*)x.data + at;
-        uint16_t* out_bf16 = (uint16_t*)out;
-        float* out_f32 = (float*)out;
+        const float * f = (const float *)x.data + at;
+        const uint16_t * h = (const uint16_t *)x.data + at;
+        uint16_t * out_bf16 = (uint16_t *)out;
+        float * out_f32 = (float *)out;
         int64_t k = 0;
         if (bf16) {
             if (x.is_bf16) {
                 std::memcpy(out, h, (size_t)kc * 2);
             } else {
-                for (; k + LANES <= kc; k += LANES) store_bf16(out_bf16 + k, load(f + k));
-                for (; k < kc; k++) out_bf16[k] = to_bf16(f[k]);
+                for (; k + LANES <= kc; k += LANES)
+                    store_bf16(out_bf16 + k, load(f + k));
+                for (; k < kc; k++)
+                    out_bf16[k] = to_bf16(f[k]);
             }
-            if (kc % 2) out_bf16[kc] = 0;
+            if (kc % 2)
+                out_bf16[kc] = 0;
         } else if (x.is_bf16) {
-            for (; k + LANES <= kc; k += LANES) store(out_f32 + k, load_bf16(h + k));
-            for (; k < kc; k++) out_f32[k] = from_bf16(h[k]);
+            for (; k + LANES <= kc; k += LANES)
+                store(out_f32 + k, load_bf16(h + k));
+            for (; k < kc; k++)
+                out_f32[k] = from_bf16(h[k]);
         } else {
             std::memcpy(out, f, (size_t)kc * 4);
         }
     }
 }
 
-}  // namespace ggft
+} // namespace ggft

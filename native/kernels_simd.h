@@ -9,7 +9,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
-#if defined(__GNUC__) && !defined(__clang__)  // GCC bug 105593: false alarms inside its header
+#if defined(__GNUC__) && !defined(__clang__) // GCC bug 105593: false alarms inside its header
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -45,16 +45,21 @@ typedef int32_t VI __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VU __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VH __attribute__((vector_size(LANES * 2)));
 
-template <class T>
-GGFT_INLINE T load_as(const void* p) {
+template <class T> GGFT_INLINE T load_as(const void * p) {
     T v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-GGFT_INLINE V load(const float* p) { return load_as<V>(p); }
-GGFT_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-GGFT_INLINE V splat(float x) { return x - V{}; }  // x - 0 is x to the bit; x + 0 is not (-0)
+GGFT_INLINE V load(const float * p) {
+    return load_as<V>(p);
+}
+GGFT_INLINE void store(float * p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+GGFT_INLINE V splat(float x) {
+    return x - V{};
+} // x - 0 is x to the bit; x + 0 is not (-0)
 
 /// a*b + c, rounded once where the machine has it.
 GGFT_INLINE V fma(V a, V b, V c) {
@@ -91,7 +96,8 @@ GGFT_INLINE float sum_lanes(V v) {
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
+        for (int i = 0; i < half; i++)
+            x[i] += x[i + half];
     }
     return x[0];
 #endif
@@ -104,7 +110,8 @@ GGFT_INLINE float max_lanes(V v) {
     float x[LANES];
     store(x, v);
     float m = x[0];
-    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
+    for (int i = 1; i < LANES; i++)
+        m = x[i] > m ? x[i] : m;
     return m;
 #endif
 }
@@ -113,7 +120,8 @@ GGFT_INLINE float max_lanes(V v) {
 GGFT_INLINE uint16_t to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 64);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)((bits >> 16) | 64);
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
@@ -136,10 +144,10 @@ GGFT_INLINE VH to_bf16(V x) {
 #endif
 }
 
-GGFT_INLINE V load_bf16(const uint16_t* p) {
+GGFT_INLINE V load_bf16(const uint16_t * p) {
     return (V)(__builtin_convertvector(load_as<VH>(p), VU) << 16);
 }
-GGFT_INLINE void store_bf16(uint16_t* p, V x) {
+GGFT_INLINE void store_bf16(uint16_t * p, V x) {
     const VH h = to_bf16(x);
     std::memcpy(p, &h, sizeof h);
 }
@@ -181,11 +189,11 @@ GGFT_INLINE V vexp(V x) {
     const V r = fma((V)n, splat(-1.42860677e-6f), fma((V)n, splat(-0.693145752f), (V)v));
     return (V)_mm512_scalef_ps((__m512)exp_reduced(r), n);
 #else
-    const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const V magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
     const V shifted = fma(x, splat(1.44269504f), magic);
     const V n = shifted - magic;
     const V r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
-    const VI exponent = ((VI)shifted << 23) + (VI)splat(1.0f);  // 2^n as bits
+    const VI exponent = ((VI)shifted << 23) + (VI)splat(1.0f); // 2^n as bits
     V y = exp_reduced(r) * (V)exponent;
     y = select(x < splat(-87.3f), V{}, y);
     y = select(x > splat(88.3f), splat(__builtin_inff()), y);
@@ -203,4 +211,4 @@ GGFT_INLINE Range split_range(int64_t n, int64_t unit, int ith, int nth) {
     return {first < n ? first : n, last < n ? last : n};
 }
 
-}  // namespace ggft
+} // namespace ggft

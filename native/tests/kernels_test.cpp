@@ -5,9 +5,9 @@
 
 #include <cstring>
 
-int main(int argc, char** argv) {
+int main(int argc, char ** argv) {
     ggml_init_params params = {1 << 20, nullptr, false};
-    ggml_free(ggml_init(params));  // fills ggml's F16 tables
+    ggml_free(ggml_init(params)); // fills ggml's F16 tables
     if (argc > 1 && std::strcmp(argv[1], "bench") == 0) {
         const int nth = argc > 2 ? std::atoi(argv[2]) : 2;
         ggft_test::bench_gemm(nth);

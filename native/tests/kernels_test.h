@@ -17,7 +17,7 @@ namespace ggft_test {
 
 inline int failures = 0;
 
-inline std::mt19937& random_engine() {
+inline std::mt19937 & random_engine() {
     static std::mt19937 engine(1234);
     return engine;
 }
@@ -25,22 +25,24 @@ inline std::mt19937& random_engine() {
 inline std::vector<float> random_floats(int64_t n, float sigma = 1.0f) {
     std::normal_distribution<float> normal(0.0f, sigma);
     std::vector<float> x((size_t)n);
-    for (float& v : x) v = normal(random_engine());
+    for (float & v : x)
+        v = normal(random_engine());
     return x;
 }
 
 /// Run f(ith, nth) on nth threads at once, as a ggml custom op is.
-template <class F>
-void parallel(int nth, F f) {
+template <class F> void parallel(int nth, F f) {
     std::vector<std::thread> threads;
-    for (int i = 1; i < nth; i++) threads.emplace_back([=] { f(i, nth); });
+    for (int i = 1; i < nth; i++)
+        threads.emplace_back([=] { f(i, nth); });
     f(0, nth);
-    for (std::thread& t : threads) t.join();
+    for (std::thread & t : threads)
+        t.join();
 }
 
 /// Fail unless |got - want| <= tolerance * rms(want) everywhere.
-inline void expect_close(const std::string& what, const std::vector<float>& got,
-                         const std::vector<double>& want, double tolerance) {
+inline void expect_close(const std::string & what, const std::vector<float> & got,
+                         const std::vector<double> & want, double tolerance) {
     double square = 0, worst = 0;
     size_t at = 0;
     bool finite = true;
@@ -54,29 +56,31 @@ inline void expect_close(const std::string& what, const std::vector<float>& got,
         }
     }
     const double rms = std::sqrt(square / (double)want.size()) + 1e-30;
-    if (got.size() == want.size() && finite && worst <= tolerance * rms) return;
+    if (got.size() == want.size() && finite && worst <= tolerance * rms)
+        return;
     failures++;
     std::printf("FAIL %s: worst error %.3g of rms (limit %.3g) at %zu of %zu: %g, expected %g\n",
                 what.c_str(), worst / rms, tolerance, at, want.size(), got[at], want[at]);
 }
 
 /// Fail unless the norm of got - want is at most tolerance * norm(want).
-inline void expect_near(const std::string& what, const std::vector<float>& got,
-                        const std::vector<double>& want, double tolerance) {
+inline void expect_near(const std::string & what, const std::vector<float> & got,
+                        const std::vector<double> & want, double tolerance) {
     double square = 0, error = 0;
     for (size_t i = 0; i < want.size(); i++) {
         square += want[i] * want[i];
         error += (got[i] - want[i]) * (got[i] - want[i]);
     }
     const double relative = std::sqrt(error / (square + 1e-30));
-    if (got.size() == want.size() && relative <= tolerance) return;
+    if (got.size() == want.size() && relative <= tolerance)
+        return;
     failures++;
     std::printf("FAIL %s: relative error %.3g (limit %.3g)\n", what.c_str(), relative, tolerance);
 }
 
-template <class T>
-void expect_same(const std::string& what, const T& a, const T& b) {
-    if (a == b) return;
+template <class T> void expect_same(const std::string & what, const T & a, const T & b) {
+    if (a == b)
+        return;
     failures++;
     std::printf("FAIL %s: results differ\n", what.c_str());
 }
@@ -111,19 +115,19 @@ inline double thread_seconds() {
 }
 
 /// Run f(ith, nth) on nth threads repeatedly; CPU seconds of the slowest thread in the best run.
-template <class F>
-double bench_seconds(int nth, F f, double budget = 0.15) {
+template <class F> double bench_seconds(int nth, F f, double budget = 0.15) {
     double best = 1e9, spent = 0;
     for (int i = 0; i < 4 || spent < budget; i++) {
         std::vector<double> seconds((size_t)nth);
         parallel(nth, [&](int ith, int n) {
-            f(ith, n);  // untimed: warms this thread's caches and scratch
+            f(ith, n); // untimed: warms this thread's caches and scratch
             const double start = thread_seconds();
             f(ith, n);
             seconds[(size_t)ith] = thread_seconds() - start;
         });
         double slowest = 0;
-        for (const double s : seconds) slowest = s > slowest ? s : slowest;
+        for (const double s : seconds)
+            slowest = s > slowest ? s : slowest;
         best = slowest < best ? slowest : best;
         spent += slowest;
     }
@@ -137,4 +141,4 @@ void bench_rows(int nth);
 void test_attention();
 void bench_attention(int nth);
 
-}  // namespace ggft_test
+} // namespace ggft_test

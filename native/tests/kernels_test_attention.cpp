@@ -14,7 +14,7 @@ struct Tensors {
     std::vector<float> q, k, v, d_o, o, lse, dq, dk, dv;
 };
 
-Tensors make_tensors(const AttentionShape& s) {
+Tensors make_tensors(const AttentionShape & s) {
     const int64_t nq = s.n_tokens * s.n_head * s.head_size;
     const int64_t nk = s.n_tokens * s.n_head_kv * s.head_size;
     Tensors x;
@@ -22,7 +22,7 @@ Tensors make_tensors(const AttentionShape& s) {
     x.k = random_floats(nk);
     x.v = random_floats(nk);
     x.d_o = random_floats(nq);
-    const float unset = 1e30f;  // everything must be written
+    const float unset = 1e30f; // everything must be written
     x.o.assign((size_t)nq, unset);
     x.lse.assign((size_t)(s.n_tokens * s.n_head), unset);
     x.dq.assign((size_t)nq, unset);
@@ -36,13 +36,11 @@ struct Naive {
 };
 
 /// One query row: its output, and what it adds to the gradients.
-void naive_row(const AttentionShape& s, const Tensors& x, const int32_t* start, int64_t i, int h,
-               Naive& r) {
+void naive_row(const AttentionShape & s, const Tensors & x, const int32_t * start, int64_t i, int h,
+               Naive & r) {
     const int64_t D = s.head_size, first = start[i];
     const int64_t qi = (i * s.n_head + h) * D;
-    const auto kv = [&](int64_t j) {
-        return (j * s.n_head_kv + h / (s.n_head / s.n_head_kv)) * D;
-    };
+    const auto kv = [&](int64_t j) { return (j * s.n_head_kv + h / (s.n_head / s.n_head_kv)) * D; };
     std::vector<double> p((size_t)(i - first + 1)), dp(p);
     double max = -1e30, sum = 0, delta = 0;
     for (int64_t j = first; j <= i; j++) {
@@ -54,9 +52,12 @@ void naive_row(const AttentionShape& s, const Tensors& x, const int32_t* start, 
         p[j - first] = z * s.scale;
         max = std::max(max, z * s.scale);
     }
-    for (double& z : p) sum += z = std::exp(z - max);
-    for (double& z : p) z /= sum;
-    for (size_t j = 0; j < p.size(); j++) delta += p[j] * dp[j];
+    for (double & z : p)
+        sum += z = std::exp(z - max);
+    for (double & z : p)
+        z /= sum;
+    for (size_t j = 0; j < p.size(); j++)
+        delta += p[j] * dp[j];
     r.lse[i * s.n_head + h] = max + std::log(sum);
     for (int64_t j = first; j <= i; j++) {
         const double pj = p[j - first], ds = pj * (dp[j - first] - delta) * s.scale;
@@ -70,19 +71,21 @@ void naive_row(const AttentionShape& s, const Tensors& x, const int32_t* start, 
 }
 
 /// Examples of the given lengths one after the other; a negative length is that much padding.
-std::vector<int32_t> starts_of(const std::vector<int>& lengths) {
+std::vector<int32_t> starts_of(const std::vector<int> & lengths) {
     std::vector<int32_t> start;
     for (const int n : lengths) {
         const int32_t first = (int32_t)start.size();
-        for (int i = 0; i < std::abs(n); i++) start.push_back(n > 0 ? first : first + i);
+        for (int i = 0; i < std::abs(n); i++)
+            start.push_back(n > 0 ? first : first + i);
     }
     return start;
 }
 
-void run(Precision precision, const AttentionShape& s, Tensors& x, const int32_t* start, int nth) {
+void run(Precision precision, const AttentionShape & s, Tensors & x, const int32_t * start,
+         int nth) {
     parallel(nth, [&](int ith, int n) {
-        attention(precision, s, x.q.data(), x.k.data(), x.v.data(), start, x.o.data(),
-                  x.lse.data(), ith, n);
+        attention(precision, s, x.q.data(), x.k.data(), x.v.data(), start, x.o.data(), x.lse.data(),
+                  ith, n);
     });
     parallel(nth, [&](int ith, int n) {
         attention_backward(precision, s, x.q.data(), x.k.data(), x.v.data(), start, x.o.data(),
@@ -91,10 +94,11 @@ void run(Precision precision, const AttentionShape& s, Tensors& x, const int32_t
     });
 }
 
-void check(int H, int K, int D, const std::vector<int>& lengths, bool windowed) {
+void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed) {
     std::vector<int32_t> start = starts_of(lengths);
     if (windowed) {
-        for (int32_t i = 0; i < (int32_t)start.size(); i++) start[i] = std::max(start[i], i - 30);
+        for (int32_t i = 0; i < (int32_t)start.size(); i++)
+            start[i] = std::max(start[i], i - 30);
     }
     const AttentionShape s = {(int64_t)start.size(), H, K, D, 1.0f / std::sqrt((float)D)};
     const Tensors inputs = make_tensors(s);
@@ -105,18 +109,19 @@ void check(int H, int K, int D, const std::vector<int>& lengths, bool windowed) 
     want.dk.resize(inputs.dk.size());
     want.dv.resize(inputs.dv.size());
     for (int64_t i = 0; i < s.n_tokens; i++) {
-        for (int h = 0; h < H; h++) naive_row(s, inputs, start.data(), i, h, want);
+        for (int h = 0; h < H; h++)
+            naive_row(s, inputs, start.data(), i, h, want);
     }
     char name[64];
     std::snprintf(name, sizeof name, "attention N%d H%d K%d D%d ", (int)s.n_tokens, H, K, D);
     for (const Precision precision : {Precision::f32, Precision::bf16}) {
         const bool exact = precision == Precision::f32 || !has_bf16_dot();
-        const auto compare = [exact](const std::string& what, const std::vector<float>& got,
-                                     const std::vector<double>& expected) {
+        const auto compare = [exact](const std::string & what, const std::vector<float> & got,
+                                     const std::vector<double> & expected) {
             if (exact) {
                 expect_close(what, got, expected, 3e-5);
             } else {
-                expect_near(what + " bf16", got, expected, 0.01);  // q, k, v, p, dS: 2^-9 each
+                expect_near(what + " bf16", got, expected, 0.01); // q, k, v, p, dS: 2^-9 each
             }
         };
         for (int nth = 1; nth <= 3; nth++) {
@@ -136,7 +141,7 @@ void check(int H, int K, int D, const std::vector<int>& lengths, bool windowed) 
     }
 }
 
-}  // namespace
+} // namespace
 
 void test_attention() {
     check(9, 3, 64, {70, 3, 1, 150, -9}, false);
@@ -154,15 +159,19 @@ void bench_attention(int nth) {
         int H, K, D;
         std::vector<int> lengths;
     };
-    const Case cases[] = {{9, 3, 64, {512, 512, 512, 512}}, {9, 3, 64, {512}},
-                          {9, 3, 64, {100, 156, 200, 56, 300, 212}}, {32, 32, 128, {512}},
-                          {32, 32, 128, {2048}}, {32, 8, 128, {2048}}};
+    const Case cases[] = {{9, 3, 64, {512, 512, 512, 512}},
+                          {9, 3, 64, {512}},
+                          {9, 3, 64, {100, 156, 200, 56, 300, 212}},
+                          {32, 32, 128, {512}},
+                          {32, 32, 128, {2048}},
+                          {32, 8, 128, {2048}}};
     std::printf("\nattention, milliseconds forward, backward (GFLOP/s of the pairs seen)\n");
-    for (const Case& c : cases) {
+    for (const Case & c : cases) {
         const std::vector<int32_t> start = starts_of(c.lengths);
         const AttentionShape s = {(int64_t)start.size(), c.H, c.K, c.D, 0.125f};
         double pairs = 0;
-        for (size_t i = 0; i < start.size(); i++) pairs += (double)i - start[i] + 1;
+        for (size_t i = 0; i < start.size(); i++)
+            pairs += (double)i - start[i] + 1;
         std::printf("H%d K%d D%d, %zu tokens in %zu:", c.H, c.K, c.D, start.size(),
                     c.lengths.size());
         for (const Precision precision : {Precision::bf16, Precision::f32}) {
@@ -173,15 +182,16 @@ void bench_attention(int nth) {
             });
             const double backward = bench_seconds(nth, [&](int i, int n) {
                 attention_backward(precision, s, x.q.data(), x.k.data(), x.v.data(), start.data(),
-                                   x.o.data(), x.lse.data(), x.d_o.data(), x.dq.data(),
-                                   x.dk.data(), x.dv.data(), i, n);
+                                   x.o.data(), x.lse.data(), x.d_o.data(), x.dq.data(), x.dk.data(),
+                                   x.dv.data(), i, n);
             });
             const double flops = 2e-9 * pairs * c.H * c.D;
-            std::printf("  %s %.2f (%.0f) %.2f (%.0f)", precision == Precision::bf16 ? "bf16" : "f32",
-                        forward * 1e3, 2 * flops / forward, backward * 1e3, 5 * flops / backward);
+            std::printf("  %s %.2f (%.0f) %.2f (%.0f)",
+                        precision == Precision::bf16 ? "bf16" : "f32", forward * 1e3,
+                        2 * flops / forward, backward * 1e3, 5 * flops / backward);
         }
         std::printf("\n");
     }
 }
 
-}  // namespace ggft_test
+} // namespace ggft_test

@@ -24,7 +24,7 @@ struct Inputs {
     LowRank low;
 };
 
-Inputs make_inputs(const Case& c, bool nt) {
+Inputs make_inputs(const Case & c, bool nt) {
     Inputs in;
     in.w = random_weight(c.type, c.n_rows, c.n_cols);
     const int64_t depth = nt ? c.n_cols : c.n_rows, width = nt ? c.n_rows : c.n_cols;
@@ -36,7 +36,7 @@ Inputs make_inputs(const Case& c, bool nt) {
     return in;
 }
 
-std::vector<double> naive(const Case& c, const Inputs& in, bool nt) {
+std::vector<double> naive(const Case & c, const Inputs & in, bool nt) {
     const int64_t depth = nt ? c.n_cols : c.n_rows, width = nt ? c.n_rows : c.n_cols;
     std::vector<double> y((size_t)(c.n_tokens * width));
     for (int64_t t = 0; t < c.n_tokens; t++) {
@@ -47,21 +47,22 @@ std::vector<double> naive(const Case& c, const Inputs& in, bool nt) {
                        in.w.values[nt ? j * c.n_cols + k : k * c.n_cols + j];
             }
             for (int r = 0; r < c.rank; r++) {
-                low += (double)in.left[t * c.rank + r] *
-                       in.right[nt ? j * c.rank + r : r * width + j];
+                low +=
+                    (double)in.left[t * c.rank + r] * in.right[nt ? j * c.rank + r : r * width + j];
             }
-            if (!nt && c.dropout > 0) low *= dropout_factor(77, t, j, c.dropout);
+            if (!nt && c.dropout > 0)
+                low *= dropout_factor(77, t, j, c.dropout);
             y[t * width + j] = sum + 0.5 * low;
         }
     }
     return y;
 }
 
-std::vector<float> run(const Case& c, const Inputs& in, bool nt, Precision precision, int nth,
-                       const Weight& w, Rows x) {
+std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision precision, int nth,
+                       const Weight & w, Rows x) {
     const int64_t width = nt ? c.n_rows : c.n_cols;
     std::vector<float> y = in.y0;
-    const LowRank* low = c.rank ? &in.low : nullptr;
+    const LowRank * low = c.rank ? &in.low : nullptr;
     parallel(nth, [&](int ith, int n) {
         (nt ? matmul_nt : matmul_nn)(precision, w, x, low, {y.data(), width, c.add}, c.n_tokens,
                                      ith, n);
@@ -69,7 +70,7 @@ std::vector<float> run(const Case& c, const Inputs& in, bool nt, Precision preci
     return y;
 }
 
-void check(const Case& c, bool nt) {
+void check(const Case & c, bool nt) {
     const Inputs in = make_inputs(c, nt);
     const std::vector<double> want = naive(c, in, nt);
     const int64_t depth = nt ? c.n_cols : c.n_rows;
@@ -81,22 +82,26 @@ void check(const Case& c, bool nt) {
     const double bf16_limit = has_bf16_dot() ? 0.02 : 2e-5;
     for (int nth = 1; nth <= 3; nth++) {
         const std::string label = std::string(name) + " threads " + std::to_string(nth);
-        expect_close(label + " f32", run(c, in, nt, Precision::f32, nth, in.w.weight, x), want, 2e-5);
+        expect_close(label + " f32", run(c, in, nt, Precision::f32, nth, in.w.weight, x), want,
+                     2e-5);
         const std::vector<float> y = run(c, in, nt, Precision::bf16, nth, in.w.weight, x);
         expect_close(label + " bf16", y, want, bf16_limit);
 
         std::vector<uint16_t> converted((size_t)(c.n_tokens * (depth + 8)));
         parallel(nth, [&](int ith, int n) {
-            convert_bf16(in.x.data(), depth, converted.data(), depth + 8, depth, c.n_tokens, ith, n);
+            convert_bf16(in.x.data(), depth, converted.data(), depth + 8, depth, c.n_tokens, ith,
+                         n);
         });
         const Rows x_bf16 = {converted.data(), true, depth + 8};
         const std::vector<float> y_bf16 = run(c, in, nt, Precision::bf16, nth, in.w.weight, x_bf16);
-        if (has_bf16_dot()) expect_same(label + " converted rows", y, y_bf16);
+        if (has_bf16_dot())
+            expect_same(label + " converted rows", y, y_bf16);
         expect_close(label + " BF16 rows", run(c, in, nt, Precision::f32, nth, in.w.weight, x_bf16),
                      want, 0.02);
 
-        const size_t bytes = (nt ? packed_nt_bytes : packed_nn_bytes)(Precision::bf16, c.n_rows, c.n_cols);
-        void* panels = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        const size_t bytes =
+            (nt ? packed_nt_bytes : packed_nn_bytes)(Precision::bf16, c.n_rows, c.n_cols);
+        void * panels = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
         parallel(nth, [&](int ith, int n) {
             (nt ? pack_nt : pack_nn)(Precision::bf16, in.w.weight, panels, ith, n);
         });
@@ -111,7 +116,8 @@ void check(const Case& c, bool nt) {
 void test_dequantizers() {
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = (ggml_type)i;
-        if (!fast_dequant_bf16(type)) continue;
+        if (!fast_dequant_bf16(type))
+            continue;
         const TestWeight w = random_weight(type, 3, 512);
         std::vector<uint16_t> got(3 * 512);
         dequant_bf16(type, w.bytes.data(), 3 * 512, got.data());
@@ -121,7 +127,8 @@ void test_dequantizers() {
             float value;
             std::memcpy(&value, &bits, 4);
             // One BF16 rounding of ggml's value; a fused multiply-add may move the last bit of F32.
-            if (std::fabs(value - w.values[j]) > std::fabs(w.values[j]) * 0.00393f + 1e-9f) differ++;
+            if (std::fabs(value - w.values[j]) > std::fabs(w.values[j]) * 0.00393f + 1e-9f)
+                differ++;
         }
         if (differ) {
             failures++;
@@ -131,27 +138,33 @@ void test_dequantizers() {
     }
 }
 
-}  // namespace
+} // namespace
 
 void test_gemm() {
     test_dequantizers();
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = (ggml_type)i;
-        const ggml_type_traits* traits = ggml_get_type_traits(type);
-        if (type != GGML_TYPE_F32 && (!traits->to_float || traits->blck_size == 0)) continue;
-        if (type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K) continue;  // activations only
+        const ggml_type_traits * traits = ggml_get_type_traits(type);
+        if (type != GGML_TYPE_F32 && (!traits->to_float || traits->blck_size == 0))
+            continue;
+        if (type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K)
+            continue; // activations only
         const int64_t block = ggml_blck_size(type);
         for (const bool nt : {true, false}) {
             check({type, 67, std::max<int64_t>(block, 96 / block * block), 17, 8, true, 0.0f}, nt);
         }
     }
     const Case shapes[] = {
-        {GGML_TYPE_Q4_0, 70, 32, 1, 0, false, 0.0f},    {GGML_TYPE_Q4_1, 576, 576, 37, 4, false, 0.0f},
-        {GGML_TYPE_Q8_0, 192, 576, 1, 8, false, 0.0f},  {GGML_TYPE_F16, 33, 83, 29, 5, true, 0.0f},
-        {GGML_TYPE_Q4_K, 130, 2304, 15, 0, true, 0.0f}, {GGML_TYPE_Q6_K, 1301, 512, 14, 3, true, 0.0f},
-        {GGML_TYPE_F32, 2200, 7, 5, 64, false, 0.25f},  {GGML_TYPE_Q4_1, 96, 288, 53, 8, true, 0.1f},
+        {GGML_TYPE_Q4_0, 70, 32, 1, 0, false, 0.0f},
+        {GGML_TYPE_Q4_1, 576, 576, 37, 4, false, 0.0f},
+        {GGML_TYPE_Q8_0, 192, 576, 1, 8, false, 0.0f},
+        {GGML_TYPE_F16, 33, 83, 29, 5, true, 0.0f},
+        {GGML_TYPE_Q4_K, 130, 2304, 15, 0, true, 0.0f},
+        {GGML_TYPE_Q6_K, 1301, 512, 14, 3, true, 0.0f},
+        {GGML_TYPE_F32, 2200, 7, 5, 64, false, 0.25f},
+        {GGML_TYPE_Q4_1, 96, 288, 53, 8, true, 0.1f},
     };
-    for (const Case& c : shapes) {
+    for (const Case & c : shapes) {
         check(c, true);
         check(c, false);
     }
@@ -161,18 +174,19 @@ void bench_gemm(int nth) {
     struct Shape {
         int64_t n_rows, n_cols;
     };
-    const ggml_type types[] = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0,
-                               GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_K,
-                               GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
+    const ggml_type types[] = {GGML_TYPE_F32,    GGML_TYPE_F16,   GGML_TYPE_BF16, GGML_TYPE_Q8_0,
+                               GGML_TYPE_Q4_0,   GGML_TYPE_Q4_1,  GGML_TYPE_Q5_0, GGML_TYPE_Q4_K,
+                               GGML_TYPE_Q5_K,   GGML_TYPE_Q6_K,  GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
                                GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS};
     const Shape shapes[] = {{576, 576}, {192, 576}, {1536, 576}, {576, 1536}, {4096, 4096}};
     const int64_t n_tokens = 512;
     std::printf("GFLOP/s, T=%d, %d threads: nt/nn bf16 | nt/nn f32\n%-8s", (int)n_tokens, nth, "");
-    for (const Shape& s : shapes) std::printf(" %21dx%-5d", (int)s.n_rows, (int)s.n_cols);
+    for (const Shape & s : shapes)
+        std::printf(" %21dx%-5d", (int)s.n_rows, (int)s.n_cols);
     std::printf("\n");
     for (const ggml_type type : types) {
         std::printf("%-8s", ggml_type_name(type));
-        for (const Shape& s : shapes) {
+        for (const Shape & s : shapes) {
             if (s.n_cols % ggml_blck_size(type)) {
                 std::printf(" %27s", "-");
                 continue;
@@ -189,7 +203,8 @@ void bench_gemm(int nth) {
                         (nt ? matmul_nt : matmul_nn)(precision, w.weight, {x.data(), false, in},
                                                      nullptr, {y.data(), out}, n_tokens, ith, n);
                     });
-                    std::printf(" %5.0f", 2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);
+                    std::printf(" %5.0f",
+                                2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);
                 }
             }
         }
@@ -198,4 +213,4 @@ void bench_gemm(int nth) {
     }
 }
 
-}  // namespace ggft_test
+} // namespace ggft_test

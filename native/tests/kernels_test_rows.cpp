@@ -13,9 +13,11 @@ namespace {
 
 using namespace ggft;
 
-std::vector<double> doubles(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+std::vector<double> doubles(const std::vector<float> & x) {
+    return {x.begin(), x.end()};
+}
 
-std::vector<float> from_bf16_bits(const std::vector<uint16_t>& h) {
+std::vector<float> from_bf16_bits(const std::vector<uint16_t> & h) {
     std::vector<float> x(h.size());
     for (size_t i = 0; i < h.size(); i++) {
         const uint32_t bits = (uint32_t)h[i] << 16;
@@ -24,13 +26,13 @@ std::vector<float> from_bf16_bits(const std::vector<uint16_t>& h) {
     return x;
 }
 
-std::vector<uint16_t> to_bf16_bits(const std::vector<float>& x) {
+std::vector<uint16_t> to_bf16_bits(const std::vector<float> & x) {
     std::vector<uint16_t> h(x.size());
     convert_bf16(x.data(), 0, h.data(), 0, (int64_t)x.size(), 1, 0, 1);
     return h;
 }
 
-double keep(const Dropout& d, int64_t t, int64_t c) {
+double keep(const Dropout & d, int64_t t, int64_t c) {
     return d.p > 0 ? dropout_factor(d.seed, t, c, d.p) : 1.0;
 }
 
@@ -42,11 +44,12 @@ struct SkinnyCase {
 };
 
 /// lora_down with two adapters, and the gradient of a, on the same rows.
-void check_down(const SkinnyCase& k, int nth) {
+void check_down(const SkinnyCase & k, int nth) {
     const int64_t T = k.T, C = k.C, R = k.R;
     std::vector<float> x = random_floats(T * C);
     const std::vector<uint16_t> h = to_bf16_bits(x);
-    if (k.bf16) x = from_bf16_bits(h);
+    if (k.bf16)
+        x = from_bf16_bits(h);
     const Rows rows = k.bf16 ? Rows{h.data(), true, C} : Rows{x.data(), false, C};
     const Dropout drop = {k.p, 99};
     const std::vector<float> a = random_floats(R * C), a2 = random_floats(4 * C);
@@ -66,16 +69,18 @@ void check_down(const SkinnyCase& k, int nth) {
                 want[t * (R + 3) + r] += xk * a[r * C + c];
                 want_da[r * C + c] += 0.5 * du[t * (R + 1) + r] * xk;
             }
-            for (int64_t r = 0; r < 4; r++) want2[t * 4 + r] += xk * a2[r * C + c];
+            for (int64_t r = 0; r < 4; r++)
+                want2[t * 4 + r] += xk * a2[r * C + c];
         }
     }
-    const std::string name = " T" + std::to_string(T) + " C" + std::to_string(C) + " R" + std::to_string(R);
+    const std::string name =
+        " T" + std::to_string(T) + " C" + std::to_string(C) + " R" + std::to_string(R);
     expect_close("lora_down" + name, u, want, 2e-5);
     expect_close("lora_down second" + name, u2, want2, 2e-5);
     expect_close("lora_grad_a" + name, da, want_da, 2e-5);
 }
 
-void check_up(const SkinnyCase& k, int nth) {
+void check_up(const SkinnyCase & k, int nth) {
     const int64_t T = k.T, N = k.C, R = k.R;
     const std::vector<float> dy = random_floats(T * N), b = random_floats(N * R),
                              u = random_floats(T * R), db0 = random_floats(N * R);
@@ -98,8 +103,8 @@ void check_up(const SkinnyCase& k, int nth) {
 }
 
 void test_rms_norm(int64_t C, int64_t T, int nth) {
-    const std::vector<float> x = random_floats(T * C), w = random_floats(C), dy = random_floats(T * C),
-                             dx0 = random_floats(T * C);
+    const std::vector<float> x = random_floats(T * C), w = random_floats(C),
+                             dy = random_floats(T * C), dx0 = random_floats(T * C);
     std::vector<float> y(x.size()), r((size_t)T), dx = dx0;
     std::vector<uint16_t> h(x.size());
     parallel(nth, [&](int ith, int n) {
@@ -111,7 +116,8 @@ void test_rms_norm(int64_t C, int64_t T, int nth) {
     std::vector<double> want(x.size()), want_dx = doubles(dx0);
     for (int64_t t = 0; t < T; t++) {
         double square = 0, dot = 0;
-        for (int64_t c = 0; c < C; c++) square += (double)x[t * C + c] * x[t * C + c];
+        for (int64_t c = 0; c < C; c++)
+            square += (double)x[t * C + c] * x[t * C + c];
         const double inv = 1 / std::sqrt(square / C + 1e-5);
         for (int64_t c = 0; c < C; c++) {
             want[t * C + c] = x[t * C + c] * inv * w[c];
@@ -159,7 +165,8 @@ void test_rope(RopeMode mode, int n_rot, int D, int nth) {
         s[i] = std::sin(angle[i]);
     }
     parallel(nth, [&](int ith, int n) {
-        rope(x.data(), H * D, c.data(), s.data(), mode, n_rot, D, H, T, false, y.data(), H * D, ith, n);
+        rope(x.data(), H * D, c.data(), s.data(), mode, n_rot, D, H, T, false, y.data(), H * D, ith,
+             n);
     });
     std::vector<double> want = doubles(x);
     for (int64_t i = 0; i < T * H; i++) {
@@ -173,7 +180,8 @@ void test_rope(RopeMode mode, int n_rot, int D, int nth) {
     }
     expect_close("rope", y, want, 1e-6);
     parallel(nth, [&](int ith, int n) {
-        rope(y.data(), H * D, c.data(), s.data(), mode, n_rot, D, H, T, true, y.data(), H * D, ith, n);
+        rope(y.data(), H * D, c.data(), s.data(), mode, n_rot, D, H, T, true, y.data(), H * D, ith,
+             n);
     });
     expect_close("rope backward undoes rope", y, doubles(x), 1e-6);
 }
@@ -197,7 +205,8 @@ void test_dropout() {
     const double n = (double)(T * C);
     // Four standard deviations of a binomial share of n independent elements.
     const bool fair = std::fabs(kept / n - 0.7) < 4 * std::sqrt(0.21 / n);
-    const bool independent = std::fabs(neighbours / n - 0.49) < 0.008 && std::fabs(below / n - 0.49) < 0.008;
+    const bool independent =
+        std::fabs(neighbours / n - 0.49) < 0.008 && std::fabs(below / n - 0.49) < 0.008;
     expect_same("dropout share and independence", fair && independent, true);
 }
 
@@ -209,19 +218,24 @@ void test_loss(int64_t vocab, int nth) {
     std::vector<double> want = doubles(z), want_nats((size_t)n), nats((size_t)n), only(nats);
     for (int64_t t = 0; t < n; t++) {
         double sum = 0, max = -1e30;
-        for (int64_t v = 0; v < vocab; v++) max = std::max(max, (double)z[t * stride + v]);
-        for (int64_t v = 0; v < vocab; v++) sum += std::exp(z[t * stride + v] - max);
-        if (labels[t] >= 0) want_nats[t] = std::log(sum) + max - z[t * stride + labels[t]];
+        for (int64_t v = 0; v < vocab; v++)
+            max = std::max(max, (double)z[t * stride + v]);
+        for (int64_t v = 0; v < vocab; v++)
+            sum += std::exp(z[t * stride + v] - max);
+        if (labels[t] >= 0)
+            want_nats[t] = std::log(sum) + max - z[t * stride + labels[t]];
         for (int64_t v = 0; v < vocab; v++) {
-            want[t * stride + v] = labels[t] < 0 ? 0 : std::exp(z[t * stride + v] - max) / sum - (v == labels[t]);
+            want[t * stride + v] =
+                labels[t] < 0 ? 0 : std::exp(z[t * stride + v] - max) / sum - (v == labels[t]);
         }
     }
     std::vector<float> dz = z, shared = z;
-    uint16_t* bf16 = (uint16_t*)shared.data();
+    uint16_t * bf16 = (uint16_t *)shared.data();
     parallel(nth, [&](int ith, int k) {
         cross_entropy(z.data(), stride, labels.data(), vocab, n, {false}, only.data(), ith, k);
         cross_entropy(dz.data(), stride, labels.data(), vocab, n, {}, nats.data(), ith, k);
-        cross_entropy(shared.data(), stride, labels.data(), vocab, n, {true, bf16, 2 * stride}, only.data(), ith, k);
+        cross_entropy(shared.data(), stride, labels.data(), vocab, n, {true, bf16, 2 * stride},
+                      only.data(), ith, k);
     });
     expect_same("loss with and without gradient", only, nats);
     for (int64_t t = 0; t < n; t++) {
@@ -253,7 +267,10 @@ void test_exp() {
     }
     expect_same("vexp within 2 ulp", worst < 2 * 1.2e-7, true);
     const float nan = __builtin_nanf(""), inf = __builtin_inff();
-    expect_same("vexp limits", vexp(splat(-inf))[0] == 0 && vexp(splat(inf))[0] == inf && std::isnan(vexp(splat(nan))[0]), true);
+    expect_same("vexp limits",
+                vexp(splat(-inf))[0] == 0 && vexp(splat(inf))[0] == inf &&
+                    std::isnan(vexp(splat(nan))[0]),
+                true);
 }
 
 void test_adamw() {
@@ -261,30 +278,36 @@ void test_adamw() {
     const std::vector<float> g = random_floats(n), p0 = random_floats(n), m0 = random_floats(n);
     std::vector<float> p = p0, m = m0, v((size_t)n, 0.5f);
     const AdamW config = {0.01f, 0.9f, 0.99f, 1e-8f, 0.1f, 3};
-    parallel(2, [&](int ith, int k) { adamw(config, 0.25f, g.data(), n, p.data(), m.data(), v.data(), ith, k); });
+    parallel(2, [&](int ith, int k) {
+        adamw(config, 0.25f, g.data(), n, p.data(), m.data(), v.data(), ith, k);
+    });
     std::vector<double> want((size_t)n);
     for (int64_t i = 0; i < n; i++) {
         const double d = 0.25 * g[i], mi = 0.9 * m0[i] + 0.1 * d, vi = 0.99 * 0.5 + 0.01 * d * d;
-        const double step = mi / (1 - std::pow(0.9, 3)) / (std::sqrt(vi / (1 - std::pow(0.99, 3))) + 1e-8);
+        const double step =
+            mi / (1 - std::pow(0.9, 3)) / (std::sqrt(vi / (1 - std::pow(0.99, 3))) + 1e-8);
         want[i] = p0[i] - 0.01 * (step + 0.1 * p0[i]);
     }
     expect_close("adamw", p, want, 1e-5);
     double square = 0;
-    for (const float d : g) square += (double)d * d;
+    for (const float d : g)
+        square += (double)d * d;
     const double sum = square_sum(g.data(), n, 0, 2) + square_sum(g.data(), n, 1, 2);
     expect_same("square_sum", std::fabs(sum - square) < 1e-9 * square, true);
 }
 
-}  // namespace
+} // namespace
 
 void test_rows() {
-    const SkinnyCase cases[] = {{7, 576, 8, 0, false}, {70, 200, 4, 0.1f, false}, {3, 64, 64, 0, true},
-                                {130, 37, 5, 0.2f, true}, {66, 96, 9, 0, true}, {1, 16, 1, 0, false}, {65, 609, 15, 0, false}};
+    const SkinnyCase cases[] = {{7, 576, 8, 0, false},  {70, 200, 4, 0.1f, false},
+                                {3, 64, 64, 0, true},   {130, 37, 5, 0.2f, true},
+                                {66, 96, 9, 0, true},   {1, 16, 1, 0, false},
+                                {65, 609, 15, 0, false}};
     test_exp();
     test_dropout();
     test_adamw();
     for (int nth = 1; nth <= 3; nth++) {
-        for (const SkinnyCase& k : cases) {
+        for (const SkinnyCase & k : cases) {
             check_down(k, nth);
             check_up(k, nth);
         }
@@ -305,11 +328,14 @@ void bench_rows(int nth) {
     struct Shape {
         int64_t n_rows, n_cols;
     };
-    std::printf("\nLoRA products R=8, microseconds: down, up_t, grad_a, grad_b (%% of one BF16 product)\n");
-    for (const Shape& s : {Shape{576, 576}, Shape{1536, 576}, Shape{576, 1536}, Shape{4096, 4096}}) {
+    std::printf(
+        "\nLoRA products R=8, microseconds: down, up_t, grad_a, grad_b (%% of one BF16 product)\n");
+    for (const Shape & s :
+         {Shape{576, 576}, Shape{1536, 576}, Shape{576, 1536}, Shape{4096, 4096}}) {
         const int64_t N = s.n_rows, C = s.n_cols;
         const std::vector<float> x = random_floats(T * C), dy = random_floats(T * N);
-        std::vector<float> a = random_floats(8 * C), b = random_floats(8 * N), u((size_t)(T * 8)), y((size_t)(T * N));
+        std::vector<float> a = random_floats(8 * C), b = random_floats(8 * N), u((size_t)(T * 8)),
+                           y((size_t)(T * N));
         const TestWeight w = random_weight(GGML_TYPE_Q4_0, N, C);
         const LoraDown l = {a.data(), 8, u.data(), 8};
         const Rows xr = {x.data(), false, C}, dyr = {dy.data(), false, N};
@@ -318,11 +344,19 @@ void bench_rows(int nth) {
         });
         const double seconds[] = {
             bench_seconds(nth, [&](int i, int n) { lora_down(xr, {}, C, T, &l, 1, i, n); }),
-            bench_seconds(nth, [&](int i, int n) { lora_up_t(dyr, b.data(), 8, 1, N, T, u.data(), 8, i, n); }),
-            bench_seconds(nth, [&](int i, int n) { lora_grad_a(xr, {}, u.data(), 8, 8, 1, C, T, a.data(), i, n); }),
-            bench_seconds(nth, [&](int i, int n) { lora_grad_b(dyr, u.data(), 8, 8, 1, N, T, b.data(), i, n); })};
+            bench_seconds(
+                nth,
+                [&](int i, int n) { lora_up_t(dyr, b.data(), 8, 1, N, T, u.data(), 8, i, n); }),
+            bench_seconds(nth,
+                          [&](int i, int n) {
+                              lora_grad_a(xr, {}, u.data(), 8, 8, 1, C, T, a.data(), i, n);
+                          }),
+            bench_seconds(nth, [&](int i, int n) {
+                lora_grad_b(dyr, u.data(), 8, 8, 1, N, T, b.data(), i, n);
+            })};
         std::printf("%5dx%-5d", (int)N, (int)C);
-        for (const double t : seconds) std::printf(" %7.0f (%4.1f%%)", t * 1e6, 100 * t / gemm);
+        for (const double t : seconds)
+            std::printf(" %7.0f (%4.1f%%)", t * 1e6, 100 * t / gemm);
         std::printf("\n");
     }
     const int64_t vocab = 49152, rows = 64;
@@ -330,9 +364,10 @@ void bench_rows(int nth) {
     std::vector<int32_t> labels((size_t)rows, 7);
     std::vector<double> nats((size_t)rows);
     const double t = bench_seconds(nth, [&](int i, int n) {
-        cross_entropy(z.data(), vocab, labels.data(), vocab, rows, {true, (uint16_t*)z.data(), 2 * vocab}, nats.data(), i, n);
+        cross_entropy(z.data(), vocab, labels.data(), vocab, rows,
+                      {true, (uint16_t *)z.data(), 2 * vocab}, nats.data(), i, n);
     });
     std::printf("cross entropy, vocabulary 49152: %.0f us per 64 rows\n", t * 1e6);
 }
 
-}  // namespace ggft_test
+} // namespace ggft_test
