@@ -230,6 +230,7 @@ public:
         LinearInput in;
         in.x = n;
         Tensor z = linear(g, w, {}, in, nullptr);
+        ggml_set_name(z, "loss_logits");
         const bool bf16 = linear_type() == GGML_TYPE_BF16;
         const int64_t V = z->ne[0], M = z->ne[1];
         Tensor nats = g.custom(
@@ -243,7 +244,7 @@ public:
         }
         Tensor W = w.weight;
         Tensor dn =
-            g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, z},
+            g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, z},
                      [=, precision = precision_](Tensor dn, int ith, int nth) {
                          matmul_nn(precision, weight_of(W), {z->data, bf16, bf16 ? 2 * V : V},
                                    nullptr, {floats(dn), dn->ne[0]}, M, ith, nth);
