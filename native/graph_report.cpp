@@ -61,11 +61,13 @@ std::vector<NodeReport> GraphReport::nodes() const {
 void require_supported(const std::vector<NodeReport> & nodes, ggml_backend_dev_t device) {
     std::string lacking;
     for (const NodeReport & r : nodes) {
-        if (!r.supported) { lacking += std::string(lacking.empty() ? "" : "; ") + r.op + ": " + r.shape; }
+        if (!r.supported) {
+            lacking += std::string(lacking.empty() ? "" : "; ") + r.op + ": " + r.shape;
+        }
     }
     require(lacking.empty(), ErrorKind::resource,
-            std::string("device ") + ggml_backend_dev_name(device) + " (" + ggml_backend_dev_description(device) +
-                ") does not support " + lacking);
+            std::string("device ") + ggml_backend_dev_name(device) + " (" +
+                ggml_backend_dev_description(device) + ") does not support " + lacking);
 }
 
-}  // namespace ggft
+} // namespace ggft
