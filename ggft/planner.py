@@ -307,21 +307,41 @@ def weights_bytes(file: GGUFFile) -> int:
 def physical_cores() -> int:
     """Return the physical cores that this process may use, at least 1.
 
-    Two hyper-threads of a core share its vector units, so more threads than cores train no faster.
+    Two hyper-threads of a core share its vector units, so more threads than cores train no faster;
+    and on Apple's processors a slow core would hold up the fast ones.
     """
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
-        return os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = _linux_cores(os.sched_getaffinity(0))
+    else:
+        cores = _macos_cores() or os.cpu_count() or 1
+    return max(1, cores)
+
+
+def _linux_cores(cpus: set[int]) -> int:
+    """Return the number of cores that have one of these processors."""
     cores = set()
-    for cpu in allowed:
+    for cpu in cpus:
         try:
             topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
             siblings = (topology / "thread_siblings_list").read_text().strip()
         except OSError:
             siblings = str(cpu)
         cores.add(siblings)
-    return max(1, len(cores))
+    return len(cores)
+
+
+def _macos_cores() -> int:
+    """Return the number of performance cores, or of all on Intel; 0 where sysctl does not say."""
+    import subprocess
+
+    for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+        command = ["/usr/sbin/sysctl", "-n", name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            return int(done.stdout)
+        except (OSError, subprocess.SubprocessError, ValueError):
+            continue
+    return 0
 
 
 def available_bytes() -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,26 @@ def test_what_is_predicted_is_what_the_engine_takes(
         actual = buffers["compute"] + buffers["inputs"]
         spare = 16 << 20 if kernels == "ggml" else 1 << 20
         assert 0.95 * actual <= parts["scratch"] <= 1.7 * actual + spare
+
+
+@pytest.mark.parametrize(
+    ("answers", "cores"),
+    [({"hw.perflevel0.physicalcpu": "4\n"}, 4), ({"hw.physicalcpu": "2\n"}, 2), ({}, 7)],
+)
+def test_cores_of_a_mac(
+    answers: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's fast cores, an Intel's physical ones, or what Python says."""
+
+    def sysctl(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if command[-1] not in answers:
+            raise subprocess.CalledProcessError(1, command)
+        return subprocess.CompletedProcess(command, 0, answers[command[-1]])
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    monkeypatch.setattr(subprocess, "run", sysctl)
+    assert physical_cores() == cores
 
 
 def test_this_machine() -> None:
