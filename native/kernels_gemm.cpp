@@ -117,9 +117,13 @@ void prefetch_rows(const Rows & x, const Range & rows, int64_t k0, int64_t kc, i
                    int64_t shares) {
     const int64_t size = x.is_bf16 ? 2 : 4, lines = (kc * size + 63) / 64;
     const Range part = split_range((rows.last - rows.first) * lines, 1, (int)share, (int)shares);
+    int64_t row = rows.first + part.first / lines, line = part.first % lines;
     for (int64_t i = part.first; i < part.last; i++) {
-        const int64_t row = rows.first + i / lines, line = i % lines;
         __builtin_prefetch((const char *)x.data + (row * x.stride + k0) * size + line * 64);
+        if (++line == lines) {
+            line = 0;
+            row++;
+        }
     }
 }
 
