@@ -7,6 +7,7 @@ those of test_gradients.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ggft.config import FinetuneConfig
 from ggft.engine import Engine, EngineSettings
+from ggft.options import make as make_config
+from ggft.progress import Progress
+from ggft.train import finetune
 from tests.engines import (
     as_batch,
     gradient_errors,
@@ -149,6 +154,30 @@ def test_evaluation_and_logits(make: Callable[[Spec], Tiny], gpu: str) -> None:
             results.append((total, nats, engine.logits(batch)))
     for got, want in zip(results[1], results[0], strict=True):
         np.testing.assert_allclose(got, want, rtol=BAR, atol=BAR)
+
+
+def test_a_whole_run_follows_the_cpu(tmp_path: Path, gpu: str) -> None:
+    """Plan, train and save as `ggft finetune` does; the losses are the CPU's within 1%."""
+    model = write_model(tmp_path / "tiny.gguf", Spec(types="Q4_0")).path
+    rows = [{"instruction": f"question {i}", "output": f"answer {i * 7}"} for i in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    results = []
+    for device in ("cpu", gpu):
+        config = make_config(
+            FinetuneConfig,
+            {
+                "model": str(model), "data": [str(tmp_path / "rows.json")], "val_split": 0,
+                "output": str(tmp_path / device), "device": device, "samples": 0, "lr": 1e-2,
+                "max_steps": 20, "batch_size": 4, "dropout": 0.0, "threads": 1,
+            },
+        )  # fmt: skip
+        finetune(config, Progress("quiet"))
+        assert (tmp_path / device / "adapter.gguf").stat().st_size > 0
+        lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
+        results.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert len(results[0]) >= 20
+    assert results[0][-1] < results[0][0]
+    assert results[1] == pytest.approx(results[0], rel=1e-2)
 
 
 def smollm2_losses(path: Path, device: str, n_steps: int, text: str) -> list[float]:
