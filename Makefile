@@ -5,6 +5,8 @@ MODEL = smollm2-135m-instruct
 DATA = ggft/data/persona.json
 OUT = results/persona
 # The persona's facts cannot be guessed from one another, so none of its rows is held out.
+# A second `make finetune` goes on where the first was stopped.
+RESUME = $(if $(wildcard $(OUT)/checkpoints), --resume)
 WHOLE = $(if $(filter %persona.json,$(DATA)), --val-split 0)
 # Further flags for ggft finetune or ggft chat, such as ARGS="--epochs 3".
 ARGS =
@@ -48,7 +50,7 @@ setup: $(VENV)/.setup ## make .venv: llama.cpp for this machine, the native modu
 dev: $(VENV)/.dev
 
 finetune: setup ## train MODEL on DATA into OUT (all set-up included)
-	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)" --resume$(WHOLE) $(ARGS)
+	@$(GGFT) finetune -m "$(MODEL)" -d "$(DATA)" -o "$(OUT)"$(RESUME)$(WHOLE) $(ARGS)
 	@echo
 	@echo 'Now talk to it:  make chat$(call given,MODEL)$(call given,OUT)'
 
