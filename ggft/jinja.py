@@ -24,7 +24,7 @@ from .chat_template import Message
 from .errors import InputError
 
 MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
-MAX_WAIT_S = 120.0  # the same, by the clock, for a machine that is short of memory
+MAX_WAIT_S = 600.0  # the same, by the clock, for a machine that is busy or short of memory
 MAX_MEMORY_BYTES = 512 << 20  # beyond what the process has at its start
 _LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # Python itself may need them
 _TOO_LARGE = 77  # exit code of a process that outgrew its memory
