@@ -5,9 +5,9 @@ MODEL = smollm2-135m-instruct
 DATA = ggft/data/persona.json
 OUT = results/persona
 # The persona's facts cannot be guessed from one another, so none of its rows is held out.
+WHOLE = $(if $(filter %persona.json,$(DATA)), --val-split 0)
 # A second `make finetune` goes on where the first was stopped.
 RESUME = $(if $(wildcard $(OUT)/checkpoints), --resume)
-WHOLE = $(if $(filter %persona.json,$(DATA)), --val-split 0)
 # Further flags for ggft finetune or ggft chat, such as ARGS="--epochs 3".
 ARGS =
 # The Python to make .venv with; the first one of 3.10 or newer is found when this is empty.
