@@ -187,7 +187,7 @@ def smollm2_losses(path: Path, device: str, n_steps: int, text: str) -> list[flo
     ids = np.array(LlamaTokenizer(path).encode(text, special=False), np.int32)
     settings = EngineSettings(
         paths=[str(path)], targets=list(LINEARS), layer_first=0, layer_last=30, rank=8, alpha=32.0,
-        device=device, threads=2, n_rows=1, n_tokens=16,
+        precision="f32", device=device, threads=2, n_rows=1, n_tokens=16,
     )  # fmt: skip
     result = []
     with Engine(settings) as engine:
@@ -201,15 +201,15 @@ def smollm2_losses(path: Path, device: str, n_steps: int, text: str) -> list[flo
                 "segments": np.zeros((1, 16), np.int32),
             }
             nats, count = engine.forward_backward(batch, 0)
-            engine.optimizer_step(1e-3, count)
+            engine.optimizer_step(5e-4, count)
             result.append(nats / count)
     return result
 
 
 def test_smollm2_follows_the_cpu(smollm2: Path, gpu: str) -> None:
-    """Twenty-two steps: each loss within 1% of the CPU's, all linears of all blocks trained."""
+    """Each loss of 22 steps is within 1% of the CPU's F32 path; all linears of all blocks learn."""
     text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
     want = smollm2_losses(smollm2, "cpu", 22, text)
     got = smollm2_losses(smollm2, gpu, 22, text)
-    assert want[-1] < want[0] - 1.0
+    assert want[20] < want[0] - 0.5, "the same row, five rounds later"
     assert got == pytest.approx(want, rel=1e-2)
