@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.batching import Batch, Batches, balance, pack
@@ -40,7 +40,7 @@ def examples_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
 lengths_lists = st.lists(st.integers(1, 64), min_size=1, max_size=60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=lengths_lists,
     n_tokens=st.integers(64, 200),
@@ -68,7 +68,7 @@ def test_no_token_is_lost_and_no_example_mixed(
     assert sorted(seen) == sorted(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200), n_tokens=st.integers(50, 99))
 def test_packing_is_tight(lengths: list[int], n_tokens: int) -> None:
     rows = pack(lengths, n_tokens)
@@ -129,7 +129,7 @@ def test_a_store_gives_back_what_it_got_from_memory_or_file(memory_tokens: int) 
     assert small.get(len(lengths))[1].tolist() == [False, True]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trained=st.lists(st.booleans(), min_size=1, max_size=40), cut=st.integers(1, 45))
 def test_trained_tokens_are_counted_after_cutting(trained: list[bool], cut: int) -> None:
     made = TokenStore(keep=False)

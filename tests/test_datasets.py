@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.chat_template import Message
@@ -96,7 +96,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(
         st.dictionaries(st.text(min_size=1, max_size=4), json_values, max_size=4),
@@ -208,7 +208,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 words = texts.filter(str.strip)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(
         st.fixed_dictionaries({"instruction": words, "output": texts}, optional={"input": texts})

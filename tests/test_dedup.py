@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.chat_template import Message
@@ -88,7 +88,7 @@ def test_normalized() -> None:
     assert normalized(" The  ＦＯＧ, is… here_now ") == "the fog is here now"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     group=st.lists(st.integers(0, 30), min_size=1, max_size=80),
     n=st.integers(0, 20),
