@@ -24,6 +24,7 @@ from ggft.gguf_write import TensorSource, write_gguf
 
 if TYPE_CHECKING:
     from ggft.engine import FloatArray
+    from ggft.templates import Template
 
 A_SUFFIX, B_SUFFIX = ".lora_a", ".lora_b"
 
@@ -265,3 +266,20 @@ def _bad(tensor: TensorInfo, what: str, found: str, expected: str) -> InputError
         found=found,
         expected=expected,
     )
+
+
+def check_template_hash(template: Template, adapter: Adapter) -> None:
+    """Refuse a template whose text is not the one that the adapter was trained with.
+
+    Raises:
+        InputError: The hashes differ.
+    """
+    wanted = adapter.meta.template_sha256
+    if wanted not in (None, template.source_hash):
+        raise InputError(
+            f"the template `{template.name}` is not the one that the adapter was trained with",
+            path=adapter.path,
+            found=f"SHA-256 {template.source_hash[:16]}…",
+            expected=f"{str(wanted)[:16]}…",
+            hint="give the template's file to --template",
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ggft.adapter import A_SUFFIX, B_SUFFIX, Adapter, read_adapter
+from ggft.adapter import A_SUFFIX, B_SUFFIX, Adapter, check_template_hash, read_adapter
 from ggft.base import Base, Data, load_data, open_base
 from ggft.batching import Batches
 from ggft.config import TARGETS, EvalConfig, parse_size
@@ -78,15 +78,8 @@ def with_template(config: EvalConfig, adapter: Adapter) -> Base:
     if name == "auto":
         name = adapter.meta.template or "auto"
     base = open_base(config.model, name)
-    wanted = adapter.meta.template_sha256
-    if config.template == "auto" and wanted not in (None, base.template.source_hash):
-        raise InputError(
-            f"the template `{name}` is not the one that the adapter was trained with",
-            path=adapter.path,
-            found=f"SHA-256 {base.template.source_hash[:16]}…",
-            expected=f"{str(wanted)[:16]}…",
-            hint="give the template's file to --template",
-        )
+    if config.template == "auto":
+        check_template_hash(base.template, adapter)
     return base
 
 

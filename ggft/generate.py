@@ -147,21 +147,18 @@ def choose_template(
     Raises:
         InputError: No such template, or the adapter was trained with another text of it.
     """
+    from ggft.adapter import check_template_hash
     from ggft.templates import make_template
 
     trained = adapter.meta.template if adapter else None
     template = make_template(
         trained or "auto" if name == "auto" else name, file.metadata, tokenizer
     )
-    wanted = adapter.meta.template_sha256 if adapter else None
-    if wanted is not None and wanted != template.source_hash:
-        if name == "auto":
-            raise InputError(
-                f"the template `{trained}` is not the one that the adapter was trained with",
-                path=adapter.path if adapter else None,
-                found=f"SHA-256 {template.source_hash[:16]}…", expected=f"{wanted[:16]}…",
-                hint="give the template's file to --template",
-            )  # fmt: skip
+    if adapter is None:
+        return template
+    if name == "auto":
+        check_template_hash(template, adapter)
+    elif adapter.meta.template_sha256 not in (None, template.source_hash):
         note("warning: the adapter was trained with another template; answers may be worse")
     return template
 
