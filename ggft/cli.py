@@ -63,15 +63,22 @@ def finetune(config: FinetuneConfig) -> Any:
             return code
     from ggft.train import finetune as action
 
-    return action(_with_model(config))
+    if not config.dry_run:
+        return action(_with_model(config))
+    from ggft.outline import model_outline
+
+    with model_outline(config.model) as path:
+        return action(replace(config, model=str(path)))
 
 
 @verb(cli, "ggft.config:FinetuneConfig", config_file=True)
 def plan(config: FinetuneConfig) -> None:
     """Say what training would need, from the model's header alone."""
+    from ggft.outline import model_outline
     from ggft.train import plan as action
 
-    action(_with_model(config))
+    with model_outline(config.model) as path:
+        action(replace(config, model=str(path)))
 
 
 @verb(cli, "ggft.prepare:PrepareConfig")

@@ -6,9 +6,9 @@ never a mapping: a file that shrinks meanwhile gives an error and not a SIGBUS.
 
 from __future__ import annotations
 
-import os
 import struct
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,17 +67,21 @@ class Cursor:
     Args:
         path: For messages.
         file_bytes: The file's size.
-        descriptor: An open file descriptor.
+        read: Gives at most so many bytes from a position on, as os.pread of an open file does.
         window_bytes: How much to read ahead at first.
     """
 
     def __init__(
-        self, path: Path, file_bytes: int, descriptor: int, window_bytes: int = 1 << 20
+        self,
+        path: Path,
+        file_bytes: int,
+        read: Callable[[int, int], bytes],
+        window_bytes: int = 1 << 20,
     ) -> None:
         self.path = path
         self.file_bytes = file_bytes
         self.pos = 0
-        self._descriptor = descriptor
+        self._read = read
         self._window_bytes = window_bytes
         # The window: bytes of the file from _base on.
         self._base = 0
@@ -121,7 +125,7 @@ class Cursor:
         wanted = min(self.file_bytes, ahead) - self._base
         while len(self._loaded) < wanted:
             at = self._base + len(self._loaded)
-            chunk = os.pread(self._descriptor, min(wanted - len(self._loaded), _READ_BYTES), at)
+            chunk = self._read(min(wanted - len(self._loaded), _READ_BYTES), at)
             if not chunk:
                 raise self.fail(
                     "the file became shorter while it was read",

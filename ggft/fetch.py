@@ -224,12 +224,7 @@ def _receive(client: httpx2.Client, remote: Remote, part: _Part, bar: Any) -> No
     ) as answer:
         if answer.status_code == 416:  # what is here is longer than what is there
             part.restart()
-        check_status(answer, remote.name, remote.page)
-        if "text/html" in answer.headers.get("Content-Type", ""):
-            raise NetworkError(
-                f"a web page came instead of {remote.name}",
-                hint="this network may want you to sign in first: open any page in a browser",
-            )
+        _check_answer(answer, remote)
         resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(
             f"bytes {part.n_bytes}-"
         )
@@ -243,6 +238,62 @@ def _receive(client: httpx2.Client, remote: Remote, part: _Part, bar: Any) -> No
             if remote.size is not None and part.n_bytes > remote.size:
                 part.restart()
                 raise BusyError(f"more than the expected {remote.size} bytes came")
+
+
+def fetch_range(client: httpx2.Client, remote: Remote, first: int, n_bytes: int) -> bytes:
+    """Return `n_bytes` of a remote file from byte `first` on; bounded tries.
+
+    Raises:
+        NetworkError: Not to be had.
+    """
+    import httpx2
+
+    failures = 0
+    while True:
+        try:
+            return _receive_range(client, remote, first, n_bytes)
+        except (httpx2.RequestError, BusyError) as error:
+            failures += 1
+            if failures >= N_TRIES:
+                raise NetworkError(
+                    f"{remote.name} could not be read: {reason(error)}",
+                    hint="check the connection, then run the same command again",
+                ) from None
+            pause(failures, error)
+
+
+def _receive_range(client: httpx2.Client, remote: Remote, first: int, n_bytes: int) -> bytes:
+    """Make one request; a server that ignores the range is listened to until it was sent."""
+    import httpx2
+
+    headers = {**remote.headers, "Accept-Encoding": "identity"}
+    headers["Range"] = f"bytes={first}-{first + n_bytes - 1}"
+    timeout = httpx2.Timeout(STALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    with client.stream(
+        "GET", remote.url, headers=headers, timeout=timeout, follow_redirects=True
+    ) as answer:
+        _check_answer(answer, remote)
+        begin = first if answer.status_code == 206 else 0
+        data = bytearray()
+        for chunk in answer.iter_raw(_CHUNK_BYTES):
+            data += chunk
+            if begin + len(data) >= first + n_bytes:
+                return bytes(data[first - begin :][:n_bytes])
+    raise BusyError("the connection ended early")
+
+
+def _check_answer(answer: httpx2.Response, remote: Remote) -> None:
+    """Refuse an error, or a page instead of the file.
+
+    Raises:
+        BusyError, NetworkError: As `check_status`.
+    """
+    check_status(answer, remote.name, remote.page)
+    if "text/html" in answer.headers.get("Content-Type", ""):
+        raise NetworkError(
+            f"a web page came instead of {remote.name}",
+            hint="this network may want you to sign in first: open any page in a browser",
+        )
 
 
 def check_status(answer: httpx2.Response, name: str, page: str) -> None:

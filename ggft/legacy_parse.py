@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ggft.cursor import Cursor
@@ -120,13 +121,14 @@ def read_part(path: Path) -> LegacyPart:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"cannot open the file: {error.strerror}", path=path) from None
+    read = partial(os.pread, descriptor)
     try:
         try:
-            part = _parse(Cursor(path, file_bytes, descriptor, 1 << 16), block_64=False)
+            part = _parse(Cursor(path, file_bytes, read, 1 << 16), block_64=False)
             return _with_planar_rows(part, descriptor)
         except InputError as error:
             try:
-                part = _parse(Cursor(path, file_bytes, descriptor, 1 << 16), block_64=True)
+                part = _parse(Cursor(path, file_bytes, read, 1 << 16), block_64=True)
             except InputError:
                 raise error from None
             if not any(tensor.layout.is_block_64 for tensor in part.tensors.values()):

@@ -97,9 +97,10 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
         def from_storage(self, name: str) -> None:
             fault, data = hub.faults.get(name, ""), hub.files[name]
             wanted = self.headers.get("Range")
-            first = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+            begin, _, last = (wanted or "").removeprefix("bytes=").partition("-")
+            first, end = int(begin or 0), int(last) + 1 if last else None
             if fault == "ignores-range":
-                first = 0
+                wanted, first, end = None, 0, None
             if fault == "login-at-storage":
                 self.reply(200, {"Content-Type": "text/html"}, b"<html>Please sign in</html>")
                 return
@@ -107,10 +108,10 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
                 data = data[:-1] + bytes([data[-1] ^ 1])
             if fault == "longer":
                 data += b"more"
-            body, headers = data[first:], {"Content-Type": "application/octet-stream"}
-            if first:
-                headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            self.send_response(206 if first else 200)
+            body, headers = data[first:end], {"Content-Type": "application/octet-stream"}
+            if wanted:
+                headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/{len(data)}"
+            self.send_response(206 if wanted else 200)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
             self.end_headers()

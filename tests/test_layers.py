@@ -17,7 +17,7 @@ gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write
 chat_template jinja encoding builtin_templates templates vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_vocab block_scales
-llamacpp ggml_quants receipt engine adapter checkpoint planner fetch registry hub
+llamacpp ggml_quants receipt engine adapter checkpoint planner fetch registry hub outline
 base rundir report samples trainer
 evaluate train prepare convert inspect merge quantize generate doctor bench
 command cli
