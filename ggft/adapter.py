@@ -23,6 +23,7 @@ from ggft.gguf import GGMLType, GGUFFile, TensorInfo, Value, dequantize, read_gg
 from ggft.gguf_write import TensorSource, write_gguf
 
 if TYPE_CHECKING:
+    from ggft.encoding import Tokenizer
     from ggft.engine import FloatArray
     from ggft.templates import Template
 
@@ -268,17 +269,48 @@ def _bad(tensor: TensorInfo, what: str, found: str, expected: str) -> InputError
     )
 
 
-def check_template_hash(template: Template, adapter: Adapter) -> None:
-    """Refuse a template whose text is not the one that the adapter was trained with.
+def choose_template(
+    name: str,
+    adapter: Adapter | None,
+    file: GGUFFile,
+    tokenizer: Tokenizer,
+    warn: Callable[[str], None],
+) -> Template:
+    """Return the template to ask with; `auto` is the one that was trained with.
+
+    An adapter says which one that was, and so does a model that one was merged into.
+
+    Raises:
+        InputError: No such template, or it has another text than in training.
+    """
+    from ggft.templates import make_template
+
+    if adapter is None:
+        path, trained = file.path, _text(file, "ggft.template")
+        wanted = _text(file, "ggft.template_sha256")
+    else:
+        path, trained = adapter.path, adapter.meta.template
+        wanted = adapter.meta.template_sha256
+    template = make_template(
+        trained or "auto" if name == "auto" else name, file.metadata, tokenizer
+    )
+    if name == "auto":
+        check_template_hash(template, path, wanted)
+    elif wanted not in (None, template.source_hash):
+        warn("warning: the adapter was trained with another template; answers may be worse")
+    return template
+
+
+def check_template_hash(template: Template, path: Path, wanted: str | None) -> None:
+    """Refuse a template whose text is not the one that the adapter at `path` was trained with.
 
     Raises:
         InputError: The hashes differ.
     """
-    wanted = adapter.meta.template_sha256
     if wanted not in (None, template.source_hash):
         raise InputError(
             f"the template `{template.name}` is not the one that the adapter was trained with",
-            path=adapter.path,
+            path=path,
             found=f"SHA-256 {template.source_hash[:16]}…",
             expected=f"{str(wanted)[:16]}…",
             hint="give the template's file to --template",

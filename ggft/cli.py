@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ggft.config import EvalConfig, FinetuneConfig
     from ggft.convert import ConvertConfig
     from ggft.doctor import DoctorConfig
+    from ggft.export import ExportConfig
     from ggft.generate import GenerateConfig
     from ggft.hub import DownloadConfig
     from ggft.inspect import InfoConfig
@@ -155,12 +156,16 @@ def info(config: InfoConfig, file: str) -> None:
 @click.argument("old")
 @click.argument("new")
 def convert(config: ConvertConfig, old: str, new: str) -> None:
-    """Convert an old llama GGML file (.bin) to GGUF.
+    """Convert an old llama GGML file (.bin), or a PEFT adapter, to GGUF.
 
-    OLD is the file, or the first part of several; NEW is the GGUF to write.
+    OLD is the file, the first part of several, or an adapter's folder (see --base); NEW is the
+    GGUF to write.
     """
     from ggft.convert import convert as action
+    from ggft.hub import find_model
 
+    if config.base is not None:
+        config = replace(config, base=str(find_model(config.base)))
     click.echo(action(old, new, config))
 
 
@@ -197,6 +202,20 @@ def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) ->
     from ggft.quantize import quantize_file as action
 
     click.echo(action(str(find_model(model)), output, type_name, config))
+
+
+@verb(cli, "ggft.export:ExportConfig")
+@click.argument("model")
+@click.argument("folder")
+def export(config: ExportConfig, model: str, folder: str) -> None:
+    """Write a folder for Ollama or PEFT.
+
+    MODEL is the base model's GGUF or its name, or a merged model; FOLDER is made.
+    """
+    from ggft.export import export as action
+    from ggft.hub import find_model
+
+    click.echo(action(str(find_model(model)), folder, config))
 
 
 @verb(cli, "ggft.report:ReportConfig")

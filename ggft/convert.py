@@ -1,13 +1,12 @@
-"""Converts old llama GGML files to GGUF.
+"""Converts to GGUF: old llama GGML files, and adapters of PEFT.
 
-The tensors stream from file to file, a few rows at a time; codes are moved, never requantized, as
-long as a current type can hold them. What an old file leaves out (context length, norm epsilon,
-rope base) is inferred, printed with the reason, and can be given by flag.
+The tensors of an old file stream from file to file, a few rows at a time; codes are moved, never
+requantized, as long as a current type can hold them. What such a file leaves out (context length,
+norm epsilon, rope base) is inferred, printed with the reason, and can be given by flag.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +23,11 @@ from ggft.gguf import GGMLType, Value, check_model, read_gguf
 from ggft.gguf_write import TensorSource, write_gguf
 from ggft.legacy import JoinedTensor, LegacyFile, read_legacy
 from ggft.legacy_blocks import ScaleLoss, repack, to_blocks, unpack
+from ggft.legacy_family import Inference, infer
 from ggft.legacy_parse import LegacyTensor
 from ggft.legacy_vocab import SpmVocabulary, load_vocabulary, rebuild_vocabulary
 from ggft.options import option
+from ggft.peft import convert_peft, is_peft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,18 +80,13 @@ class ConvertConfig:
         "--type", default="F16", choices=("F16", "F32", "Q8_0"),
         help="Type for tensors whose old type no current one can hold (Q4_2, Q4_3, 64-element K)",
     )  # fmt: skip
+    base: str | None = option(
+        "--base", default=None, metavar="PATH|NAME", shown="none",
+        help="For a PEFT adapter: the model in GGUF that it will be used with",
+    )  # fmt: skip
     name: str | None = option(
         "--name", default=None, shown="from the file's name", help="Name written into the GGUF"
     )
-
-
-@dataclass(frozen=True)
-class Inference:
-    """A value that the old file does not say: what, how much, and why."""
-
-    what: str
-    value: str
-    why: str
 
 
 @dataclass
@@ -202,7 +198,9 @@ def _metadata(
         report.inferences.append(
             Inference("key/value heads", str(file.n_head_kv), "the rows of attention.wk")
         )
-    context, eps, rope_base = _infer(file, config, report)
+    context, eps, rope_base = infer(
+        file, report.inferences, context=config.context, eps=config.eps, rope_base=config.rope_base
+    )
     report.inferences += [Inference("vocabulary", note, "") for note in vocabulary.notes]
     return {
         "general.architecture": "llama",
@@ -221,49 +219,6 @@ def _metadata(
         "llama.vocab_size": hparams.n_vocab,
         **vocabulary.metadata(),
     }
-
-
-def _infer(
-    file: LegacyFile, config: ConvertConfig, report: ConvertReport
-) -> tuple[int, float, float]:
-    """Return context length, norm epsilon and rope base; given, or those of the model's family."""
-    family, why, context, eps, rope_base = _family(file)
-    report.inferences.append(Inference("family", family, why))
-    for what, given, inferred in (
-        ("context length", config.context, context),
-        ("norm epsilon", config.eps, eps),
-        ("rope base", config.rope_base, rope_base),
-    ):
-        value = inferred if given is None else given
-        reason = f"as {family}" if given is None else "given"
-        report.inferences.append(Inference(what, f"{value:g}", reason))
-    return (
-        context if config.context is None else config.context,
-        eps if config.eps is None else config.eps,
-        rope_base if config.rope_base is None else config.rope_base,
-    )
-
-
-def _family(file: LegacyFile) -> tuple[str, str, int, float, float]:
-    """Return the family, why, and its context length, norm epsilon and rope base."""
-    name = file.paths[0].name
-    llama_1 = ("Llama 1", 2048, 1e-6, 10000.0)
-    llama_2 = ("Llama 2", 4096, 1e-5, 10000.0)
-    code_llama = ("Code Llama", 16384, 1e-5, 1e6)
-    if file.container != "ggjt" or file.version < 3:
-        found, why = llama_1, "the container is older than Llama 2"
-    elif re.search(r"code[-_ ]?llama", name, re.IGNORECASE):
-        found, why = code_llama, "the file's name"
-    elif file.hparams.n_vocab == 32016:
-        found, why = code_llama, "32016 tokens"
-    elif file.n_head_kv < file.hparams.n_head:
-        found, why = llama_2, "grouped-query attention"
-    elif re.search(r"llama[-_ ]?2|llama[-_ ]?v2", name, re.IGNORECASE):
-        found, why = llama_2, "the file's name"
-    else:
-        found, why = llama_1, "nothing says Llama 2; if it is, give --context 4096 --eps 1e-5"
-    family, context, eps, rope_base = found
-    return family, why, context, eps, rope_base
 
 
 def _file_type(file: LegacyFile, tensors: list[TensorSource]) -> int:
@@ -368,9 +323,28 @@ def convert(old: str | Path, new: str | Path, config: ConvertConfig) -> str:
     """Convert with a progress bar where somebody watches; return what `ggft convert` prints."""
     from tqdm import tqdm
 
+    if is_peft(Path(old)):
+        return _convert_adapter(Path(old), Path(new), config)
+    if config.base is not None:
+        raise InputError(
+            "--base is for PEFT adapters", path=old, expected="a folder with adapter_config.json"
+        )
+
     with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
         report = convert_model(old, new, config, lambda done: bar.update(done - bar.n))
     return render(report)
+
+
+def _convert_adapter(old: Path, new: Path, config: ConvertConfig) -> str:
+    """Convert an adapter of PEFT; return what `ggft convert` prints."""
+    if config.base is None:
+        raise InputError(
+            "a PEFT adapter needs its base model in GGUF", path=old,
+            hint=f"ggft convert {old} {new} --base MODEL.gguf",
+        )  # fmt: skip
+    meta = convert_peft(old, new, read_gguf(config.base))
+    size = format_bytes(new.stat().st_size)
+    return f"wrote {new}, {size}: LoRA of rank {meta.rank}, alpha {meta.alpha:g}"
 
 
 def render(report: ConvertReport) -> str:

@@ -79,7 +79,7 @@ def with_template(config: EvalConfig, adapter: Adapter) -> Base:
         name = adapter.meta.template or "auto"
     base = open_base(config.model, name)
     if config.template == "auto":
-        check_template_hash(base.template, adapter)
+        check_template_hash(base.template, adapter.path, adapter.meta.template_sha256)
     return base
 
 

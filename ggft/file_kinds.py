@@ -33,6 +33,8 @@ class FileKind:
 _HINT_DOWNLOAD = "the download did not give the model itself; download it again"
 _HINT_TORCH = "ggft never unpickles; take a GGUF of this model, or convert it with llama.cpp"
 
+_HINT_PEFT = "an adapter becomes GGUF with ggft convert FOLDER NEW.gguf --base MODEL.gguf"
+
 _BY_PREFIX: tuple[tuple[bytes, FileKind], ...] = (
     (GGUF_MAGIC, FileKind("gguf", "a GGUF file")),
     (b"FUGG", FileKind("gguf-reversed", "a GGUF magic written backwards")),
@@ -72,7 +74,7 @@ def identify(head: bytes) -> FileKind:
         return FileKind("html", "an HTML page", _HINT_DOWNLOAD)
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return FileKind(
-            "safetensors", "a safetensors file", "take a GGUF of this model, or convert it"
+            "safetensors", "a safetensors file", f"take a GGUF of this model; {_HINT_PEFT}"
         )
     if head.lstrip()[:1] in (b"{", b"["):
         return FileKind("json", "JSON text", "a model file is needed here")
@@ -111,5 +113,9 @@ def require_regular_file(path: Path) -> int:
             stat.S_IFBLK: "a device",
         }
         found = kinds.get(stat.S_IFMT(status.st_mode), "something else")
-        raise InputError("not a regular file", path=path, found=found, expected="a file")
+        is_peft = (path / "adapter_config.json").exists()
+        raise InputError(
+            "not a regular file", path=path, found=found, expected="a file",
+            hint=_HINT_PEFT if is_peft else None,
+        )  # fmt: skip
     return status.st_size

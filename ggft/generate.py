@@ -19,10 +19,7 @@ from ggft.options import option
 from ggft.terminal import printable
 
 if TYPE_CHECKING:
-    from ggft.adapter import Adapter
     from ggft.chat_template import Message
-    from ggft.gguf import GGUFFile
-    from ggft.templates import Template, Tokenizer
 
 CHAT_HELP = """\
 /reset          forget the conversation
@@ -92,7 +89,7 @@ class Speaker:
     """
 
     def __init__(self, config: GenerateConfig) -> None:
-        from ggft.adapter import read_adapter
+        from ggft.adapter import choose_template, read_adapter
         from ggft.gguf import check_model, read_gguf
         from ggft.llamacpp import LlamaModel
 
@@ -105,7 +102,7 @@ class Speaker:
             n_ctx=config.context, threads=config.threads, device=config.device,
         )  # fmt: skip
         self._words = self._model.vocabulary
-        self.template = choose_template(config.template, adapter, file, self._words)
+        self.template = choose_template(config.template, adapter, file, self._words, note)
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer to a conversation in printable pieces, whole characters only."""
@@ -137,30 +134,6 @@ class Speaker:
     def close(self) -> None:
         """Give the model's memory back."""
         self._model.close()
-
-
-def choose_template(
-    name: str, adapter: Adapter | None, file: GGUFFile, tokenizer: Tokenizer
-) -> Template:
-    """Return the template to ask with; `auto` is the one that the adapter was trained with.
-
-    Raises:
-        InputError: No such template, or the adapter was trained with another text of it.
-    """
-    from ggft.adapter import check_template_hash
-    from ggft.templates import make_template
-
-    trained = adapter.meta.template if adapter else None
-    template = make_template(
-        trained or "auto" if name == "auto" else name, file.metadata, tokenizer
-    )
-    if adapter is None:
-        return template
-    if name == "auto":
-        check_template_hash(template, adapter)
-    elif adapter.meta.template_sha256 not in (None, template.source_hash):
-        note("warning: the adapter was trained with another template; answers may be worse")
-    return template
 
 
 def note(text: str) -> None:

@@ -156,7 +156,10 @@ def make(
         values[name] = _convert(options[name], value, where=None)
     for name, entry in options.items():
         if entry.required and name not in values:
-            raise InputError(f"{entry.flag} is required")
+            raise InputError(
+                f"{entry.flag} is required",
+                expected=None if entry.choices is None else " or ".join(entry.choices),
+            )
     return config_class(**values)
 
 

@@ -51,6 +51,7 @@ class Template:
         source_hash: SHA-256 of the source, written into adapters.
         stop_ids: Tokens that end a generated answer.
         end_id: The token that an answer is trained to end with.
+        added_end: The same where it is put behind answers because the template writes none.
         notes: What a user should know about this template, a sentence each.
     """
 
@@ -61,6 +62,7 @@ class Template:
         self.source = source
         self.source_hash = hashlib.sha256(source.encode()).hexdigest()
         self.tokenizer = tokenizer
+        self.added_end: int | None = None
         self.notes: list[str] = []
         self._splitter = Splitter(render)
         self._space_prefix = space_prefix
@@ -69,7 +71,6 @@ class Template:
         self._literal_ids: dict[str, list[int]] = {}
         self._specials: dict[int, SpecialToken | None] = {}
         self._end_text = ""
-        self._closing: int | None = None
         self._learn_end()
 
     def _learn_end(self) -> None:
@@ -90,7 +91,7 @@ class Template:
             end = t.eos_id if t.eos_id is not None else t.eot_id
             if end is None:
                 raise InputError("neither the template nor the vocabulary has an end token")
-            self._closing = self.end_id = end
+            self.added_end = self.end_id = end
             self.notes.append(
                 f"the template ends answers with no token of this vocabulary; {t.token_text(end)}"
                 " is added to them"
@@ -168,8 +169,11 @@ class Template:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the model's next answer begins."""
-        parts = self._splitter.split(self._prepared(messages), prompt=True)
-        return self._encode(parts).ids
+        return self._encode(self.prompt_parts(messages)).ids
+
+    def prompt_parts(self, messages: Sequence[Message]) -> list[Part]:
+        """Return fixed texts and contents of a prompt, as `encode_prompt` tokenizes them."""
+        return self._splitter.split(self._prepared(messages), prompt=True)
 
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
@@ -209,8 +213,8 @@ class Template:
             if part.is_content:
                 answer = part.side is Side.ANSWER
                 run.text(part.text, part.side, learn and answer, content=True)
-                if answer and self._closing is not None:
-                    run.token(self._closing, learn)
+                if answer and self.added_end is not None:
+                    run.token(self.added_end, learn)
             elif part.side is Side.TAIL:
                 self._encode_tail(run, part, last=closed and n == len(parts) - 1)
             else:

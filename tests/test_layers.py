@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # one another.
 LAYERS = """
 errors terminal file_kinds options config description progress interrupt supervise
-gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal matmul_peak
-chat_template jinja encoding builtin_templates templates vocabulary
+gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal
+safetensors matmul_peak
+chat_template jinja encoding builtin_templates templates ollama vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
-legacy_blocks legacy_parse legacy legacy_vocab block_scales
-llamacpp ggml_quants receipt engine adapter checkpoint planner fetch registry hub outline
+legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
+llamacpp ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
 base rundir report samples trainer
-evaluate train prepare convert inspect merge quantize generate doctor bench
+evaluate train prepare convert inspect merge quantize export generate doctor bench
 command cli
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]

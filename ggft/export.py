@@ -1,0 +1,137 @@
+"""`ggft export`: a model or an adapter as other programs take it.
+
+For Ollama, a folder with a Modelfile whose template writes the very prompts of training; for PEFT,
+a folder that `PeftModel.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggft.adapter import Adapter, choose_template, read_adapter
+from ggft.errors import InputError
+from ggft.gguf import GGUFFile, check_model, read_gguf
+from ggft.gguf_write import atomic_output
+from ggft.llamacpp import LlamaTokenizer
+from ggft.ollama import go_template, learn_turns, modelfile
+from ggft.options import option
+from ggft.peft import write_peft
+
+MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of `ggft export`."""
+
+    to: str = option("--to", choices=("ollama", "peft"), help="Whom the folder is for")
+    adapter: str | None = option(
+        "--adapter", "-a", "--lora", default=None, metavar="FILE", help="LoRA adapter (GGUF)"
+    )
+    template: str = option(
+        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
+        help="Prompt template; `auto` is the adapter's, else the model's own",
+    )  # fmt: skip
+    system: str | None = option(
+        "--system", default=None, metavar="TEXT", shown="none", help="System prompt (Ollama)"
+    )
+    overwrite: bool = option(
+        "--overwrite", default=False, help="Replace files in a folder that is not empty"
+    )
+
+
+def export(model: str, folder: str, config: ExportConfig) -> str:
+    """Write the folder, whole or not at all; return what `ggft export` prints.
+
+    Args:
+        model: The path of the base model's GGUF, or of a merged one.
+        folder: Where to write; made if it is not there.
+        config: Whom for, and what with.
+
+    Raises:
+        InputError: The files do not fit, the folder is in use, or the other program has no equal
+            of what was trained.
+        ResourceError: The disk is full.
+    """
+    base = read_gguf(model)
+    info = check_model(base)
+    adapter = None if config.adapter is None else read_adapter(config.adapter, base)
+    target = Path(folder)
+    if config.to == "ollama":
+        texts, notes = _for_ollama(base, adapter, config)
+        with _folder(target, config.overwrite):
+            if adapter is not None:
+                _copy(adapter.path, target / ADAPTER)
+            with atomic_output(target / MODELFILE) as temporary:
+                temporary.write_text(texts, encoding="utf-8")
+        todo = f"ollama create NAME -f {target / MODELFILE}"
+    else:
+        if adapter is None:
+            raise InputError("for PEFT there must be an adapter", hint="give one with --adapter")
+        with _folder(target, config.overwrite):
+            write_peft(target, adapter, info)
+        notes, todo = [], f'PeftModel.from_pretrained(model, "{target}")'
+    lines = [f"wrote {target}", *(f"note: {note}" for note in notes), f"next: {todo}"]
+    return "\n".join(lines)
+
+
+def _for_ollama(
+    base: GGUFFile, adapter: Adapter | None, config: ExportConfig
+) -> tuple[str, list[str]]:
+    """Return the Modelfile, and what to know of it."""
+    if len(base.paths) > 1:
+        raise InputError(
+            "Ollama takes no model in parts", path=base.path, hint="ggft merge writes one file"
+        )
+    notes: list[str] = []
+    tokenizer = LlamaTokenizer(base.path)
+    template = choose_template(config.template, adapter, base, tokenizer, notes.append)
+    turns = learn_turns(template)
+    if config.system is not None and not turns.takes_system:
+        raise InputError(f"the template `{template.name}` takes no system prompt")
+    stops = [tokenizer.decode([token]).decode("utf-8", "replace") for token in template.stop_ids]
+    text = modelfile(
+        str(base.path.resolve()), go_template(turns), system=config.system, stops=sorted(stops),
+        adapter=None if adapter is None else f"./{ADAPTER}",
+    )  # fmt: skip
+    return text, notes + turns.notes
+
+
+@contextlib.contextmanager
+def _folder(path: Path, overwrite: bool) -> Iterator[None]:
+    """Have a folder to write into; on any exception nothing new stays in it."""
+    if path.exists() and not path.is_dir():
+        raise InputError("the output is a file", path=path, expected="a folder")
+    if not path.parent.is_dir():
+        raise InputError(
+            "the output's folder does not exist", path=path, hint=f"mkdir -p {path.parent}"
+        )
+    created = not path.exists()
+    try:
+        path.mkdir(exist_ok=True)
+        before = set(path.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write here: {error.strerror}", path=path) from None
+    if before and not overwrite:
+        raise InputError(
+            "the folder is not empty", path=path,
+            hint="choose another one, or replace files in it with --overwrite",
+        )  # fmt: skip
+    try:
+        yield
+    except BaseException:
+        for left in set(path.iterdir()) - before:
+            left.unlink()
+        if created:
+            path.rmdir()
+        raise
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all."""
+    with atomic_output(target, expected_bytes=source.stat().st_size, inputs=[source]) as temporary:
+        shutil.copyfile(source, temporary)
