@@ -126,7 +126,7 @@ def download(config: DownloadConfig, model: str | None) -> None:
     MODEL is a name that `ggft models` lists (the default model if not given), or a file on the
     Hugging Face hub: owner/repository/file.gguf[@revision].
     """
-    from ggft.config import DEFAULT_MODEL
+    from ggft.common_options import DEFAULT_MODEL
     from ggft.hub import download as action
 
     click.echo(action(model or DEFAULT_MODEL, config.folder, force=config.force))

@@ -13,10 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ggft.common_options import DEFAULT_MODEL as DEFAULT_MODEL
+from ggft.common_options import (
+    adapter_option,
+    adapter_scale_option,
+    data_option,
+    device_option,
+    format_option,
+    keep_duplicates_option,
+    max_length_option,
+    memory_option,
+    model_option,
+    precision_option,
+    seed_option,
+    template_option,
+    threads_option,
+    train_on_prompt_option,
+    val_split_option,
+)
 from ggft.errors import InputError
 from ggft.options import option
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 TARGET_ALIASES = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -38,22 +55,13 @@ TARGET_GROUPS = {
 class FinetuneConfig:
     """Settings of `ggft finetune` and `ggft plan`."""
 
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="Base model: a GGUF file or a name that `ggft models` lists",
-    )  # fmt: skip
-    data: tuple[str, ...] = option(
-        "-d", "--data", "--data-path", default=(), metavar="PATH",
-        help="Training data: a file or folder; may be repeated",
-    )  # fmt: skip
+    model: str = model_option()
+    data: tuple[str, ...] = data_option("Training data: a file or folder; may be repeated")
     output: str = option(
         "-o", "--output", "--output-dir", default="results", metavar="DIR", recorded=False,
         help="Run directory",
     )  # fmt: skip
-    format: str = option(
-        "--format", default="auto", metavar="NAME",
-        help="Row format of the data; `auto` looks at each row",
-    )  # fmt: skip
+    format: str = format_option()
     epochs: int | None = option(
         "--epochs", "--num-epochs", "--num-train-epochs", default=None, minimum=1, maximum=100_000,
         shown="3, more for tiny data", help="Passes over the data",
@@ -119,36 +127,20 @@ class FinetuneConfig:
         "--layers", "--num-layers", default="all", metavar="N|FIRST-LAST",
         help="Blocks to train: all, the last N, or FIRST-LAST counted from 0",
     )  # fmt: skip
-    max_length: int | None = option(
-        "--max-length", "--max-seq-length", "--cutoff-len", default=None, minimum=8,
-        shown="512", help="Longest example in tokens; longer ones are cut and counted",
-    )  # fmt: skip
+    max_length: int | None = max_length_option(shown="512")
     packing: bool = option(
         "--packing", off=("--no-packing",), default=True,
         help="Put several short examples of a step into one row",
     )  # fmt: skip
-    train_on_prompt: bool = option(
-        "--train-on-prompt", default=False, help="Train on the prompt, too, not only on answers"
-    )
-    template: str = option(
-        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
-        help="Prompt template; `auto` is the model's own, else the instruction template",
-    )  # fmt: skip
-    precision: str = option(
-        "--precision", default="fast", choices=("fast", "f32"),
-        help="fast: what is quickest on this machine; f32: the reference path",
-    )  # fmt: skip
+    train_on_prompt: bool = train_on_prompt_option()
+    template: str = template_option(trained=False)
+    precision: str = precision_option()
     recompute: bool | None = option(
         "--recompute", "--gradient-checkpointing", off=("--keep",), default=None,
         shown="by memory", help="Recompute block internals in the backward pass, or keep them",
     )  # fmt: skip
-    val_split: float | None = option(
-        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
-        help="Share of the rows held out for validation; 0 is off",
-    )  # fmt: skip
-    keep_duplicates: bool = option(
-        "--keep-duplicates", default=False, help="Train on rows that equal an earlier one, too"
-    )
+    val_split: float | None = val_split_option()
+    keep_duplicates: bool = keep_duplicates_option("Train on rows that equal an earlier one, too")
     patience: int | None = option(
         "--patience", "--early-stopping-patience", default=None, minimum=0, shown="3",
         help="Stop after this many evaluations without a better one; 0 is never",
@@ -172,22 +164,14 @@ class FinetuneConfig:
         "--overwrite", "--overwrite-output-dir", default=False, recorded=False,
         help="Replace the run in the output directory",
     )  # fmt: skip
-    seed: int = option("--seed", default=42, minimum=1, maximum=2**31 - 1, help="Random seed")
-    threads: int | None = option(
-        "--threads", "-t", default=None, minimum=1, maximum=1024,
-        shown="physical cores", help="CPU threads",
-    )  # fmt: skip
-    device: str = option(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or a name from `ggft doctor`"
-    )
+    seed: int = seed_option()
+    threads: int | None = threads_option()
+    device: str = device_option()
     kernels: str = option(
         "--kernels", default="auto", choices=("auto", "fused", "ggml"),
         help="CPU kernels: our fused ones or ggml's portable graph",
     )  # fmt: skip
-    memory: str | None = option(
-        "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
-        help="Memory that the run may use, such as 6G",
-    )  # fmt: skip
+    memory: str | None = memory_option()
     samples: int = option(
         "--samples", default=3, minimum=0, maximum=100,
         help="Questions that the report answers before and after",
@@ -227,51 +211,18 @@ class SettledConfig(FinetuneConfig):
 class EvalConfig:
     """Settings of `ggft eval`."""
 
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="Base model: a GGUF file or a name that `ggft models` lists",
-    )  # fmt: skip
-    data: tuple[str, ...] = option(
-        "-d", "--data", "--data-path", default=(), metavar="PATH",
-        help="Data: a file or folder; may be repeated",
-    )  # fmt: skip
-    adapter: str | None = option(
-        "--adapter", "-a", "--lora", default=None, metavar="FILE", help="LoRA adapter (GGUF)"
-    )
-    adapter_scale: float = option(
-        "--adapter-scale", default=1.0, minimum=-100.0, maximum=100.0,
-        help="Factor on the adapter's delta",
-    )  # fmt: skip
-    format: str = option(
-        "--format", default="auto", metavar="NAME",
-        help="Row format of the data; `auto` looks at each row",
-    )  # fmt: skip
-    template: str = option(
-        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
-        help="Prompt template; `auto` is the adapter's, else the model's own",
-    )  # fmt: skip
-    train_on_prompt: bool = option(
-        "--train-on-prompt", default=False, help="Count the prompt's tokens, too"
-    )
-    max_length: int = option(
-        "--max-length", "--max-seq-length", default=512, minimum=8,
-        help="Longest example in tokens; longer ones are cut and counted",
-    )  # fmt: skip
-    precision: str = option(
-        "--precision", default="fast", choices=("fast", "f32"),
-        help="fast: what is quickest on this machine; f32: the reference path",
-    )  # fmt: skip
-    threads: int | None = option(
-        "--threads", "-t", default=None, minimum=1, maximum=1024,
-        shown="physical cores", help="CPU threads",
-    )  # fmt: skip
-    device: str = option(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or a name from `ggft doctor`"
-    )
-    memory: str | None = option(
-        "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
-        help="Memory that the run may use, such as 6G",
-    )  # fmt: skip
+    model: str = model_option()
+    data: tuple[str, ...] = data_option()
+    adapter: str | None = adapter_option()
+    adapter_scale: float = adapter_scale_option()
+    format: str = format_option()
+    template: str = template_option(trained=True)
+    train_on_prompt: bool = train_on_prompt_option("Count the prompt's tokens, too")
+    max_length: int = max_length_option(512)
+    precision: str = precision_option()
+    threads: int | None = threads_option()
+    device: str = device_option()
+    memory: str | None = memory_option()
     json: bool = option("--json", default=False, help="Print the result as JSON")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
-from ggft.config import DEFAULT_MODEL
+from ggft.common_options import device_option, model_option
 from ggft.errors import EXIT_OK, EXIT_RESOURCE, GgftError
 from ggft.metal import metal_rules
 from ggft.options import option
@@ -34,15 +34,11 @@ class DoctorConfig:
     graph: bool = option(
         "--graph", default=False, help="List the nodes of the training graphs of --model, too"
     )
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="The model for --graph: a GGUF file or a name that `ggft models` lists",
-    )  # fmt: skip
-    device: str = option(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="The device for --graph: auto, cpu or NAME; metal is judged by its rules anywhere",
+    model: str = model_option(
+        "The model for --graph: a GGUF file or a name that `ggft models` lists"
+    )
+    device: str = device_option(
+        "The device for --graph: auto, cpu or NAME; metal is judged by its rules anywhere"
     )
     json: bool = option("--json", default=False, help="Print the findings as JSON")
 

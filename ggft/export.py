@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggft.adapter import Adapter, choose_template, read_adapter
+from ggft.common_options import adapter_option, system_option, template_option
 from ggft.errors import InputError
 from ggft.gguf import GGUFFile, check_model, read_gguf
 from ggft.gguf_write import atomic_output
@@ -29,16 +30,9 @@ class ExportConfig:
     """Settings of `ggft export`."""
 
     to: str = option("--to", choices=("ollama", "peft"), help="Whom the folder is for")
-    adapter: str | None = option(
-        "--adapter", "-a", "--lora", default=None, metavar="FILE", help="LoRA adapter (GGUF)"
-    )
-    template: str = option(
-        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
-        help="Prompt template; `auto` is the adapter's, else the model's own",
-    )  # fmt: skip
-    system: str | None = option(
-        "--system", default=None, metavar="TEXT", shown="none", help="System prompt (Ollama)"
-    )
+    adapter: str | None = adapter_option()
+    template: str = template_option(trained=True)
+    system: str | None = system_option()
     overwrite: bool = option(
         "--overwrite", default=False, help="Replace files in a folder that is not empty"
     )

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from ggft.config import DEFAULT_MODEL
+from ggft.common_options import (
+    adapter_option,
+    adapter_scale_option,
+    model_option,
+    system_option,
+    template_option,
+    threads_option,
+)
 from ggft.errors import GgftError, InputError
 from ggft.options import option
 from ggft.terminal import printable
@@ -32,24 +39,11 @@ CHAT_HELP = """\
 class GenerateConfig:
     """Settings of `ggft generate` and `ggft chat`."""
 
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="Base model: a GGUF file or a name that `ggft models` lists",
-    )  # fmt: skip
-    adapter: str | None = option(
-        "--adapter", "-a", "--lora", default=None, metavar="FILE", help="LoRA adapter (GGUF)"
-    )
-    adapter_scale: float = option(
-        "--adapter-scale", default=1.0, minimum=-100.0, maximum=100.0,
-        help="Factor on the adapter's delta",
-    )  # fmt: skip
-    template: str = option(
-        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
-        help="Prompt template; `auto` is the adapter's, else the model's own",
-    )  # fmt: skip
-    system: str | None = option(
-        "--system", default=None, metavar="TEXT", shown="none", help="System prompt"
-    )
+    model: str = model_option()
+    adapter: str | None = adapter_option()
+    adapter_scale: float = adapter_scale_option()
+    template: str = template_option(trained=True)
+    system: str | None = system_option()
     max_tokens: int = option(
         "--max-tokens", "--max-new-tokens", "-n", default=200, minimum=1, maximum=1_000_000,
         help="Longest answer in tokens",
@@ -70,10 +64,7 @@ class GenerateConfig:
         "--context", "--n-ctx", "-c", default=2048, minimum=16, maximum=2**24,
         help="Tokens of prompt and answer together, at most the model's own context",
     )  # fmt: skip
-    threads: int | None = option(
-        "--threads", "-t", default=None, minimum=1, maximum=1024, shown="llama.cpp's choice",
-        help="CPU threads",
-    )  # fmt: skip
+    threads: int | None = threads_option("llama.cpp's choice")
     device: str = option(
         "--device", default="auto", choices=("auto", "cpu"),
         help="auto: the GPU where there is one; cpu: never the GPU",

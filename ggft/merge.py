@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft.adapter import Adapter, read_adapter
+from ggft.common_options import adapter_scale_option, data_option
 from ggft.errors import InputError
 from ggft.ggml_quants import can_quantize, dequantize_rows, quantize_rows, read_rows
 from ggft.gguf import GGMLType, GGUFFile, TensorInfo, Value, ValueType, read_array, read_gguf
@@ -55,14 +56,10 @@ class MergeConfig:
         "--keep", default=0.9, minimum=0.0, maximum=1.0,
         help="With --type auto: share of each delta that must survive",
     )  # fmt: skip
-    scale: float = option(
-        "--adapter-scale", default=1.0, minimum=-16.0, maximum=16.0,
-        help="Strength of the adapter",
-    )  # fmt: skip
-    data: tuple[str, ...] = option(
-        "-d", "--data", default=(), metavar="PATH",
-        help="Held-out rows: also measure what survives of the fine-tune in their loss",
-    )  # fmt: skip
+    scale: float = adapter_scale_option()
+    data: tuple[str, ...] = data_option(
+        "Held-out rows: also measure what survives of the fine-tune in their loss"
+    )
     receipt: str | None = option(
         "--receipt", default=None, metavar="FILE", help="Write the receipt as JSON, too"
     )

@@ -15,7 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ggft.config import DEFAULT_MODEL
+from ggft.common_options import (
+    data_option,
+    format_option,
+    keep_duplicates_option,
+    max_length_option,
+    model_option,
+    seed_option,
+    template_option,
+    train_on_prompt_option,
+    val_split_option,
+)
 from ggft.options import option
 from ggft.terminal import printable
 
@@ -36,14 +46,8 @@ OPEN, CLOSE = "⟦", "⟧"  # around what is trained, so that it is seen without
 class PrepareConfig:
     """Settings of `ggft prepare`."""
 
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="Base model: its tokenizer and template are used",
-    )  # fmt: skip
-    data: tuple[str, ...] = option(
-        "-d", "--data", "--data-path", default=(), metavar="PATH",
-        help="Data: a file or folder; may be repeated",
-    )  # fmt: skip
+    model: str = model_option("Base model: its tokenizer and template are used")
+    data: tuple[str, ...] = data_option()
     out: str | None = option(
         "-o", "--out", default=None, metavar="DIR",
         help="Write the cleaned rows as train.jsonl and valid.jsonl into this folder",
@@ -52,29 +56,13 @@ class PrepareConfig:
         "--preview", default=0, minimum=0, maximum=1000, metavar="N",
         help="Show this many rows with the trained tokens marked",
     )  # fmt: skip
-    format: str = option(
-        "--format", default="auto", metavar="NAME",
-        help="Row format of the data; `auto` looks at each row",
-    )  # fmt: skip
-    template: str = option(
-        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
-        help="Prompt template; `auto` is the model's own, else the instruction template",
-    )  # fmt: skip
-    max_length: int | None = option(
-        "--max-length", "--max-seq-length", "--cutoff-len", default=None, minimum=8,
-        shown="by the data", help="Longest example in tokens; longer ones are cut and counted",
-    )  # fmt: skip
-    val_split: float | None = option(
-        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
-        help="Share of the rows held out for validation; 0 is off",
-    )  # fmt: skip
-    train_on_prompt: bool = option(
-        "--train-on-prompt", default=False, help="Train on the prompt, too, not only on answers"
-    )
-    keep_duplicates: bool = option(
-        "--keep-duplicates", default=False, help="Keep rows that equal an earlier one"
-    )
-    seed: int = option("--seed", default=42, minimum=1, maximum=2**31 - 1, help="Random seed")
+    format: str = format_option()
+    template: str = template_option(trained=False)
+    max_length: int | None = max_length_option(shown="by the data")
+    val_split: float | None = val_split_option()
+    train_on_prompt: bool = train_on_prompt_option()
+    keep_duplicates: bool = keep_duplicates_option("Keep rows that equal an earlier one")
+    seed: int = seed_option()
     json: bool = option("--json", default=False, help="Print the result as JSON")
 
 

@@ -259,7 +259,7 @@ def test_the_registry_is_sound() -> None:
 
 
 def test_the_default_model_is_in_the_registry(smollm2: Path) -> None:
-    from ggft.config import DEFAULT_MODEL
+    from ggft.common_options import DEFAULT_MODEL
 
     entry = registry.registry()[DEFAULT_MODEL]
     data = smollm2.read_bytes()

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # One line a layer; within a line, a module may import what stands before it. Verbs never import
 # one another.
 LAYERS = """
-errors terminal file_kinds options config description progress interrupt supervise
+errors terminal file_kinds options common_options config description progress interrupt supervise
 gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal
 safetensors matmul_peak
 chat_template jinja encoding builtin_templates templates ollama vocabulary
