@@ -7,9 +7,12 @@ import signal
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.runs import Case
 
 # Set before anything imports huggingface_hub, which reads its folders at import. Child processes
 # inherit them: nothing listens on port 9, and pip asks no index.
@@ -51,6 +54,16 @@ def _isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Return a tiny model, data and a place for runs, on the fake engine."""
+    from tests.fakes import native_module
+    from tests.runs import Case
+
+    monkeypatch.setattr("ggft.engine.load_native", native_module)
+    return Case(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,62 +18,7 @@ from ggft.progress import Progress
 from ggft.train import finetune
 from tests.fakes import FakeEngine, native_module
 from tests.models import Spec, write_model
-
-ROWS = [
-    {"instruction": f"question {i}", "input": "", "output": f"answer {i * 7}"} for i in range(23)
-]
-
-
-class Case:
-    """A tiny model, a data file and a place for runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = write_model(folder / "tiny.gguf", Spec(n_layer=1)).path
-        self.data = folder / "rows.json"
-        self.data.write_text(json.dumps(ROWS))
-
-    def config(self, output: str = "run", **given: Any) -> FinetuneConfig:
-        values = {
-            "model": str(self.model),
-            "data": [str(self.data)],
-            "output": str(self.folder / output),
-            "threads": 1,
-            "val_split": 0,
-            "samples": 0,
-            "lr": 3e-4,
-            "dropout": 0.1,
-            "save_steps": 5,
-        }
-        return make(FinetuneConfig, {**values, **given})
-
-    def train(self, output: str = "run", **given: Any) -> Path:
-        finetune(self.config(output, **given), Progress("quiet"))
-        return self.folder / output
-
-    def fails(self, kind: type[GgftError], output: str = "run", **given: Any) -> str:
-        with pytest.raises(kind) as caught:
-            self.train(output, **given)
-        return str(caught.value)
-
-
-@pytest.fixture
-def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr("ggft.engine.load_native", native_module)
-    return Case(tmp_path)
-
-
-def use_engine(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
-    engine = type("Changed", (FakeEngine,), attributes)
-    monkeypatch.setattr("ggft.engine.load_native", lambda: native_module(engine))
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the metrics without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in lines
-    ]
+from tests.runs import ROWS, Case, metrics, snapshot, use_engine
 
 
 def test_a_run_directory_holds_all_that_it_should(case: Case) -> None:
@@ -275,14 +216,6 @@ def test_an_adapter_without_a_checkpoint_is_not_resumed(case: Case) -> None:
     assert "no checkpoint" in case.fails(InputError, epochs=1, resume=True)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def test_an_older_run_is_neither_overwritten_nor_touched(case: Case) -> None:
     run = case.train(epochs=1)
     before = snapshot(run)
@@ -409,102 +342,3 @@ def test_lines_for_people_without_a_terminal(
     assert "step 6/6" in err
     assert "\r" not in err
     assert str(case.folder / "run" / "adapter.gguf") in out
-
-
-KILLED = """
-import os, sys
-import ggft.engine
-from tests.fakes import FakeEngine, native_module
-class Engine(FakeEngine):
-    def optimizer_step(self, *args):
-        if self.step == 7:
-            os.kill(os.getpid(), {number})
-        return super().optimizer_step(*args)
-ggft.engine.load_native = lambda: native_module(Engine)
-from ggft.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "parts"),
-    [
-        (signal.SIGKILL, 137, ["SIGKILL", "out of memory", "smaller --memory"]),
-        (signal.SIGBUS, 135, ["SIGBUS", "mapped file"]),
-        (signal.SIGABRT, 134, ["SIGABRT", "assertion"]),
-    ],
-)
-def test_the_parent_names_what_killed_the_run(
-    case: Case, number: int, code: int, parts: list[str]
-) -> None:
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    settings = ["--save-steps", "5", "--epochs", "3", "--val-split", "0"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(number=number), *arguments, *settings],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == code
-    for part in [*parts, "step-000005", "--resume"]:
-        assert part in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-CHILD = """
-import sys
-import ggft.engine
-from tests.fakes import FakeEngine, native_module
-FakeEngine.delay_s = 0.2
-ggft.engine.load_native = native_module
-from ggft.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
-    case: Case, number: int, code: int
-) -> None:
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert child.stderr is not None
-    lines = []
-    for line in child.stderr:
-        lines.append(line)
-        if line.startswith("step 2/"):
-            break
-    sent_s = time.monotonic()
-    child.send_signal(number)
-    _, rest = child.communicate(timeout=20)
-    assert child.returncode == code, (lines, rest)
-    assert time.monotonic() - sent_s < 2
-    assert "stopped after step" in rest
-    assert "--resume" in rest
-    read_adapter(run / "adapter.gguf", read_gguf(case.model))
-    assert not list(run.rglob("*.tmp"))
-
-
-def test_a_reader_that_leaves_does_not_stop_the_run(case: Case) -> None:
-    """As in `ggft finetune --json | head -1`, with the terminal gone as well."""
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    settings = ["--val-split", "0", "--epochs", "1", "--samples", "0", "--json"]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, *settings],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    with child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        assert json.loads(child.stdout.readline())["event"] == "plan"
-        child.stdout.close()
-        child.stderr.close()
-        assert child.wait(timeout=60) == 0
-    assert len(metrics(run)) == 6
-    assert (run / "report.html").is_file()
