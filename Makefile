@@ -175,7 +175,7 @@ $(VENV)/.setup: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
 
 $(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.$(subst ==,-,$(LLAMA))
 	@echo "Building ggft, with the tools for its development"
-	@$(PIP) install $(IN_PLACE) -e '.[dev]'
+	@$(PIP) install $(IN_PLACE) -C cmake.define.GGFT_WERROR=ON -e '.[dev]'
 	@touch $(VENV)/.setup "$@"
 
 $(PEER)/.setup: bench/peer-requirements.txt | $(VENV)/bin/python
