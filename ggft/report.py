@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,19 @@ _BUFFERS = {
     "saved for the backward pass": ("saved",),
     "scratch": ("compute", "inputs"),
 }
+# The account of the rows, in words.
+_ROWS = {
+    "n_rows": "rows read",
+    "n_kept": "kept for training",
+    "n_held_out": "held out",
+    "n_duplicates": "dropped as duplicates",
+    "n_near": "nearly equal to another",
+    "n_truncated": "cut to the longest length",
+    "n_untrainable": "dropped, with nothing to learn",
+    "n_tokens": "tokens to train with",
+    "n_trained": "of them in answers",
+    "val_share": "share to hold out",
+}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #8c959f; --line: #d0d7de;
   --a: #0969da; --b: #bc4c00; }
@@ -33,14 +47,23 @@ _STYLE = """
   :root { --ink: #e6edf3; --paper: #0d1117; --faint: #7d8590; --line: #30363d; --a: #4493f8;
     --b: #f0883e; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 56rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .verdict { border-left: 4px solid var(--a); padding: .5rem 1rem; background: #8882; }
 table { border-collapse: collapse; } td, th { padding: .2rem 1rem .2rem 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
+td:last-child { overflow-wrap: anywhere; }
+table.numbers :is(td, th) + :is(td, th) pre { white-space: nowrap; }
+table.numbers :is(td, th) + :is(td, th) { text-align: right; font-variant-numeric: tabular-nums; }
+.answers { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem 1.5rem; padding: .7rem 0;
+  border-bottom: 1px solid var(--line); }
+.answers > * { min-width: 0; }
+.answers > .asked { grid-column: 1 / -1; font-weight: 600; }
+.answers b { display: block; color: var(--faint); font-weight: 400; font-size: .85rem; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--faint); font-size: 12px; }
 pre { white-space: pre-wrap; margin: 0; font: inherit; }
+@media (max-width: 40rem) { .answers { grid-template-columns: 1fr; } svg text { font-size: 20px; } }
 """
 
 
@@ -223,19 +246,19 @@ def html(outcome: Outcome) -> str:
         *_samples(outcome),
         "<h2>Memory, predicted and used</h2>",
         _table(
-            ("part", "predicted", "used"),
             [(part, _mib(planned), _mib(used)) for part, planned, used in outcome.memory()],
+            head=("part", "predicted", "used"),
         ),
         f"<h2>Speed (tokens per second; {outcome.tokens_per_s():.1f} on average)</h2>",
-        chart([("tokens/s", "--a", speed)], height=120),
+        chart([("tokens/s", "--a", speed)], height=130),
         "<h2>Learning rate</h2>",
-        chart([("lr", "--a", rates)], height=120),
+        chart([("lr", "--a", rates)], height=130),
         "<h2>Data</h2>",
-        _table(("what", ""), _plain(outcome.account)),
+        _table(_plain({_ROWS.get(key, key): value for key, value in outcome.account.items()})),
         "<h2>Settings</h2>",
-        _table(("what", ""), _plain(outcome.settings)),
+        _table(_plain(outcome.settings)),
         "<h2>Engine</h2>",
-        _table(("what", ""), _plain({"ggft": __version__, **outcome.engine})),
+        _table(_plain({"ggft": __version__, **outcome.engine})),
     ]
     body = "\n".join(sections)
     return (
@@ -247,10 +270,19 @@ def html(outcome: Outcome) -> str:
 
 
 def _samples(outcome: Outcome) -> list[str]:
+    """Return questions, each with its answers side by side (one below the other on a phone)."""
     if not outcome.samples:
         return []
-    rows = [(s["question"], s["before"], s["after"]) for s in outcome.samples]
-    return ["<h2>Answers before and after</h2>", _table(("asked", "before", "after"), rows)]
+    parts = ["<h2>Answers before and after</h2>"]
+    for sample in outcome.samples:
+        asked, before, after = (
+            f"<pre>{escape(sample[name])}</pre>" for name in ("question", "before", "after")
+        )
+        parts.append(
+            f'<div class="answers"><div class="asked">{asked}</div>'
+            f"<div><b>before</b>{before}</div><div><b>after</b>{after}</div></div>"
+        )
+    return parts
 
 
 def _plain(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -266,17 +298,16 @@ def _mib(n: int | None) -> str:
     return "" if n is None else f"{n / 2**20:,.0f} MiB"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; cells that begin with a digit are set right."""
+def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
+    """Return a table; one with a head holds numbers behind the first column."""
 
-    def cell(tag: str, text: str) -> str:
-        number = text[:1].isdigit() and text.endswith("MiB")
-        kind = ' class="n"' if number else ""
-        return f"<{tag}{kind}><pre>{escape(text)}</pre></{tag}>"
+    def line(tag: str, texts: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}><pre>{escape(t)}</pre></{tag}>" for t in texts) + "</tr>"
 
-    lines = ["<tr>" + "".join(cell("th", text) for text in head) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
+    lines = [line("th", head)] if head else []
+    lines += [line("td", row) for row in rows]
+    kind = ' class="numbers"' if head else ""
+    return f"<table{kind}>" + "\n".join(lines) + "</table>"
 
 
 def chart(series: Sequence[tuple[str, str, Points]], *, height: int = 240) -> str:
@@ -284,43 +315,65 @@ def chart(series: Sequence[tuple[str, str, Points]], *, height: int = 240) -> st
 
     The vertical axis begins at 0, so that a loss that hardly moved looks it.
     """
-    width, left, bottom, top = 800, 56, 22, 10
+    width, left, right, bottom = 800, 72, 10, 30
+    top = 28 if len(series) > 1 else 10
     points = [point for _, _, line in series for point in line]
     if not points:
         return "<p>no data</p>"
     x_first, x_last = min(x for x, _ in points), max(x for x, _ in points)
-    y_last = max(y for _, y in points) or 1.0
+    unit = _round_unit((max(y for _, y in points) or 1.0) / (height // 60))
+    n_lines = math.ceil(max(y for _, y in points) / unit - 1e-9) or 1
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = (x - x_first) / ((x_last - x_first) or 1)
         return (
-            round(left + share * (width - left - 10), 1),
-            round(height - bottom - y / y_last * (height - bottom - top), 1),
+            round(left + share * (width - left - right), 1),
+            round(height - bottom - y / (n_lines * unit) * (height - bottom - top), 1),
         )
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
-    for i in range(5):
-        value = y_last * i / 4
-        _, y = at(x_first, value)
+    for i in range(n_lines + 1):
+        y = at(x_first, unit * i)[1]
         parts.append(
-            f'<line x1="{left}" x2="{width - 10}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
+            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
+            f'<text x="{left - 6}" y="{y + 5}" text-anchor="end">{_label(unit * i)}</text>'
         )
-    for x, anchor in ((x_first, "start"), (x_last, "end")):
-        parts.append(
-            f'<text x="{at(x, 0)[0]}" y="{height - 6}" text-anchor="{anchor}">{x:g}</text>'
-        )
+    below = [(left, "start", f"{x_first:g}"), ((left + width) // 2, "middle", "step")]
+    below += [(width - right, "end", f"{x_last:g}")] if x_last > x_first else []
+    for x, anchor, text in below:
+        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{text}</text>')
     for number, (name, colour, line) in enumerate(series):
-        path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in _thin(line)))
+        spots = [at(*point) for point in _thin(line)]
+        path = " ".join(f"{x},{y}" for x, y in spots)
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.5"/>'
+            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.5" '
+            'vector-effect="non-scaling-stroke"/>'
         )
-        if len(series) > 1:
+        if len(spots) == 1:
             parts.append(
-                f'<text x="{width - 16}" y="{top + 12 + 14 * number}" text-anchor="end" '
-                f'style="fill:var({colour})">{escape(name)}</text>'
+                f'<circle cx="{spots[0][0]}" cy="{spots[0][1]}" r="4" fill="var({colour})"/>'
+            )
+        if len(series) > 1:
+            end = width - right - 110 * (len(series) - 1 - number)
+            parts.append(
+                f'<text x="{end}" y="18" text-anchor="end" style="fill:var({colour})">'
+                f"{escape(name)}</text>"
             )
     return "".join(parts) + "</svg>"
+
+
+def _round_unit(least: float) -> float:
+    """Return the smallest of …, 0.5, 1, 2, 2.5, 5, 10, … that is at least `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= least * (1 - 1e-9))
+
+
+def _label(value: float) -> str:
+    """Return a number for an axis, in few characters."""
+    if not 0 < value < 0.01:
+        return f"{value:.4g}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
 def _thin(line: Points, n_max: int = 800) -> Points:

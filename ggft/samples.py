@@ -44,7 +44,7 @@ def ask(
     if stop.signal_number is not None:
         return []
     return [
-        {"question": _text(base, prompt), "before": before, "after": after}
+        {"question": _question(base, prompt), "before": before, "after": after}
         for prompt, before, after in zip(prompts, *answers, strict=True)
     ]
 
@@ -70,6 +70,20 @@ def _answer(base: Base, model: LlamaModel, prompt: list[int], stop: StopSignals)
             break
         ids.append(token)
     return _text(base, ids)
+
+
+def _question(base: Base, prompt: list[int]) -> str:
+    """Return what was asked; without the template's text where that is the usual one."""
+    parts = base.template.prompt_parts([{"role": "user", "content": "?"}])
+    at = next(n for n, part in enumerate(parts) if part.is_content)
+    t = base.template.tokenizer
+    bos = t.token_text(t.bos_id) if t.bos_id is not None else ""
+    text = _text(base, prompt).removeprefix(bos)
+    before = "".join(part.text for part in parts[:at]).removeprefix(bos).strip()
+    after = "".join(part.text for part in parts[at + 1 :]).strip()
+    if text.startswith(before) and text.endswith(after):
+        return text[len(before) : len(text) - len(after)].strip()
+    return text
 
 
 def _text(base: Base, ids: list[int]) -> str:

@@ -104,6 +104,25 @@ def test_charts_are_well_formed_whatever_the_points() -> None:
     assert "no data" in chart([("a", "--a", [])])
 
 
+@pytest.mark.parametrize(
+    ("largest", "labels"),
+    [
+        (4.57, ["0", "2", "4", "6", "0", "step", "9"]),
+        (0.001, ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3", "0", "step", "9"]),
+        (142.0, ["0", "50", "100", "150", "0", "step", "9"]),
+        (0.0, ["0", "0.25", "0", "step", "9"]),
+    ],
+)
+def test_axes_have_round_numbers(largest: float, labels: list[str]) -> None:
+    tree = ElementTree.fromstring(chart([("a", "--a", [(0, 0.0), (9, largest)])]))
+    assert [text.text for text in tree.findall("text")] == labels
+
+
+def test_a_single_point_is_seen() -> None:
+    tree = ElementTree.fromstring(chart([("a", "--a", [(1, 2.0)])]))
+    assert len(tree.findall("circle")) == 1
+
+
 def test_both_files_are_written(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     write_report(run, outcome([2.0, 1.0]))
