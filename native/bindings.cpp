@@ -4,6 +4,7 @@
 #include "engine.h"
 #include "error.h"
 #include "ggml-cpu.h"
+#include "kernels_gemm.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -270,7 +271,11 @@ static nb::dict info(Engine & e) {
     d["device"] = ggml_backend_dev_name(e.device());
     d["device_description"] = ggml_backend_dev_description(e.device());
     d["kernels"] = e.kernels();
-    d["precision"] = e.config().mode == Mode::fast ? "fast" : "f32";
+    const bool fast = e.config().mode == Mode::fast;
+    d["precision"] = fast ? "fast" : "f32";
+    d["products"] = std::string(e.kernels()) != "fused" ? "ggml's types"
+                    : fast                              ? fast_format()
+                                                        : "F32";
     d["threads"] = e.config().threads;
     d["ggml_version"] = ggml_version();
     d["architecture"] = e.model().hparams.arch;

@@ -176,7 +176,7 @@ void forward_block(const Forward & f, const Unit & unit, const QueryBlock & bloc
 
 void attention(Precision precision, const AttentionShape & s, const float * q, const float * k,
                const float * v, const int32_t * start, float * o, float * lse, int ith, int nth) {
-    const bool bf16 = HAS_BF16 && precision == Precision::bf16;
+    const bool bf16 = HAS_BF16 && precision == Precision::fast;
     const Forward f = {bf16, s, q, k, v, start, o, lse};
     const Layout at(bf16, s);
     uint32_t * memory = scratch((size_t)at.end);
@@ -196,7 +196,7 @@ void attention(Precision precision, const AttentionShape & s, const float * q, c
 }
 
 size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape) {
-    return (size_t)Layout(HAS_BF16 && precision == Precision::bf16, shape).end * 4;
+    return (size_t)Layout(HAS_BF16 && precision == Precision::fast, shape).end * 4;
 }
 
 } // namespace ggft

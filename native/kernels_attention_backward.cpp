@@ -289,7 +289,7 @@ void attention_backward(Precision precision, const AttentionShape & s, const flo
                         const float * k, const float * v, const int32_t * start, const float * o,
                         const float * lse, const float * d_o, float * dq, float * dk, float * dv,
                         int ith, int nth) {
-    const bool bf16 = HAS_BF16 && precision == Precision::bf16;
+    const bool bf16 = HAS_BF16 && precision == Precision::fast;
     const Layout at(bf16, s);
     const Backward b = {bf16, s,   q,  k,  v,  start, o,
                         lse,  d_o, dq, dk, dv, at,    scratch((size_t)at.end)};
@@ -298,7 +298,7 @@ void attention_backward(Precision precision, const AttentionShape & s, const flo
 }
 
 size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape) {
-    return (size_t)Layout(HAS_BF16 && precision == Precision::bf16, shape).end * 4;
+    return (size_t)Layout(HAS_BF16 && precision == Precision::fast, shape).end * 4;
 }
 
 } // namespace ggft

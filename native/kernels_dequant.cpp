@@ -139,25 +139,12 @@ void dequant_iq4_nl(const void * blocks, int64_t n, uint16_t * out) { // f16 d, 
     }
 }
 
-/// The 8 six-bit (scale, min) pairs of a Q4_K or Q5_K superblock from its 12 bytes.
-struct Scales {
-    uint8_t scale[8], min[8];
-};
-GGFT_INLINE Scales k_scales(const uint8_t * p) {
-    const uint32_t a = load_as<uint32_t>(p), b = load_as<uint32_t>(p + 4),
-                   c = load_as<uint32_t>(p + 8);
-    const uint32_t words[4] = {a & 0x3f3f3f3fu, (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u),
-                               b & 0x3f3f3f3fu,
-                               ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u)};
-    return load_as<Scales>(words);
-}
-
 void dequant_q4_k(const void * blocks, int64_t n,
                   uint16_t * out) { // d, dmin, 12 scales, 128 nibbles
     const uint8_t * b = (const uint8_t *)blocks;
     for (int64_t i = 0; i < n; i += 256, b += 144) {
         const float d = half(b), dmin = half(b + 2);
-        const Scales s = k_scales(b + 4);
+        const KScales s = k_scales(b + 4);
         for (int j = 0; j < 4; j++) { // 32 bytes: 32 low nibbles of one group, 32 high of the next
             const __m512i w =
                 _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(b + 16 + 32 * j)));
@@ -174,7 +161,7 @@ void dequant_q5_k(const void * blocks, int64_t n, uint16_t * out) { // as Q4_K, 
     const __m512i fifteen = _mm512_set1_epi16(15), sixteen = _mm512_set1_epi16(16);
     for (int64_t i = 0; i < n; i += 256, b += 176) {
         const float d = half(b), dmin = half(b + 2);
-        const Scales s = k_scales(b + 4);
+        const KScales s = k_scales(b + 4);
         const __m256i bits = _mm256_loadu_si256((const __m256i *)(b + 16));
         for (int j = 0; j < 4; j++) {
             const __m512i w =
@@ -367,6 +354,8 @@ DequantBf16 fast_dequant_bf16(ggml_type) {
 void dequant_f32(ggml_type type, const void * blocks, int64_t n, float * out) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(out, blocks, (size_t)n * 4);
+    } else if (const DequantF32 fast = fast_dequant_f32(type)) {
+        fast(blocks, n, out);
     } else {
         ggml_get_type_traits(type)->to_float(blocks, out, n);
     }

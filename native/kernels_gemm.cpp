@@ -13,11 +13,11 @@
 namespace ggft {
 namespace {
 
-// Panels that are in the L2 cache together: 768 KB; 512 KB where L2 caches are small.
+// Panels that are in the L2 cache together: 768 KB; 384 KB where L2 caches are small.
 #if defined(GGFT_AVX512) || defined(__aarch64__)
 constexpr int64_t GROUP_WORDS = 192 << 10;
 #else
-constexpr int64_t GROUP_WORDS = 128 << 10;
+constexpr int64_t GROUP_WORDS = 96 << 10;
 #endif
 constexpr int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
@@ -27,30 +27,43 @@ struct FreeDeleter {
     void operator()(void * p) const { std::free(p); }
 };
 
+// Tokens whose rows of 16-bit integers are made at once, for all groups of panels: 2 MB.
+constexpr int64_t TOKENS_AHEAD = 1024;
+
+constexpr int64_t ROW_WORDS = MR * TILE_STRIDE, SCALE_WORDS = round_up(MR * I16_BLOCKS, 16);
+
 /// Working memory of one thread.
 struct Scratch {
     std::unique_ptr<uint32_t, FreeDeleter> memory;
+    size_t words = 0;
     uint32_t * panels;
-    uint32_t * rows;
-    float * spill; // [MR][NR], a tile at the right edge
-    float * keep;  // [MR][NR], dropout factors
+    uint32_t * rows;    // [tiles][MR][TILE_STRIDE]
+    float * row_scales; // [tiles][MR][I16_BLOCKS], each tile's rounded up to cache lines
+    float * spill;      // [MR][NR], a tile at the right edge
+    float * keep;       // [MR][NR], dropout factors
     std::vector<float> low_panels;
 
-    Scratch() {
-        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * round_up(MR * NR, 16);
-        memory.reset((uint32_t *)std::aligned_alloc(64, round_up(words * 4, 64)));
-        if (!memory)
-            throw std::bad_alloc();
+    void hold(int64_t tiles) {
+        const size_t needed =
+            GROUP_WORDS + tiles * (ROW_WORDS + SCALE_WORDS) + 2 * round_up(MR * NR, 16);
+        if (needed > words) {
+            memory.reset((uint32_t *)std::aligned_alloc(64, round_up(needed * 4, 64)));
+            words = memory ? needed : 0;
+            if (!memory)
+                throw std::bad_alloc();
+        }
         panels = memory.get();
         rows = panels + GROUP_WORDS;
-        spill = (float *)rows + MR * TILE_STRIDE;
+        row_scales = (float *)rows + tiles * ROW_WORDS;
+        spill = row_scales + tiles * SCALE_WORDS;
         keep = spill + round_up(MR * NR, 16);
     }
 };
 
 /// A product out = x * panels, in one direction.
 struct Product {
-    bool bf16, nt;
+    Format format;
+    bool nt;
     const Weight & w;
     Rows x;
     const LowRank * low;
@@ -59,9 +72,18 @@ struct Product {
 
     int64_t block() const { return ggml_blck_size(w.type); }
     int64_t column_unit() const { return nt ? NR : std::max<int64_t>(NR, block()); }
-    int64_t depth_unit() const { return nt ? std::max<int64_t>(32, block()) : 32; }
-    int64_t max_depth() const { return MAX_STEPS * per_word(bf16); }
-    int64_t packed_steps() const { return (depth + per_word(bf16) - 1) / per_word(bf16); }
+    // Block sizes are powers of two, as these are, so that the larger is a multiple of both.
+    int64_t depth_unit() const {
+        const int64_t unit = format == Format::i16 ? I16_DEPTH : 32;
+        return nt ? std::max(unit, block()) : unit;
+    }
+    /// Of a group of panels: what a tile row holds, or less, so that one unit of columns fits.
+    int64_t max_depth() const {
+        const int64_t fits = GROUP_WORDS / column_unit();
+        if (format == Format::i16)
+            return std::min<int64_t>(I16_BLOCKS, fits / (I16_STEPS + 1)) * I16_DEPTH;
+        return std::min<int64_t>(MAX_STEPS, fits / 32 * 32) * per_word(format);
+    }
 };
 
 /// Tokens and columns of thread `ith`: as many column ranges as threads, unless columns are so few
@@ -112,14 +134,21 @@ void fill_keep(const LowRank & low, int64_t t0, int rows, int64_t column, float 
     }
 }
 
-/// Ask for a share of the next row tile of x, so that it arrives while this one is at work.
-void prefetch_rows(const Rows & x, const Range & rows, int64_t k0, int64_t kc, int64_t share,
-                   int64_t shares) {
-    const int64_t size = x.is_bf16 ? 2 : 4, lines = (kc * size + 63) / 64;
-    const Range part = split_range((rows.last - rows.first) * lines, 1, (int)share, (int)shares);
-    int64_t row = rows.first + part.first / lines, line = part.first % lines;
+/// Rows in memory, for prefetching: `bytes` each, `stride` bytes apart.
+struct Lines {
+    const char * first;
+    int64_t rows, stride, bytes;
+};
+
+/// Ask for a share of the next tile's rows, so that they arrive while this tile is at work.
+void prefetch_rows(const Lines & x, int64_t share, int64_t shares) {
+    if (x.rows == 0)
+        return;
+    const int64_t lines = (x.bytes + 63) / 64;
+    const Range part = split_range(x.rows * lines, 1, (int)share, (int)shares);
+    int64_t row = part.first / lines, line = part.first % lines;
     for (int64_t i = part.first; i < part.last; i++) {
-        __builtin_prefetch((const char *)x.data + (row * x.stride + k0) * size + line * 64);
+        __builtin_prefetch(x.first + row * x.stride + line * 64);
         if (++line == lines) {
             line = 0;
             row++;
@@ -134,11 +163,20 @@ void prefetch_output(const float * y, int64_t stride, int rows) {
     }
 }
 
+TileFunction tile_of_format(Format format, int rows) {
+#if defined(GGFT_I16)
+    if (format == Format::i16)
+        return tile_of_i16(rows, std::make_index_sequence<MR>());
+#endif
+    return tile_function(format == Format::bf16, rows);
+}
+
 /// A row tile and the block of panels that it runs past.
 struct TileJob {
-    const uint32_t * panels;
-    int64_t panel_steps;
-    Range columns, tokens, next_tokens;
+    const uint32_t * rows;
+    const float * row_scales;
+    Range columns, tokens;
+    Lines next;
     int64_t k0, kc;
 };
 
@@ -146,14 +184,16 @@ void run_tile(const Product & p, Scratch & s, const TileJob & job) {
     const int64_t t0 = job.tokens.first, c0 = job.columns.first;
     const int64_t nc = job.columns.last - c0, panels = (nc + NR - 1) / NR;
     const int rows = (int)(job.tokens.last - t0);
-    const TileFunction tile = tile_function(p.bf16, rows);
+    const TileFunction tile = tile_of_format(p.format, rows);
+    const int64_t steps = tile_steps(p.format, job.kc), words = panel_steps(p.format, job.kc);
     const int rank = job.k0 == 0 && p.low ? p.low->rank : 0;
     const bool add = p.y.add || job.k0 > 0;
     for (int64_t c = 0; c < nc; c += NR) {
         TileArgs g = {};
-        g.rows = s.rows;
-        g.panel = job.panels + c * job.panel_steps;
-        g.steps = (int)((job.kc + per_word(p.bf16) - 1) / per_word(p.bf16));
+        g.rows = job.rows;
+        g.row_scales = job.row_scales;
+        g.panel = s.panels + c * words;
+        g.steps = (int)steps;
         if (rank) {
             g.low_rows = p.low->left + t0 * p.low->left_stride;
             g.low_stride = p.low->left_stride;
@@ -166,7 +206,7 @@ void run_tile(const Product & p, Scratch & s, const TileJob & job) {
         }
         float * y = p.y.data + t0 * p.y.stride + c0 + c;
         const int64_t width = std::min<int64_t>(NR, p.n_cols - c0 - c);
-        prefetch_rows(p.x, job.next_tokens, job.k0, job.kc, c / NR, panels);
+        prefetch_rows(job.next, c / NR, panels);
         if (c + NR < nc)
             prefetch_output(y + NR, p.y.stride, rows);
         g.y = width < NR ? s.spill : y;
@@ -190,6 +230,79 @@ Range tile_tokens(const Range & tokens, int64_t i, int64_t tiles) {
     return {tokens.first + part.first, tokens.first + part.last};
 }
 
+/// What one thread does of a product: a range of columns for a range of tokens.
+struct Part {
+    const Product & p;
+    Scratch & s;
+    Range tokens, columns;
+    int64_t kc_full;
+
+    int64_t tiles() const { return (tokens.last - tokens.first + MR - 1) / MR; }
+    /// 16-bit rows are costly to make: those of all tokens are made before the groups' turns.
+    bool ahead() const { return p.format == Format::i16; }
+    int64_t depth_at(int64_t k0) const { return std::min(kc_full, p.depth - k0); }
+
+    void make_rows(int64_t tile, int64_t slot, int64_t k0) const {
+        const Range now = tile_tokens(tokens, tile, tiles());
+        pack_rows(p.format, p.x, now.first, (int)(now.last - now.first), k0, depth_at(k0),
+                  s.rows + slot * ROW_WORDS, s.row_scales + slot * SCALE_WORDS);
+    }
+
+    /// Where the rows of a tile are before its turn.
+    Lines source(int64_t tile, int64_t k0) const {
+        if (tile >= tiles())
+            return {};
+        const Range now = tile_tokens(tokens, tile, tiles());
+        const int64_t n = now.last - now.first, kc = depth_at(k0);
+        if (ahead()) {
+            return {(const char *)(s.rows + tile * ROW_WORDS), n, TILE_STRIDE * 4,
+                    tile_steps(p.format, kc) * 4};
+        }
+        const int64_t size = p.x.is_bf16 ? 2 : 4;
+        return {(const char *)p.x.data + (now.first * p.x.stride + k0) * size, n, p.x.stride * size,
+                kc * size};
+    }
+
+    void run_group(int64_t c0, int64_t nc, int64_t k0) const {
+        const int64_t kc = depth_at(k0);
+        if (p.low && k0 == 0)
+            pack_low_rank(p, c0, nc, s.low_panels);
+        (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
+        for (int64_t i = 0; i < tiles(); i++) {
+            const int64_t slot = ahead() ? i : 0;
+            if (!ahead())
+                make_rows(i, 0, k0);
+            run_tile(p, s,
+                     {s.rows + slot * ROW_WORDS,
+                      s.row_scales + slot * SCALE_WORDS,
+                      {c0, c0 + nc},
+                      tile_tokens(tokens, i, tiles()),
+                      source(i + 1, k0),
+                      k0,
+                      kc});
+        }
+    }
+
+    void run() const {
+        s.hold(ahead() ? tiles() : 1);
+        const int64_t width = columns.last - columns.first, unit = p.column_unit();
+        const int64_t most = GROUP_WORDS / panel_steps(p.format, kc_full) / unit * unit;
+        const int64_t groups = (width + most - 1) / most;
+        const int64_t blocks = (p.depth + kc_full - 1) / kc_full;
+        for (int64_t i = 0; i < groups * blocks; i++) {
+            const int64_t group = ahead() ? i % groups : i / blocks;
+            const int64_t k0 = (ahead() ? i / groups : i % blocks) * kc_full;
+            if (ahead() && group == 0) {
+                for (int64_t tile = 0; tile < tiles(); tile++)
+                    make_rows(tile, tile, k0);
+            }
+            // Groups are of even size, so that none is tiny.
+            const Range part = split_range(width, unit, (int)group, (int)groups);
+            run_group(columns.first + part.first, part.last - part.first, k0);
+        }
+    }
+};
+
 void run_product(const Product & p, int ith, int nth) {
     static thread_local Scratch scratch;
     Range tokens, columns;
@@ -198,48 +311,19 @@ void run_product(const Product & p, int ith, int nth) {
         return;
     const int64_t blocks = (p.depth + p.max_depth() - 1) / p.max_depth();
     const int64_t kc_full = round_up((p.depth + blocks - 1) / blocks, p.depth_unit());
-    const int64_t tiles = (tokens.last - tokens.first + MR - 1) / MR;
-    const int64_t width = columns.last - columns.first;
-    const int64_t steps_full = (kc_full + per_word(p.bf16) - 1) / per_word(p.bf16);
-    const int64_t most = GROUP_WORDS / steps_full / p.column_unit() * p.column_unit();
-    const int64_t groups = (width + most - 1) / most;
-    for (int64_t group = 0; group < groups; group++) { // of even size, so that none is tiny
-        const Range part = split_range(width, p.column_unit(), (int)group, (int)groups);
-        const int64_t c0 = columns.first + part.first, nc = part.last - part.first;
-        if (p.low)
-            pack_low_rank(p, c0, nc, scratch.low_panels);
-        for (int64_t k0 = 0; k0 < p.depth; k0 += kc_full) {
-            const int64_t kc = std::min(kc_full, p.depth - k0);
-            const int64_t steps = (kc + per_word(p.bf16) - 1) / per_word(p.bf16);
-            const uint32_t * panels = scratch.panels;
-            int64_t panel_steps = steps;
-            if (p.w.packed) {
-                panel_steps = p.packed_steps();
-                panels =
-                    (const uint32_t *)p.w.packed + c0 * panel_steps + k0 / per_word(p.bf16) * NR;
-            } else if (p.nt) {
-                pack_panels_nt(p.bf16, p.w, c0, nc, k0, kc, steps, scratch.panels);
-            } else {
-                pack_panels_nn(p.bf16, p.w, c0, nc, k0, kc, steps, scratch.panels);
-            }
-            for (int64_t i = 0; i < tiles; i++) {
-                const Range now = tile_tokens(tokens, i, tiles);
-                const Range next = i + 1 < tiles ? tile_tokens(tokens, i + 1, tiles) : Range{0, 0};
-                pack_rows(p.bf16, p.x, now.first, (int)(now.last - now.first), k0, kc,
-                          scratch.rows);
-                run_tile(p, scratch, {panels, panel_steps, {c0, c0 + nc}, now, next, k0, kc});
-            }
-        }
+    const int64_t n = tokens.last - tokens.first;
+    const int64_t turns = p.format == Format::i16 ? (n + TOKENS_AHEAD - 1) / TOKENS_AHEAD : 1;
+    for (int64_t i = 0; i < turns; i++) {
+        const Range turn = split_range(n, 1, (int)i, (int)turns);
+        Part{p, scratch, {tokens.first + turn.first, tokens.first + turn.last}, columns, kc_full}
+            .run();
     }
 }
 
-size_t packed_bytes(bool bf16, int64_t n_columns, int64_t depth) {
-    const int64_t steps = (depth + per_word(bf16) - 1) / per_word(bf16);
-    return (size_t)(round_up(n_columns, NR) * steps) * 4;
-}
-
-bool use_bf16(Precision precision) {
-    return HAS_BF16 && precision == Precision::bf16;
+Format format_of(Precision precision) {
+    if (precision == Precision::f32)
+        return Format::f32;
+    return HAS_BF16 ? Format::bf16 : HAS_I16 ? Format::i16 : Format::f32;
 }
 
 } // namespace
@@ -248,54 +332,27 @@ bool has_bf16_dot() {
     return HAS_BF16;
 }
 
+const char * fast_format() {
+    switch (format_of(Precision::fast)) {
+    case Format::bf16:
+        return "BF16";
+    case Format::i16:
+        return "16-bit integers";
+    default:
+        return "F32";
+    }
+}
+
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth) {
-    run_product({use_bf16(precision), true, w, x, low_rank, y, n_tokens, w.n_rows, w.n_cols}, ith,
+    run_product({format_of(precision), true, w, x, low_rank, y, n_tokens, w.n_rows, w.n_cols}, ith,
                 nth);
 }
 
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth) {
-    run_product({use_bf16(precision), false, w, dy, low_rank, dx, n_tokens, w.n_cols, w.n_rows},
+    run_product({format_of(precision), false, w, dy, low_rank, dx, n_tokens, w.n_cols, w.n_rows},
                 ith, nth);
-}
-
-size_t packed_nt_bytes(Precision precision, int64_t n_rows, int64_t n_cols) {
-    return packed_bytes(use_bf16(precision), n_rows, n_cols);
-}
-size_t packed_nn_bytes(Precision precision, int64_t n_rows, int64_t n_cols) {
-    return packed_bytes(use_bf16(precision), n_cols, n_rows);
-}
-
-void pack_nt(Precision precision, const Weight & w, void * out, int ith, int nth) {
-    const bool bf16 = use_bf16(precision);
-    const int64_t steps = (w.n_cols + per_word(bf16) - 1) / per_word(bf16);
-    const Range part = split_range(w.n_rows, NR, ith, nth);
-    pack_panels_nt(bf16, w, part.first, part.last - part.first, 0, w.n_cols, steps,
-                   (uint32_t *)out + part.first * steps);
-}
-
-void pack_nn(Precision precision, const Weight & w, void * out, int ith, int nth) {
-    const bool bf16 = use_bf16(precision);
-    const int64_t steps = (w.n_rows + per_word(bf16) - 1) / per_word(bf16);
-    const int64_t unit = std::max<int64_t>(NR, ggml_blck_size(w.type));
-    const Range part = split_range(w.n_cols, unit, ith, nth);
-    pack_panels_nn(bf16, w, part.first, part.last - part.first, 0, w.n_rows, steps,
-                   (uint32_t *)out + part.first * steps);
-}
-
-void convert_bf16(const float * x, int64_t x_stride, uint16_t * out, int64_t out_stride,
-                  int64_t n_cols, int64_t n_tokens, int ith, int nth) {
-    const Range part = split_range(n_tokens, 1, ith, nth);
-    for (int64_t t = part.first; t < part.last; t++) {
-        const float * from = x + t * x_stride;
-        uint16_t * to = out + t * out_stride;
-        int64_t c = 0;
-        for (; c + LANES <= n_cols; c += LANES)
-            store_bf16(to + c, load(from + c));
-        for (; c < n_cols; c++)
-            to[c] = to_bf16(from[c]);
-    }
 }
 
 } // namespace ggft

@@ -8,9 +8,9 @@
 //
 // Method (Goto and van de Geijn 2008; the BLIS papers): a thread owns a range of output columns,
 // dequantizes a block of weights into panels that stay in its L2 cache, and runs every token past
-// them, MR rows at a time, through the register tile of kernels_micro.h. Each weight is dequantized
-// once per call, whatever T, save when there are too few columns for the threads, which then also
-// split the tokens. Panels hold BF16 pairs (AVX512-BF16 dot product, F32 sums) or F32.
+// them, MR rows at a time, through the register tile of kernels_micro.h or kernels_i16.h. Each
+// weight is dequantized once per call, whatever T, save when there are too few columns for the
+// threads, which then also split the tokens.
 //
 // Every function is called by all `nth` threads, each with its own `ith`. They share nothing that
 // is written, wait for nobody, and give bit-identical results for a given nth. Each keeps a buffer
@@ -24,20 +24,22 @@
 
 namespace ggft {
 
-/// bf16: weights and activations rounded to BF16, sums in F32; where the machine has no BF16 dot
-/// product it computes as f32 does, which is then as fast. f32: everything in F32.
-enum class Precision { f32, bf16 };
+/// f32: everything in F32. fast: what this machine multiplies fastest, with F32 sums: BF16 pairs
+/// (AVX512-BF16), else 16-bit integers with a scale per 64 (AVX2; closer to F32 than BF16 is), else
+/// F32, too.
+enum class Precision { f32, fast };
 
-/// Whether Precision::bf16 differs from f32 on the machine this was compiled for.
+/// Whether `fast` is BF16 on the machine this was compiled for; activations may then be BF16.
 bool has_bf16_dot();
+
+/// Name of what `fast` multiplies: "BF16", "16-bit integers" or "F32".
+const char * fast_format();
 
 struct Weight {
     ggml_type type;
     int64_t n_rows, n_cols;
     const void * data;
     size_t row_bytes;
-    const void * packed =
-        nullptr; // from pack_nt/pack_nn for the same product; `data` is then unused
 };
 
 /// T token rows of F32 or BF16, `stride` elements apart.
@@ -72,18 +74,5 @@ void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * lo
                int64_t n_tokens, int ith, int nth);
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth);
-
-/// Bytes of the packed form of an (n_rows, n_cols) weight, for either product.
-size_t packed_nt_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
-size_t packed_nn_bytes(Precision precision, int64_t n_rows, int64_t n_cols);
-
-/// Write the panels of the whole weight to `out` (64-byte aligned), for use as Weight::packed.
-void pack_nt(Precision precision, const Weight & w, void * out, int ith, int nth);
-void pack_nn(Precision precision, const Weight & w, void * out, int ith, int nth);
-
-/// BF16 copy of T rows of n_cols floats. The products take F32 rows just as well (they convert on
-/// the fly); a copy pays when several products share the rows, or to store them in half the memory.
-void convert_bf16(const float * x, int64_t x_stride, uint16_t * out, int64_t out_stride,
-                  int64_t n_cols, int64_t n_tokens, int ith, int nth);
 
 } // namespace ggft

@@ -31,7 +31,8 @@ struct TileArgs {
     const uint32_t * rows;  // [M] rows, STRIDE words apart
     const uint32_t * panel; // [steps][NR]
     int steps;
-    const float * low_rows; // u: [M] rows, low_stride floats apart
+    const float * row_scales; // of 16-bit integers only: kernels_i16.h
+    const float * low_rows;   // u: [M] rows, low_stride floats apart
     int64_t low_stride;
     const float * low_panel; // B: [low_steps][NR]
     int low_steps;           // 0: no low-rank part
@@ -72,26 +73,33 @@ GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t * rows, int64_t stri
     }
 }
 
-template <int M, bool BF16, int STRIDE = TILE_STRIDE> void tile_product(const TileArgs & g) {
-    V acc[M][NV];
-    clear(acc);
-    if (g.low_steps) {
-        accumulate<M, false>(acc, (const uint32_t *)g.low_rows, g.low_stride,
-                             (const uint32_t *)g.low_panel, g.low_steps);
-        if (g.keep) {
-            GGFT_UNROLL for (int i = 0; i < M; i++) {
-                GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] *=
-                    load(g.keep + i * NR + j * LANES);
-            }
+/// acc += keep * sum_r u[i][r] * B[r][j].
+template <int M> GGFT_INLINE void accumulate_low_rank(V (&acc)[M][NV], const TileArgs & g) {
+    accumulate<M, false>(acc, (const uint32_t *)g.low_rows, g.low_stride,
+                         (const uint32_t *)g.low_panel, g.low_steps);
+    if (g.keep) {
+        GGFT_UNROLL for (int i = 0; i < M; i++) {
+            GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] *= load(g.keep + i * NR + j * LANES);
         }
     }
-    accumulate<M, BF16>(acc, g.rows, STRIDE, g.panel, g.steps);
+}
+
+template <int M> GGFT_INLINE void store_tile(const V (&acc)[M][NV], const TileArgs & g) {
     float * y = g.y;
     GGFT_UNROLL for (int i = 0; i < M; i++, y += g.ldy) {
         GGFT_UNROLL for (int j = 0; j < NV; j++) {
             store(y + j * LANES, g.add ? load(y + j * LANES) + acc[i][j] : acc[i][j]);
         }
     }
+}
+
+template <int M, bool BF16, int STRIDE = TILE_STRIDE> void tile_product(const TileArgs & g) {
+    V acc[M][NV];
+    clear(acc);
+    if (g.low_steps)
+        accumulate_low_rank(acc, g);
+    accumulate<M, BF16>(acc, g.rows, STRIDE, g.panel, g.steps);
+    store_tile(acc, g);
 }
 
 /// Machines without a BF16 dot product never call the BF16 tiles: they are not compiled there.

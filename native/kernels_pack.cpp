@@ -25,10 +25,10 @@ void prefetch_elements(const Weight & w, int64_t r, int64_t k, int64_t n) {
         __builtin_prefetch(first);
 }
 
-/// Elements [k, k+n) of row r as words; BF16 or F32.
-void dequant_words(bool bf16, const Weight & w, int64_t r, int64_t k, int64_t n, void * out) {
+/// Elements [k, k+n) of row r as F32 or BF16.
+void dequant(Format format, const Weight & w, int64_t r, int64_t k, int64_t n, void * out) {
     const char * blocks = element(w, r, k);
-    if (bf16) {
+    if (format == Format::bf16) {
         dequant_bf16(w.type, blocks, n, (uint16_t *)out);
     } else {
         dequant_f32(w.type, blocks, n, (float *)out);
@@ -100,27 +100,62 @@ void transpose_words(const uint32_t * in, int64_t in_stride, int64_t steps, uint
 }
 #endif
 
-void pack_panels_nt(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t * out) {
-    const int64_t per = per_word(bf16);
-    alignas(64) uint32_t rows[LANES * (CHUNK + 16)];
-    constexpr int64_t stride = CHUNK + 16;
+namespace {
+
+constexpr int64_t ROW_STRIDE = CHUNK + 16;
+
+/// n elements of a row as words; of 16-bit integers the scales of the blocks, too.
+void row_words(Format format, const Weight & w, int64_t r, int64_t k, int64_t n, uint32_t * out,
+               float * scales) {
+    const int64_t words = tile_steps(format, n);
+    if (r >= w.n_rows) {
+        std::memset(out, 0, (size_t)words * 4);
+        std::memset(scales, 0, CHUNK / I16_DEPTH * 4);
+        return;
+    }
+#if defined(GGFT_I16)
+    if (format == Format::i16) {
+        alignas(64) float values[CHUNK];
+        dequant(format, w, r, k, n, values);
+        for (int64_t i = 0; i < n; i += I16_DEPTH) {
+            scales[i / I16_DEPTH] = quantize_i16(values + i, std::min(I16_DEPTH, n - i),
+                                                 I16_PANEL_LIMIT, (int16_t *)out + i);
+        }
+        return;
+    }
+#endif
+    if (n % per_word(format))
+        out[words - 1] = 0;
+    dequant(format, w, r, k, n, out);
+}
+
+} // namespace
+
+void pack_panels_nt(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    uint32_t * out) {
+    alignas(64) uint32_t rows[LANES * ROW_STRIDE];
+    float scales[LANES][CHUNK / I16_DEPTH];
+    const int64_t steps = panel_steps(format, kc);
+    // Words between two scales; all of a chunk where there are none.
+    const int64_t block = format == Format::i16 ? I16_STEPS : CHUNK;
     for (int64_t c = 0; c < nc; c += LANES) {
-        uint32_t * panel = out + c / NR * panel_steps * NR + c % NR;
+        uint32_t * to = out + c / NR * steps * NR + c % NR;
         for (int64_t k = 0; k < kc; k += CHUNK) {
-            const int64_t n = std::min(CHUNK, kc - k), words = (n + per - 1) / per;
+            const int64_t n = std::min(CHUNK, kc - k), words = tile_steps(format, n);
             for (int64_t i = 0; i < LANES; i++) {
-                uint32_t * row = rows + i * stride;
-                if (n % per)
-                    row[words - 1] = 0;
                 prefetch_elements(w, c0 + c + i, k0 + k + n, CHUNK);
-                if (c0 + c + i < w.n_rows) {
-                    dequant_words(bf16, w, c0 + c + i, k0 + k, n, row);
-                } else {
-                    std::memset(row, 0, (size_t)words * 4);
+                row_words(format, w, c0 + c + i, k0 + k, n, rows + i * ROW_STRIDE, scales[i]);
+            }
+            for (int64_t s = 0; s < words; s += block) {
+                const int64_t now = std::min(block, words - s);
+                transpose_words(rows + s, ROW_STRIDE, now, to, NR);
+                to += now * NR;
+                if (format == Format::i16) {
+                    for (int i = 0; i < LANES; i++)
+                        std::memcpy(to + i, &scales[i][s / block], 4);
+                    to += NR;
                 }
             }
-            transpose_words(rows, stride, words, panel + k / per * NR, NR);
         }
     }
 }
@@ -140,25 +175,74 @@ void interleave(const uint16_t * even, const uint16_t * odd, int64_t n, int64_t 
     }
 }
 
+#if defined(GGFT_I16)
+/// Rows [k, k+n) of W, n <= I16_DEPTH, `width` of its columns from c on: one block of each panel.
+void pack_block_nn(const Weight & w, int64_t c, int64_t width, int64_t padded, int64_t k, int64_t n,
+                   int64_t panel_words, uint32_t * out) {
+    alignas(64) float rows[I16_DEPTH][CHUNK];
+    alignas(64) float inverse[CHUNK] = {};
+    VI most[CHUNK / LANES] = {};
+    for (int64_t i = 0; i < I16_DEPTH; i++) {
+        if (i >= n) {
+            std::memset(rows[i], 0, sizeof rows[i]);
+            continue;
+        }
+        prefetch_elements(w, k + i + 8, c, width);
+        dequant(Format::i16, w, k + i, c, width, rows[i]);
+        for (int64_t j = width; j < padded; j++)
+            rows[i][j] = 0;
+        for (int64_t j = 0; j < padded; j += LANES)
+            most[j / LANES] = larger(most[j / LANES], magnitude(load(rows[i] + j)));
+    }
+    for (int64_t j = 0; j < padded; j += NR, out += panel_words) {
+        float * scales = (float *)out + I16_STEPS * NR;
+        for (int64_t l = 0; l < NR; l += LANES) {
+            const V largest = (V)most[(j + l) / LANES];
+            store(inverse + j + l, inverse_scale(largest, I16_PANEL_LIMIT));
+            store(scales + l, largest * splat(1 / I16_PANEL_LIMIT));
+        }
+        uint32_t * step = out;
+        for (int64_t i = 0; i < I16_DEPTH; i += 2, step += NR) {
+            for (int64_t l = 0; l < NR; l += LANES) {
+                const V scale = load(inverse + j + l);
+                const VI low = to_integers(load(rows[i] + j + l) * scale) & 0xffff;
+                const VI high = to_integers(load(rows[i + 1] + j + l) * scale) << 16;
+                const VI words = low | high;
+                std::memcpy(step + l, &words, sizeof words);
+            }
+        }
+    }
+}
+#endif
+
 } // namespace
 
-void pack_panels_nn(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t * out) {
-    const int64_t per = per_word(bf16), panel_words = panel_steps * NR;
+void pack_panels_nn(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    uint32_t * out) {
+    const int64_t per = per_word(format), panel_words = panel_steps(format, kc) * NR;
     const int64_t rows = std::min(kc, w.n_rows - k0);
     for (int64_t c = 0; c < nc; c += CHUNK) {
         alignas(64) uint32_t even[CHUNK] = {}, odd[CHUNK] = {};
         const int64_t width = std::min(CHUNK, nc - c), n = std::min(width, w.n_cols - c0 - c);
         const int64_t padded = (width + NR - 1) / NR * NR;
         uint32_t * panels = out + c / NR * panel_words;
+#if defined(GGFT_I16)
+        if (format == Format::i16) {
+            for (int64_t k = 0; k < rows; k += I16_DEPTH) {
+                pack_block_nn(w, c0 + c, n, padded, k0 + k, std::min(I16_DEPTH, rows - k),
+                              panel_words, panels + panel_steps(format, k) * NR);
+            }
+            continue;
+        }
+#endif
         for (int64_t k = 0; k < rows; k += per) {
             uint32_t * step = panels + k / per * NR;
             for (int64_t i = 0; i < per; i++)
                 prefetch_elements(w, k0 + k + 16 + i, c0 + c, n);
-            dequant_words(bf16, w, k0 + k, c0 + c, n, even);
-            if (bf16) {
+            dequant(format, w, k0 + k, c0 + c, n, even);
+            if (format == Format::bf16) {
                 if (k + 1 < rows) {
-                    dequant_words(bf16, w, k0 + k + 1, c0 + c, n, odd);
+                    dequant(format, w, k0 + k + 1, c0 + c, n, odd);
                 } else {
                     std::memset(odd, 0, sizeof odd);
                 }
@@ -173,33 +257,69 @@ void pack_panels_nn(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t
     }
 }
 
-void pack_rows(bool bf16, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,
-               uint32_t * out) {
+namespace {
+
+/// n elements of a row of x from `at` on as F32.
+void row_floats(const Rows & x, int64_t at, int64_t n, float * out) {
+    const float * f = (const float *)x.data + at;
+    const uint16_t * h = (const uint16_t *)x.data + at;
+    if (!x.is_bf16) {
+        std::memcpy(out, f, (size_t)n * 4);
+        return;
+    }
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        store(out + k, load_bf16(h + k));
+    for (; k < n; k++)
+        out[k] = from_bf16(h[k]);
+}
+
+void row_bf16(const Rows & x, int64_t at, int64_t n, uint16_t * out) {
+    const float * f = (const float *)x.data + at;
+    if (x.is_bf16) {
+        std::memcpy(out, (const uint16_t *)x.data + at, (size_t)n * 2);
+    } else {
+        int64_t k = 0;
+        for (; k + LANES <= n; k += LANES)
+            store_bf16(out + k, load(f + k));
+        for (; k < n; k++)
+            out[k] = to_bf16(f[k]);
+    }
+    if (n % 2)
+        out[n] = 0;
+}
+
+#if defined(GGFT_I16)
+void row_i16(const Rows & x, int64_t at, int64_t n, int16_t * out, float * scales) {
+    alignas(64) float values[I16_DEPTH];
+    for (int64_t k = 0; k < n; k += I16_DEPTH) {
+        const int64_t m = std::min(I16_DEPTH, n - k);
+        const float * from = (const float *)x.data + at + k;
+        if (x.is_bf16) {
+            row_floats(x, at + k, m, values);
+            from = values;
+        }
+        scales[k / I16_DEPTH] = quantize_i16(from, m, I16_ROW_LIMIT, out + k);
+    }
+}
+#endif
+
+} // namespace
+
+void pack_rows(Format format, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,
+               uint32_t * out, [[maybe_unused]] float * scales) {
     for (int i = 0; i < rows; i++, out += TILE_STRIDE) {
         const int64_t at = (t0 + i) * x.stride + k0;
-        const float * f = (const float *)x.data + at;
-        const uint16_t * h = (const uint16_t *)x.data + at;
-        uint16_t * out_bf16 = (uint16_t *)out;
-        float * out_f32 = (float *)out;
-        int64_t k = 0;
-        if (bf16) {
-            if (x.is_bf16) {
-                std::memcpy(out, h, (size_t)kc * 2);
-            } else {
-                for (; k + LANES <= kc; k += LANES)
-                    store_bf16(out_bf16 + k, load(f + k));
-                for (; k < kc; k++)
-                    out_bf16[k] = to_bf16(f[k]);
-            }
-            if (kc % 2)
-                out_bf16[kc] = 0;
-        } else if (x.is_bf16) {
-            for (; k + LANES <= kc; k += LANES)
-                store(out_f32 + k, load_bf16(h + k));
-            for (; k < kc; k++)
-                out_f32[k] = from_bf16(h[k]);
+#if defined(GGFT_I16)
+        if (format == Format::i16) {
+            row_i16(x, at, kc, (int16_t *)out, scales + i * I16_BLOCKS);
+            continue;
+        }
+#endif
+        if (format == Format::bf16) {
+            row_bf16(x, at, kc, (uint16_t *)out);
         } else {
-            std::memcpy(out, f, (size_t)kc * 4);
+            row_floats(x, at, kc, (float *)out);
         }
     }
 }

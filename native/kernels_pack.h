@@ -1,31 +1,52 @@
-// Panels: blocks of a weight, dequantized and laid out for kernels_micro.h.
+// Panels: blocks of a weight, dequantized and laid out for kernels_micro.h and kernels_i16.h.
 //
 // A panel holds NR output columns and consecutive reduction steps as 32-bit words [step][NR]: one
-// F32, or two BF16 of consecutive reduction indices. nt: columns are rows of W; nn: columns are
-// columns of W.
+// F32, two BF16 of consecutive reduction indices, or two 16-bit integers of them and after each
+// block a step of scales. nt: columns are rows of W; nn: columns are columns of W.
 #pragma once
 
 #include "kernels_gemm.h"
+#include "kernels_i16.h"
 #include "kernels_micro.h"
 
 namespace ggft {
 
+/// How a product holds its factors.
+enum class Format { f32, bf16, i16 };
+
 /// Reduction indices per word.
-inline constexpr int64_t per_word(bool bf16) {
-    return bf16 ? 2 : 1;
+inline constexpr int64_t per_word(bool pairs) {
+    return pairs ? 2 : 1;
+}
+inline constexpr int64_t per_word(Format format) {
+    return per_word(format != Format::f32);
 }
 
-/// Columns [c0, c0+nc) and reduction indices [k0, k0+kc) of W, panel after panel, each of
-/// panel_steps steps (>= those of kc; the rest is left alone). Columns and indices past the end of
-/// W are zero. k0 and, for nn, c0 are multiples of the block size. One thread.
-void pack_panels_nt(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t * out);
-void pack_panels_nn(bool bf16, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    int64_t panel_steps, uint32_t * out);
+/// Steps of a tile's reduction over kc indices: words of a tile row.
+inline constexpr int64_t tile_steps(Format format, int64_t kc) {
+    if (format == Format::i16)
+        return (kc + I16_DEPTH - 1) / I16_DEPTH * I16_STEPS;
+    return (kc + per_word(format) - 1) / per_word(format);
+}
 
-/// Rows [t0, t0+rows), columns [k0, k0+kc) of x as tile rows of words, TILE_STRIDE apart.
-void pack_rows(bool bf16, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,
-               uint32_t * out);
+/// Steps of a panel of kc indices, those of scales included.
+inline constexpr int64_t panel_steps(Format format, int64_t kc) {
+    const int64_t steps = tile_steps(format, kc);
+    return format == Format::i16 ? steps / I16_STEPS * (I16_STEPS + 1) : steps;
+}
+
+/// Columns [c0, c0+nc) and reduction indices [k0, k0+kc) of W, panel after panel. Columns and
+/// indices past the end of W are zero. k0 and, for nn, c0 are multiples of the block size; k0 is
+/// one of I16_DEPTH, too, for that format. One thread.
+void pack_panels_nt(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    uint32_t * out);
+void pack_panels_nn(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                    uint32_t * out);
+
+/// Rows [t0, t0+rows), columns [k0, k0+kc) of x as tile rows of words, TILE_STRIDE apart, and for
+/// i16 their scales, I16_BLOCKS apart.
+void pack_rows(Format format, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,
+               uint32_t * out, float * scales);
 
 /// out[j][i] = in[i][j] for LANES rows `in_stride` apart and `steps` columns of words.
 void transpose_words(const uint32_t * in, int64_t in_stride, int64_t steps, uint32_t * out,

@@ -28,7 +28,7 @@ float * floats(Tensor t) {
 class FusedOps : public Ops {
 public:
     FusedOps(Mode mode, float dropout)
-        : precision_(mode == Mode::fast ? Precision::bf16 : Precision::f32), dropout_(dropout) {}
+        : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout) {}
 
     const char * name() const override { return "fused"; }
 
@@ -309,7 +309,7 @@ private:
 
     // What the inputs of linears are stored as: what the matrix products read.
     ggml_type linear_type() const {
-        return precision_ == Precision::bf16 && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+        return precision_ == Precision::fast && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
     }
     static float * as_f32(Tensor t) { return t->type == GGML_TYPE_F32 ? floats(t) : nullptr; }
     static uint16_t * as_bf16(Tensor t) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../kernels_gemm.h"
+#include "../kernels_simd.h"
 #include "ggml.h"
 
 namespace ggft_test {
@@ -28,6 +29,13 @@ inline std::vector<float> random_floats(int64_t n, float sigma = 1.0f) {
     for (float & v : x)
         v = normal(random_engine());
     return x;
+}
+
+inline std::vector<uint16_t> to_bf16_bits(const std::vector<float> & x) {
+    std::vector<uint16_t> h(x.size());
+    for (size_t i = 0; i < x.size(); i++)
+        h[i] = ggft::to_bf16(x[i]);
+    return h;
 }
 
 /// Run f(ith, nth) on nth threads at once, as a ggml custom op is.

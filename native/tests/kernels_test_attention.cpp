@@ -114,7 +114,7 @@ void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed)
     }
     char name[64];
     std::snprintf(name, sizeof name, "attention N%d H%d K%d D%d ", (int)s.n_tokens, H, K, D);
-    for (const Precision precision : {Precision::f32, Precision::bf16}) {
+    for (const Precision precision : {Precision::f32, Precision::fast}) {
         const bool exact = precision == Precision::f32 || !has_bf16_dot();
         const auto compare = [exact](const std::string & what, const std::vector<float> & got,
                                      const std::vector<double> & expected) {
@@ -174,7 +174,7 @@ void bench_attention(int nth) {
             pairs += (double)i - start[i] + 1;
         std::printf("H%d K%d D%d, %zu tokens in %zu:", c.H, c.K, c.D, start.size(),
                     c.lengths.size());
-        for (const Precision precision : {Precision::bf16, Precision::f32}) {
+        for (const Precision precision : {Precision::fast, Precision::f32}) {
             Tensors x = make_tensors(s);
             const double forward = bench_seconds(nth, [&](int i, int n) {
                 attention(precision, s, x.q.data(), x.k.data(), x.v.data(), start.data(),
@@ -187,7 +187,7 @@ void bench_attention(int nth) {
             });
             const double flops = 2e-9 * pairs * c.H * c.D;
             std::printf("  %s %.2f (%.0f) %.2f (%.0f)",
-                        precision == Precision::bf16 ? "bf16" : "f32", forward * 1e3,
+                        precision == Precision::fast ? "bf16" : "f32", forward * 1e3,
                         2 * flops / forward, backward * 1e3, 5 * flops / backward);
         }
         std::printf("\n");

@@ -1,4 +1,4 @@
-// Matrix products: every weight type, odd shapes, threads, low-rank term, packed weights; speed.
+// Matrix products: every weight type, odd shapes, threads, low-rank term; speed.
 #include <cstring>
 
 #include "../kernels_dequant.h"
@@ -70,6 +70,14 @@ std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision pre
     return y;
 }
 
+/// BF16 rounds both factors by at most 2^-9 each, 16-bit integers by less than 2^-11 of a block's
+/// largest; errors add up like a random walk.
+double fast_limit() {
+    if (has_bf16_dot())
+        return 0.02;
+    return fast_format() == std::string("F32") ? 2e-5 : 0.004;
+}
+
 void check(const Case & c, bool nt) {
     const Inputs in = make_inputs(c, nt);
     const std::vector<double> want = naive(c, in, nt);
@@ -78,62 +86,79 @@ void check(const Case & c, bool nt) {
     char name[128];
     std::snprintf(name, sizeof name, "%s %s %dx%d T%d R%d", nt ? "nt" : "nn",
                   ggml_type_name(c.type), (int)c.n_rows, (int)c.n_cols, (int)c.n_tokens, c.rank);
-    // BF16 rounds both factors by at most 2^-9 each; errors add up like a random walk.
-    const double bf16_limit = has_bf16_dot() ? 0.02 : 2e-5;
     for (int nth = 1; nth <= 3; nth++) {
         const std::string label = std::string(name) + " threads " + std::to_string(nth);
         expect_close(label + " f32", run(c, in, nt, Precision::f32, nth, in.w.weight, x), want,
                      2e-5);
-        const std::vector<float> y = run(c, in, nt, Precision::bf16, nth, in.w.weight, x);
-        expect_close(label + " bf16", y, want, bf16_limit);
+        const std::vector<float> y = run(c, in, nt, Precision::fast, nth, in.w.weight, x);
+        expect_close(label + " fast", y, want, fast_limit());
 
-        std::vector<uint16_t> converted((size_t)(c.n_tokens * (depth + 8)));
-        parallel(nth, [&](int ith, int n) {
-            convert_bf16(in.x.data(), depth, converted.data(), depth + 8, depth, c.n_tokens, ith,
-                         n);
-        });
-        const Rows x_bf16 = {converted.data(), true, depth + 8};
-        const std::vector<float> y_bf16 = run(c, in, nt, Precision::bf16, nth, in.w.weight, x_bf16);
+        const std::vector<uint16_t> converted = to_bf16_bits(in.x);
+        const Rows x_bf16 = {converted.data(), true, depth};
+        const std::vector<float> y_bf16 = run(c, in, nt, Precision::fast, nth, in.w.weight, x_bf16);
         if (has_bf16_dot())
             expect_same(label + " converted rows", y, y_bf16);
         expect_close(label + " BF16 rows", run(c, in, nt, Precision::f32, nth, in.w.weight, x_bf16),
                      want, 0.02);
+    }
+}
 
-        const size_t bytes =
-            (nt ? packed_nt_bytes : packed_nn_bytes)(Precision::bf16, c.n_rows, c.n_cols);
-        void * panels = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-        parallel(nth, [&](int ith, int n) {
-            (nt ? pack_nt : pack_nn)(Precision::bf16, in.w.weight, panels, ith, n);
-        });
-        Weight packed = in.w.weight;
-        packed.packed = panels;
-        packed.data = nullptr;
-        expect_same(label + " packed", y, run(c, in, nt, Precision::bf16, nth, packed, x));
-        std::free(panels);
+/// Fail unless got is ggml's value within `rounding`; a fused multiply-add may move the last bit.
+void expect_dequantized(const char * what, ggml_type type, const std::vector<float> & got,
+                        const std::vector<float> & want, float rounding) {
+    int differ = 0;
+    for (size_t j = 0; j < got.size(); j++) {
+        if (!(std::fabs(got[j] - want[j]) <= std::fabs(want[j]) * rounding + 1e-9f))
+            differ++;
+    }
+    if (differ) {
+        failures++;
+        std::printf("FAIL dequantizer %s to %s: %d of %zu differ\n", ggml_type_name(type), what,
+                    differ, got.size());
     }
 }
 
 void test_dequantizers() {
+    const int64_t n = 3 * 512;
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = (ggml_type)i;
-        if (!fast_dequant_bf16(type))
-            continue;
-        const TestWeight w = random_weight(type, 3, 512);
-        std::vector<uint16_t> got(3 * 512);
-        dequant_bf16(type, w.bytes.data(), 3 * 512, got.data());
-        int differ = 0;
-        for (size_t j = 0; j < got.size(); j++) {
-            const uint32_t bits = (uint32_t)got[j] << 16;
-            float value;
-            std::memcpy(&value, &bits, 4);
-            // One BF16 rounding of ggml's value; a fused multiply-add may move the last bit of F32.
-            if (std::fabs(value - w.values[j]) > std::fabs(w.values[j]) * 0.00393f + 1e-9f)
-                differ++;
+        if (fast_dequant_f32(type)) {
+            const TestWeight w = random_weight(type, 3, 512);
+            std::vector<float> got(n);
+            dequant_f32(type, w.bytes.data(), n, got.data());
+            // Codes near an offset cancel: the error is one of the product's last bits.
+            expect_dequantized("F32", type, got, w.values, 1e-5f);
         }
-        if (differ) {
-            failures++;
-            std::printf("FAIL dequantizer %s: %d of %zu differ\n", ggml_type_name(type), differ,
-                        got.size());
+        if (fast_dequant_bf16(type)) {
+            const TestWeight w = random_weight(type, 3, 512);
+            std::vector<uint16_t> bits(n);
+            dequant_bf16(type, w.bytes.data(), n, bits.data());
+            std::vector<float> got(n);
+            for (int64_t j = 0; j < n; j++)
+                got[j] = from_bf16(bits[j]);
+            expect_dequantized("BF16", type, got, w.values, 0.00393f);
+        }
+    }
+}
+
+/// A NaN or an infinity in one token's row shows in all its outputs, and in no other's.
+void test_not_finite() {
+    const Case c = {GGML_TYPE_Q4_0, 64, 96, 9, 0, false, 0.0f};
+    for (const float bad : {(float)NAN, (float)INFINITY}) {
+        for (const bool nt : {true, false}) {
+            Inputs in = make_inputs(c, nt);
+            const int64_t depth = nt ? c.n_cols : c.n_rows, width = nt ? c.n_rows : c.n_cols;
+            in.x[4 * depth + 33] = bad;
+            const std::vector<float> y =
+                run(c, in, nt, Precision::fast, 2, in.w.weight, {in.x.data(), false, depth});
+            for (int64_t i = 0; i < c.n_tokens * width; i++) {
+                if (std::isfinite(y[i]) == (i / width == 4)) {
+                    failures++;
+                    std::printf("FAIL %s with %f: y[%d] is %f\n", nt ? "nt" : "nn", bad, (int)i,
+                                y[i]);
+                    break;
+                }
+            }
         }
     }
 }
@@ -142,6 +167,7 @@ void test_dequantizers() {
 
 void test_gemm() {
     test_dequantizers();
+    test_not_finite();
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = (ggml_type)i;
         const ggml_type_traits * traits = ggml_get_type_traits(type);
@@ -162,6 +188,7 @@ void test_gemm() {
         {GGML_TYPE_Q4_K, 130, 2304, 15, 0, true, 0.0f},
         {GGML_TYPE_Q6_K, 1301, 512, 14, 3, true, 0.0f},
         {GGML_TYPE_F32, 2200, 7, 5, 64, false, 0.25f},
+        {GGML_TYPE_Q4_0, 40, 64, 1100, 4, false, 0.1f},
         {GGML_TYPE_Q4_1, 96, 288, 53, 8, true, 0.1f},
     };
     for (const Case & c : shapes) {
@@ -180,7 +207,8 @@ void bench_gemm(int nth) {
                                GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS};
     const Shape shapes[] = {{576, 576}, {192, 576}, {1536, 576}, {576, 1536}, {4096, 4096}};
     const int64_t n_tokens = 512;
-    std::printf("GFLOP/s, T=%d, %d threads: nt/nn bf16 | nt/nn f32\n%-8s", (int)n_tokens, nth, "");
+    std::printf("GFLOP/s, T=%d, %d threads: nt/nn %s | nt/nn F32\n%-8s", (int)n_tokens, nth,
+                fast_format(), "");
     for (const Shape & s : shapes)
         std::printf(" %21dx%-5d", (int)s.n_rows, (int)s.n_cols);
     std::printf("\n");
@@ -196,7 +224,7 @@ void bench_gemm(int nth) {
             const std::vector<float> x = random_floats(n_tokens * wide);
             std::vector<float> y((size_t)(n_tokens * wide));
             std::printf("  ");
-            for (const Precision precision : {Precision::bf16, Precision::f32}) {
+            for (const Precision precision : {Precision::fast, Precision::f32}) {
                 for (const bool nt : {true, false}) {
                     const int64_t in = nt ? s.n_cols : s.n_rows, out = nt ? s.n_rows : s.n_cols;
                     const double seconds = bench_seconds(nth, [&](int ith, int n) {

@@ -26,12 +26,6 @@ std::vector<float> from_bf16_bits(const std::vector<uint16_t> & h) {
     return x;
 }
 
-std::vector<uint16_t> to_bf16_bits(const std::vector<float> & x) {
-    std::vector<uint16_t> h(x.size());
-    convert_bf16(x.data(), 0, h.data(), 0, (int64_t)x.size(), 1, 0, 1);
-    return h;
-}
-
 double keep(const Dropout & d, int64_t t, int64_t c) {
     return d.p > 0 ? dropout_factor(d.seed, t, c, d.p) : 1.0;
 }
@@ -340,7 +334,7 @@ void bench_rows(int nth) {
         const LoraDown l = {a.data(), 8, u.data(), 8};
         const Rows xr = {x.data(), false, C}, dyr = {dy.data(), false, N};
         const double gemm = bench_seconds(nth, [&](int i, int n) {
-            matmul_nt(Precision::bf16, w.weight, xr, nullptr, {y.data(), N}, T, i, n);
+            matmul_nt(Precision::fast, w.weight, xr, nullptr, {y.data(), N}, T, i, n);
         });
         const double seconds[] = {
             bench_seconds(nth, [&](int i, int n) { lora_down(xr, {}, C, T, &l, 1, i, n); }),
