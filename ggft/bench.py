@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 PARTS = {
-    "matrix products": ("matmul", "MUL_MAT", "GET_ROWS"),
+    "dequantize": ("dequantize", "GET_ROWS"),
+    "matrix products": ("matmul", "MUL_MAT"),
     "attention": ("attention", "SOFT_MAX"),
     "loss head": ("loss", "cross_entropy"),
     "LoRA": ("lora", "dropout"),
@@ -228,7 +229,8 @@ def time_steps(
 def profile_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int) -> dict[str, float]:
     """Return the seconds of one step by part; each node runs alone, which costs extra.
 
-    Our kernels dequantize weights inside the product, so that the two are one part.
+    Our kernels dequantize weights inside the products: what the first thread spends on that counts
+    as a part of its own, the loss head's share included.
     """
     engine.set_profiling(True)
     seconds = run_step(engine, plan, n_rows, n_vocab, 99)

@@ -2,6 +2,7 @@
 
 #include "devices.h"
 #include "error.h"
+#include "kernels_gemm.h"
 
 #include <algorithm>
 #include <chrono>
@@ -82,16 +83,20 @@ void Engine::run_profiled(Graph & g) {
         Tensor node = ggml_graph_node(g.graph(), i);
         Graph one(4);
         ggml_graph_add_node(one.graph(), node);
+        const double before = panel_seconds();
         const auto start = std::chrono::steady_clock::now();
         ggml_backend_graph_compute(backend_.get(), one.graph());
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         const std::string name = node->op == GGML_OP_CUSTOM ? node->name : ggml_op_desc(node);
-        profile_[name] += seconds.count();
+        const double dequantizing = panel_seconds() - before;
+        profile_[name] += seconds.count() - dequantizing;
+        profile_["dequantize"] += dequantizing;
     }
 }
 
 void Engine::set_profiling(bool on) {
     profiling_ = on;
+    time_panels(on);
     profile_.clear();
 }
 

@@ -1,6 +1,8 @@
 #include "kernels_gemm.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -58,6 +60,28 @@ struct Scratch {
         spill = row_scales + tiles * SCALE_WORDS;
         keep = spill + round_up(MR * NR, 16);
     }
+};
+
+std::atomic<bool> timing = false;
+std::atomic<double> panels_took = 0.0; // written by one thread at a time
+
+/// Adds the time that it lives to panels_took.
+class PanelTimer {
+public:
+    explicit PanelTimer(bool on) : on_(on && timing) {
+        if (on_)
+            start_ = std::chrono::steady_clock::now();
+    }
+    ~PanelTimer() {
+        if (on_) {
+            const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start_;
+            panels_took = panels_took + took.count();
+        }
+    }
+
+private:
+    bool on_;
+    std::chrono::steady_clock::time_point start_;
 };
 
 /// A product out = x * panels, in one direction.
@@ -236,6 +260,7 @@ struct Part {
     Scratch & s;
     Range tokens, columns;
     int64_t kc_full;
+    bool is_first; // of the threads
 
     int64_t tiles() const { return (tokens.last - tokens.first + MR - 1) / MR; }
     /// 16-bit rows are costly to make: those of all tokens are made before the groups' turns.
@@ -267,7 +292,10 @@ struct Part {
         const int64_t kc = depth_at(k0);
         if (p.low && k0 == 0)
             pack_low_rank(p, c0, nc, s.low_panels);
-        (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
+        {
+            const PanelTimer timer(is_first);
+            (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
+        }
         for (int64_t i = 0; i < tiles(); i++) {
             const int64_t slot = ahead() ? i : 0;
             if (!ahead())
@@ -315,7 +343,8 @@ void run_product(const Product & p, int ith, int nth) {
     const int64_t turns = p.format == Format::i16 ? (n + TOKENS_AHEAD - 1) / TOKENS_AHEAD : 1;
     for (int64_t i = 0; i < turns; i++) {
         const Range turn = split_range(n, 1, (int)i, (int)turns);
-        Part{p, scratch, {tokens.first + turn.first, tokens.first + turn.last}, columns, kc_full}
+        Part{p,       scratch, {tokens.first + turn.first, tokens.first + turn.last},
+             columns, kc_full, ith == 0}
             .run();
     }
 }
@@ -330,6 +359,16 @@ Format format_of(Precision precision) {
 
 bool has_bf16_dot() {
     return HAS_BF16;
+}
+
+void time_panels(bool on) {
+    timing = on;
+    if (on)
+        panels_took = 0.0;
+}
+
+double panel_seconds() {
+    return panels_took;
 }
 
 const char * fast_format() {

@@ -35,6 +35,11 @@ bool has_bf16_dot();
 /// Name of what `fast` multiplies: "BF16", "16-bit integers" or "F32".
 const char * fast_format();
 
+/// For profiling: while on, the first thread's seconds of making panels (dequantizing, laying out)
+/// add up in panel_seconds(), over all products of the process. Turning it on starts at 0.
+void time_panels(bool on);
+double panel_seconds();
+
 struct Weight {
     ggml_type type;
     int64_t n_rows, n_cols;

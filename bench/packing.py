@@ -1,0 +1,125 @@
+"""What packing brings: examples per second of the same optimizer steps, laid out in three ways.
+
+    python bench/packing.py --data rows.json [--model FILE.gguf] [--steps 12] [--runs 5]
+
+"packed" is what `ggft finetune` does, "own row" gives each example a row padded to the longest of
+the micro-batch (`--no-packing`), and "own row of T" pads each to --max-length. The layouts take
+turns, each on its own engine with its own plan; the medians over the runs are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import SMOLLM2
+from ggft.base import Base, Data, load_data, open_base
+from ggft.config import FinetuneConfig
+from ggft.engine import Engine
+from ggft.interrupt import StopSignals
+from ggft.train import choose_settings, make_shape, open_engine, plan_run
+
+if TYPE_CHECKING:
+    from ggft.batching import Batch
+
+
+@dataclass
+class Layout:
+    """A way to lay the examples out, and the seconds that it took."""
+
+    name: str
+    engine: Engine
+    steps: list[list[Batch]]
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def slots(self) -> int:
+        """Return the positions of all rows, padding included."""
+        return sum(batch["tokens"].size for step in self.steps for batch in step)
+
+    def run(self) -> None:
+        """Train all steps once."""
+        start = time.perf_counter()
+        for i, step in enumerate(self.steps):
+            count = sum(self.engine.forward_backward(batch, 1 + i)[1] for batch in step)
+            self.engine.optimizer_step(1e-4, count)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def widen(batch: Batch, n_tokens: int) -> Batch:
+    """Return the batch with its rows padded to `n_tokens`."""
+    more = ((0, 0), (0, n_tokens - batch["tokens"].shape[1]))
+    return {
+        "tokens": np.pad(batch["tokens"], more),
+        "positions": np.pad(batch["positions"], more),
+        "segments": np.pad(batch["segments"], more, constant_values=-1),
+        "targets": np.pad(batch["targets"], more, constant_values=-1),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Examples per second, packed and padded")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", type=Path, default=SMOLLM2)
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--max-length", type=int, default=512)
+    args = parser.parse_args()
+    base = open_base(str(args.model), "auto")
+    with StopSignals() as stop:
+        data = load_data(
+            (args.data,), base, form="auto", max_length=args.max_length, train_on_prompt=False,
+            check=stop.check, val_split=0.0,
+        )  # fmt: skip
+        measure(args, base, data, stop)
+
+
+def measure(args: argparse.Namespace, base: Base, data: Data, stop: StopSignals) -> None:
+    """Lay out the same steps in each way, time them in turns, print a table."""
+
+    def layout(name: str, packing: bool, change: Callable[[Batch], Batch]) -> Layout:
+        config = FinetuneConfig(
+            model=str(args.model), data=(args.data,), packing=packing, val_split=0.0
+        )
+        settled = choose_settings(config, data)
+        shape = make_shape(settled, settled.rank, base.file, base.info)
+        steps, plan = plan_run(settled, data, shape)
+        engine = engines.enter_context(open_engine(settled, base, shape, plan, stop))
+        engine.init_lora(seed=1)
+        made = [steps.step(0, i, plan.n_rows) for i in range(args.steps)]
+        return Layout(name, engine, [[change(batch) for batch in step] for step in made])
+
+    from contextlib import ExitStack
+
+    with ExitStack() as engines:
+        layouts = [
+            layout("packed", True, lambda batch: batch),
+            layout("own row", False, lambda batch: batch),
+            layout(f"own row of {args.max_length}", False, lambda b: widen(b, args.max_length)),
+        ]
+        for _ in range(1 + args.runs):  # the first warms up
+            for one in layouts:
+                one.run()
+    n_examples = args.steps * 4
+    print("| | positions | examples/s | packed is faster by |")
+    print("|---|---|---|---|")
+    packed = layouts[0].seconds[1:]
+    for one in layouts:
+        ratios = [a / b for a, b in zip(one.seconds[1:], packed, strict=True)]
+        speed = n_examples / statistics.median(one.seconds[1:])
+        print(f"| {one.name} | {one.slots} | {speed:.2f} | {statistics.median(ratios):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
