@@ -129,7 +129,7 @@ def download(config: DownloadConfig, model: str | None) -> None:
     from ggft.common_options import DEFAULT_MODEL
     from ggft.hub import download as action
 
-    click.echo(action(model or DEFAULT_MODEL, config.folder, force=config.force))
+    click.echo(action(DEFAULT_MODEL if model is None else model, config.folder, force=config.force))
 
 
 @verb(cli, "ggft.registry:ModelsConfig")

@@ -24,7 +24,9 @@ from ggft.options import Option, make, options_of
 from ggft.terminal import printable
 
 EXIT_BUG = 1
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE)
+_NO_ROOM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE,
+)  # fmt: skip
 _debug = False
 
 

@@ -325,7 +325,7 @@ def convert(old: str | Path, new: str | Path, config: ConvertConfig) -> str:
 
     if is_peft(Path(old)):
         return _convert_adapter(Path(old), Path(new), config)
-    if config.base is not None:
+    if config.base is not None and Path(old).exists():
         raise InputError(
             "--base is for PEFT adapters", path=old, expected="a folder with adapter_config.json"
         )

@@ -188,9 +188,11 @@ def doctor(config: DoctorConfig) -> int:
     """Print the findings; return 3 if something must be mended before training, else 0."""
     found = examine()
     if config.graph:
+        from ggft.gguf import check_model, read_gguf
         from ggft.hub import find_model
 
         model = str(find_model(config.model))
+        check_model(read_gguf(model))
         found.look("graph", lambda: graph_rows(model, config.device))
         for row in found.facts["graph"] or ():
             if not row["supported"]:

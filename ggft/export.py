@@ -51,6 +51,8 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
             of what was trained.
         ResourceError: The disk is full.
     """
+    if not folder.strip():
+        raise InputError("the folder's name is empty")
     base = read_gguf(model)
     info = check_model(base)
     adapter = None if config.adapter is None else read_adapter(config.adapter, base)
@@ -109,7 +111,10 @@ def _folder(path: Path, overwrite: bool) -> Iterator[None]:
         path.mkdir(exist_ok=True)
         before = set(path.iterdir())
     except OSError as error:
-        raise InputError(f"cannot write here: {error.strerror}", path=path) from None
+        raise InputError(
+            f"cannot write here: {error.strerror}", path=path,
+            hint="choose another folder or change the permissions of the one around it",
+        ) from None  # fmt: skip
     if before and not overwrite:
         raise InputError(
             "the folder is not empty", path=path,

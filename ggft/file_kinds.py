@@ -89,8 +89,10 @@ def _printable(data: bytes) -> str:
     return repr(data.decode("ascii", "backslashreplace").replace("\\\\", "\\"))
 
 
-def require_regular_file(path: Path) -> int:
-    """Return the size of a regular file in bytes.
+def require_regular_file(
+    path: Path, *, hint: str = "check the path; `ggft models` lists the names"
+) -> int:
+    """Return the size of a regular file in bytes; `hint` is what to do if there is none.
 
     Raises:
         InputError: It is missing, a folder, a pipe or a device, or cannot be looked at.
@@ -98,9 +100,7 @@ def require_regular_file(path: Path) -> int:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            "no such file", path=path, hint="check the path; `ggft models` lists the names"
-        ) from None
+        raise InputError("no such file", path=path, hint=hint) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot open the file: {reason}", path=path) from None

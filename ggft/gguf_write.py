@@ -35,6 +35,11 @@ from ggft.gguf_types import (
 
 VERSION = 3
 
+_REMEDIES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space: your share of it is used up",
+    errno.EFBIG: "files of this size are not allowed here: see ulimit -f, or use another disk",
+}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.ggft-(?P<pid>\d+)\.tmp")
 # Bytes left free on the disk after a write that was allowed to start.
 _SPARE_BYTES = 16 << 20
@@ -81,7 +86,7 @@ def atomic_output(
         raise ResourceError(
             f"writing failed: {error.strerror}",
             path=path,
-            hint="free some disk space" if error.errno == errno.ENOSPC else None,
+            hint=_REMEDIES.get(error.errno or 0),
         ) from error
     finally:
         with suppress(OSError):

@@ -85,6 +85,8 @@ def model_here(text: str) -> Path | None:
     Raises:
         InputError: Neither a file nor a known name.
     """
+    if not text.strip():
+        raise InputError("the model's name is empty", hint="ggft models shows the names")
     path = Path(text).expanduser()
     if path.exists():
         return path

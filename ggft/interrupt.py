@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 from ggft.errors import Interrupted
@@ -126,6 +126,28 @@ class StopSignals:
 
     def _python_handler(self, number: int, frame: FrameType | None) -> None:
         """Do nothing: the watcher acts, this keeps Python's default from acting."""
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let signals wait until the end of native code that calls back into Python.
+
+    A handler that raises within such a callback would be lost: C knows no exceptions.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    previous = {n: h for n in SIGNALS if callable(h := signal.getsignal(n))}
+    for number in previous:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if came:
+        previous[signal.Signals(came[0])](came[0], None)
 
 
 def silence_stdout() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ggft.errors import InputError, ResourceError
 from ggft.gguf import read_gguf
+from ggft.interrupt import deferred
 from ggft.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
     params.vocab_only = vocab_only
     params.n_gpu_layers = -1 if on_gpu else 0
     _complaints.clear()
-    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    with deferred():
+        model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         reason = _complaint() or "no reason given"
         if "alloc" in reason or "memory" in reason:
@@ -179,7 +181,8 @@ class LlamaModel:
         params.no_perf = True
         if threads:
             params.n_threads = params.n_threads_batch = threads
-        context = self._api.llama_init_from_model(self._model, params)
+        with deferred():
+            context = self._api.llama_init_from_model(self._model, params)
         if not context:
             raise ResourceError(
                 f"no memory for a context of {self.n_ctx} tokens", path=self.path,
@@ -190,7 +193,8 @@ class LlamaModel:
     def _attach(self, path: Path, scale: float) -> None:
         read_gguf(path)
         _complaints.clear()
-        adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
+        with deferred():
+            adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise InputError(
                 "the adapter does not fit this model", path=path, found=_complaint(),

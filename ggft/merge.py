@@ -8,6 +8,7 @@ says so. Everything streams, a few rows at a time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,19 +138,27 @@ def merge(
     sources = [_plan(tensor, deltas, config, report) for tensor in base.tensors.values()]
     metadata, types = _metadata(base, adapter)
     inputs = [*base.paths, adapter.path]
-    write_gguf(output, metadata, sources, types=types, inputs=inputs, progress=progress)
-    report.n_bytes = Path(output).stat().st_size
+    template = adapter.meta.template or "auto"
+    losses: tuple[float, float] | None = None
     if config.data and measure is not None:
-        template = adapter.meta.template or "auto"
-        base_file, tuned = str(base.path), str(adapter.path)
-        report.losses = Losses(
-            measure(base_file, None, template),
-            measure(base_file, tuned, template),
-            measure(str(output), None, template),
-        )
-    if config.receipt is not None:
-        with atomic_output(config.receipt, inputs=[Path(output)]) as temporary:
-            temporary.write_text(to_json(report) + "\n", encoding="utf-8")
+        # Before the merge, so that bad data leave no output.
+        untuned = measure(str(base.path), None, template)
+        losses = untuned, measure(str(base.path), str(adapter.path), template)
+    with contextlib.ExitStack() as stack:
+        receipt = None
+        if config.receipt is not None:
+            # Opened first, so that a place where it cannot be leaves no output either.
+            if Path(config.receipt).resolve() == Path(output).resolve():
+                raise InputError("the receipt is the output", path=config.receipt)
+            receipt = stack.enter_context(
+                atomic_output(config.receipt, inputs=[*inputs, Path(output)])
+            )
+        write_gguf(output, metadata, sources, types=types, inputs=inputs, progress=progress)
+        report.n_bytes = Path(output).stat().st_size
+        if losses is not None and measure is not None:
+            report.losses = Losses(*losses, measure(str(output), None, template))
+        if receipt is not None:
+            receipt.write_text(to_json(report) + "\n", encoding="utf-8")
     return report
 
 

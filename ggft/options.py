@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ggft.errors import InputError
+from ggft.file_kinds import require_regular_file
 
+_MAX_FILE_BYTES = 1 << 20
 ConfigT = TypeVar("ConfigT")
 
 
@@ -171,6 +173,8 @@ def read_config_file(config_class: type, path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
+    if require_regular_file(Path(path), hint="check the path") > _MAX_FILE_BYTES:
+        raise InputError("a config file is not that large", path=path, expected="a page of YAML")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -251,6 +255,8 @@ def _convert_one(entry: Option, value: Any, where: str | None) -> Any:
             raise ValueError
         else:
             value = str(value).strip()
+            if not value and entry.metavar not in (None, "TEXT"):
+                raise InputError(f"{entry.flag} is empty", path=where, expected=entry.metavar)
     except (TypeError, ValueError):
         raise InputError(
             f"{entry.flag} has a wrong value", path=where, found=repr(value),

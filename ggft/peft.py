@@ -56,8 +56,9 @@ _KEPT = ("base_sha256", "base_name", "template", "template_sha256")
 
 
 def is_peft(path: Path) -> bool:
-    """Return whether a path looks like a PEFT adapter: its folder, or a file of safetensors."""
-    return (path / CONFIG_FILE).is_file() or path.suffix == ".safetensors"
+    """Return whether a path is a PEFT adapter's: its folder, or the safetensors in it."""
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return (folder / CONFIG_FILE).is_file()
 
 
 def write_peft(folder: Path, adapter: Adapter, info: ModelInfo) -> None:
@@ -208,7 +209,8 @@ def convert_peft(source: Path, output: Path, base: GGUFFile) -> AdapterMeta:
 
 def _read_config(path: Path) -> tuple[int, float, float | None]:
     """Return rank, alpha and dropout of a plain LoRA."""
-    if require_regular_file(path) > MAX_CONFIG_BYTES:
+    hint = "give the folder with it, as PEFT saves it"
+    if require_regular_file(path, hint=hint) > MAX_CONFIG_BYTES:
         raise InputError("not the configuration of an adapter: too large", path=path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -259,12 +259,27 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
         Rows written, by file.
     """
     from ggft.corpus import Fate
+    from ggft.errors import InputError
     from ggft.gguf_write import atomic_output
 
-    folder.mkdir(parents=True, exist_ok=True)
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder cannot be made: {error.strerror}", path=folder,
+            hint="choose another one with --out",
+        ) from None  # fmt: skip
     sides = {Fate.TRAIN: "train.jsonl", Fate.VALID: "valid.jsonl"}
     counts = {side: 0 for side in sides if (corpus.fate == side).any()}
+
+    def tidy(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     with contextlib.ExitStack() as stack:
+        stack.push(tidy)
         files: dict[Fate, IO[str]] = {}
         for side in counts:
             path = stack.enter_context(

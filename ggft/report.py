@@ -198,7 +198,7 @@ def read_outcome(path: str | Path) -> Outcome:
             name.name: record[name.name] for name in fields(Outcome) if name.name != "metrics"
         }
         return Outcome(**values, metrics=run.read_metrics())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             "no finished run here", path=path, found=f"no {Path(error.filename).name}",
             expected="a directory that `ggft finetune` wrote to its end",

@@ -41,7 +41,7 @@ WRONG = [
     (["finetune", "--lr", "1e9"], 2, ["--lr is out of range"]),
     (["finetune", "--epochs", "0"], 2, ["--epochs is out of range"]),
     (["finetune", "--precision", "f64"], 2, ["--precision", "'f64'", "fast, f32"]),
-    (["finetune", "--config", "{folder}/none.yaml"], 2, ["none.yaml", "cannot be read"]),
+    (["finetune", "--config", "{folder}/none.yaml"], 2, ["none.yaml", "no such file"]),
     (["finetune", "-m", "{folder}/none.gguf"], 2, ["none.gguf", "no such model file"]),
     (["finetune", "-m", "smollm2-135m"], 2, ["did you mean `smollm2-135m-instruct`"]),
     (["generate", "hi", "-m", "{folder}"], 2, ["{folder}"]),
@@ -56,6 +56,16 @@ WRONG = [
     (["generate", "hi", "-m", "{model}", "--temperature", "-1"], 2, ["--temperature"]),
     (["generate", "hi", "-m", "{model}", "--top-p", "0"], 2, ["--top-p"]),
     (["chat", "-m", "{folder}/none.gguf"], 2, ["no such model file"]),
+    (["finetune", "-m", ""], 2, ["--model is empty"]),
+    (["finetune", "-m", "{model}", "-o", ""], 2, ["--output is empty"]),
+    (["finetune", "--config", "{folder}"], 2, ["not a regular file"]),
+    (["finetune", "--config", "/dev/zero"], 2, ["not a regular file"]),
+    (["finetune", "--config", "{folder}/pipe"], 2, ["not a regular file"]),
+    (["report", "{model}"], 2, ["no finished run here"]),
+    (["doctor", "--graph", "-m", "{folder}/page.gguf"], 2, ["page.gguf at byte 0"]),
+    (["export", "{model}", "", "--to", "ollama"], 2, ["the folder's name is empty"]),
+    (["merge", "", "{folder}/a", "{folder}/b"], 2, ["the model's name is empty"]),
+    (["download", ""], 2, ["unknown model ``"]),
     (["download", "nope"], 2, ["unknown model `nope`", "owner/repository/file.gguf"]),
     (["download", "o/r/../../x.gguf"], 2, ["leads out of its folder"]),
     (["download", "o/r/x.gguf", "--to", "{folder}"], 4, ["cannot be reached"]),
@@ -80,6 +90,7 @@ def test_wrong_input_is_told_in_one_message(
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "page.gguf").write_text("<!DOCTYPE html><html></html>")
+    os.mkfifo(folder / "pipe")
 
     def fill(text: str) -> str:
         return text.replace("{model}", str(tiny)).replace("{folder}", str(folder))

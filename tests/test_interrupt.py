@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ggft.errors import Interrupted
-from ggft.interrupt import SAME_WISH_S, StopSignals
+from ggft.interrupt import SAME_WISH_S, StopSignals, deferred
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -74,6 +74,38 @@ def test_other_threads_may_use_it() -> None:
     thread.start()
     thread.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_deferred_signal_comes_at_the_end(number: int) -> None:
+    def handler(number: int, _: object) -> None:
+        raise Interrupted("interrupted", signal_number=number)
+
+    done = []
+
+    def native() -> None:
+        with deferred():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            done.append(1)
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(Interrupted):
+            native()
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert done == [1]
+
+
+def test_deferring_between_stop_signals_is_one_wish() -> None:
+    with StopSignals() as stop:
+        with deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.5 * SAME_WISH_S)
+        with pytest.raises(Interrupted):
+            stop.check()
 
 
 IGNORE_FIRST = """

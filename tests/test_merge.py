@@ -11,12 +11,15 @@ import pytest
 
 import ggft.merge
 from ggft.adapter import AdapterMeta, write_adapter
+from ggft.cli import cli
+from ggft.command import run
 from ggft.errors import InputError
 from ggft.ggml_quants import can_quantize, dequantize_rows, quantize_rows
 from ggft.gguf import GGMLType, dequantize, read_array, read_gguf
 from ggft.llamacpp import LlamaModel
 from ggft.merge import MergeConfig, merge
 from ggft.receipt import MergeReport, render
+from tests.adapters import random_adapter
 from tests.models import Spec, spec_for, write_model
 from tests.reference import Array
 from tests.test_gguf import write_shards
@@ -53,6 +56,26 @@ def merged(
     adapter, deltas = write_lora(tmp_path, base, size)
     report = merge(base, adapter, tmp_path / "out.gguf", MergeConfig(**settings))
     return base, tmp_path / "out.gguf", deltas, report
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--receipt", "{folder}"], "the output is a folder"),
+        (["--receipt", "{folder}/out.gguf"], "the receipt is the output"),
+        (["-d", "{folder}/none.json"], "cannot read the data"),
+    ],
+)
+def test_what_fails_beside_the_merge_fails_before_it(
+    tmp_path: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = write_model(tmp_path / "m.gguf", Spec())
+    random_adapter(tmp_path / "a.gguf", tiny)
+    files = [str(tmp_path / name) for name in ("m.gguf", "a.gguf", "out.gguf")]
+    before = sorted(tmp_path.iterdir())
+    assert run(cli, ["merge", *files, *(flag.format(folder=tmp_path) for flag in flags)]) == 2
+    assert says in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
