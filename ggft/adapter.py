@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +81,11 @@ def write_adapter(
     shapes: Mapping[str, tuple[int, int]],
     get: Callable[[str], FloatArray],
     meta: AdapterMeta,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Write an adapter whole or not at all; `get` gives each matrix of `shapes` by name.
+
+    `inputs` are files that are read meanwhile; the adapter must be none of them.
 
     Raises:
         InputError: the path cannot be used.
@@ -111,7 +114,7 @@ def write_adapter(
     sources = [
         matrix_source(name, shape, functools.partial(get, name)) for name, shape in shapes.items()
     ]
-    write_gguf(path, metadata, sources)
+    write_gguf(path, metadata, sources, inputs=inputs)
 
 
 def read_adapter(

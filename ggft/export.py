@@ -21,6 +21,7 @@ from ggft.llamacpp import LlamaTokenizer
 from ggft.ollama import go_template, learn_turns, modelfile
 from ggft.options import option
 from ggft.peft import write_peft
+from ggft.terminal import printable
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
 
@@ -60,7 +61,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
     if config.to == "ollama":
         texts, notes = _for_ollama(base, adapter, config)
         with _folder(target, config.overwrite):
-            if adapter is not None:
+            if adapter is not None and adapter.path.resolve() != (target / ADAPTER).resolve():
                 _copy(adapter.path, target / ADAPTER)
             with atomic_output(target / MODELFILE) as temporary:
                 temporary.write_text(texts, encoding="utf-8")
@@ -72,7 +73,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
             write_peft(target, adapter, info)
         notes, todo = [], f'PeftModel.from_pretrained(model, "{target}")'
     lines = [f"wrote {target}", *(f"note: {note}" for note in notes), f"next: {todo}"]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _for_ollama(

@@ -225,10 +225,7 @@ def _receive(client: httpx2.Client, remote: Remote, part: _Part, bar: Any) -> No
         if answer.status_code == 416:  # what is here is longer than what is there
             part.restart()
         _check_answer(answer, remote)
-        resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(
-            f"bytes {part.n_bytes}-"
-        )
-        if not resumed:
+        if not _begins_at(answer, part.n_bytes):
             # A server may ignore the range and send the whole file.
             part.restart()
         bar.n = part.n_bytes
@@ -273,13 +270,19 @@ def _receive_range(client: httpx2.Client, remote: Remote, first: int, n_bytes: i
         "GET", remote.url, headers=headers, timeout=timeout, follow_redirects=True
     ) as answer:
         _check_answer(answer, remote)
-        begin = first if answer.status_code == 206 else 0
+        begin = first if _begins_at(answer, first) else 0
         data = bytearray()
         for chunk in answer.iter_raw(_CHUNK_BYTES):
             data += chunk
             if begin + len(data) >= first + n_bytes:
                 return bytes(data[first - begin :][:n_bytes])
     raise BusyError("the connection ended early")
+
+
+def _begins_at(answer: httpx2.Response, first: int) -> bool:
+    """Return whether the range that was asked for comes, and not the whole file."""
+    begins = f"bytes {first}-"
+    return answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(begins)
 
 
 def _check_answer(answer: httpx2.Response, remote: Remote) -> None:

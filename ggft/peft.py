@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK, MAX_ALPHA = 1 << 20, 1e9
 
 _PEFT_NAMES = {ours: theirs for theirs, ours in TARGET_ALIASES.items()}
 _GGUF_NAME = re.compile(r"blk\.(?P<block>\d+)\.(?P<target>\w+)\.weight")
@@ -203,7 +204,7 @@ def convert_peft(source: Path, output: Path, base: GGUFFile) -> AdapterMeta:
         architecture=base.architecture, rank=rank, alpha=alpha, dropout=dropout, **kept
     )
     shapes = {name: (t.shape[0], t.shape[1]) for name, (t, _) in sources.items()}
-    write_adapter(output, shapes, get, meta)
+    write_adapter(output, shapes, get, meta, inputs=[path, *base.paths])
     return meta
 
 
@@ -226,14 +227,16 @@ def _read_config(path: Path) -> tuple[int, float, float | None]:
                 expected=ascii(plain), hint="merge it into its model with PEFT, then convert that",
             )  # fmt: skip
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_number(rank) or rank != int(rank) or not 1 <= rank <= 1 << 20:
+    if not _is_number(rank) or rank != int(rank) or not 1 <= rank <= MAX_RANK:
         raise InputError("r is not a rank", path=path, found=ascii(rank))
-    if not _is_number(alpha) or alpha <= 0:
+    if not _is_number(alpha) or not 0 < alpha <= MAX_ALPHA:
         raise InputError("lora_alpha is not usable", path=path, found=ascii(alpha))
     # Rank-stabilized LoRA divides by the root of the rank.
     factor = math.sqrt(rank) if config.get("use_rslora") else 1.0
     dropout = config.get("lora_dropout")
-    return int(rank), float(alpha) * factor, float(dropout) if _is_number(dropout) else None
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout <= 1):
+        raise InputError("lora_dropout is not a share", path=path, found=ascii(dropout))
+    return int(rank), float(alpha) * factor, None if dropout is None else float(dropout)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

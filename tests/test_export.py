@@ -121,6 +121,15 @@ def test_an_older_export_is_replaced_when_asked_to(tiny: Tiny, tmp_path: Path) -
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_an_adapter_may_be_where_it_goes(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (tmp_path / "a.gguf").rename(out / "adapter.gguf")
+    arguments = ["export", str(tiny.path), str(out), "--to", "ollama", "--overwrite"]
+    assert run(cli, [*arguments, "-a", str(out / "adapter.gguf")]) == 0
+    assert names(out) == ["Modelfile", "adapter.gguf"]
+
+
 def test_a_full_disk_leaves_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

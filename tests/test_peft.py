@@ -132,6 +132,8 @@ BAD: dict[str, tuple[Change, str]] = {
     "r as text": (lambda c, t: c.update(r="8"), "r is not a rank"),
     "other r": (lambda c, t: c.update(r=8), "does not fit the base and r"),
     "alpha": (lambda c, t: c.update(lora_alpha=float("nan")), "lora_alpha is not usable"),
+    "large alpha": (lambda c, t: c.update(lora_alpha=1e300), "lora_alpha is not usable"),
+    "dropout": (lambda c, t: c.update(lora_dropout=1e300), "lora_dropout is not a share"),
     "magnitude": (
         lambda c, t: t.update({"layers.0.self_attn.q_proj.lora_magnitude_vector": t.popitem()[1]}),
         "not a matrix of a LoRA",
@@ -169,6 +171,15 @@ def test_a_pickled_adapter_is_not_opened(tmp_path: Path) -> None:
     (peft / WEIGHTS_FILE).rename(peft / "adapter_model.bin")
     with pytest.raises(InputError, match="pickle"):
         convert_peft(peft, tmp_path / "new.gguf", read_gguf(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "peft/adapter_model.safetensors"])
+def test_an_input_is_never_the_output(tmp_path: Path, name: str) -> None:
+    _, peft = made(tmp_path, Spec())
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match="the output is the input"):
+        convert_peft(peft, tmp_path / name, read_gguf(tmp_path / "m.gguf"))
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_rank_stabilized_lora(tmp_path: Path) -> None:
