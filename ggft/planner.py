@@ -284,7 +284,7 @@ def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:
     if limits.device_bytes is not None:
         expected += f"; {_size(int(SAFE_SHARE * limits.device_bytes))} on the device"
     return ResourceError(
-        f"training with rows of {n_tokens} tokens would not fit into memory",
+        f"rows of {n_tokens} tokens would not fit into memory",
         found=f"{_size(smallest.total_bytes)} needed",
         expected=expected,
         hint=hint,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
-from ggft.errors import InputError
+from ggft.errors import GgftError, InputError
 from ggft.options import option
 from ggft.recipe import Losses, Verdict, judge
 from ggft.rundir import RunDirectory
@@ -212,7 +212,12 @@ def report(path: str, config: ReportConfig) -> str:
     """Return the report of a run as text, or as JSON, and write its page anew."""
     outcome = read_outcome(path)
     run = RunDirectory(Path(path))
-    run.write_text(run.report_html, html(outcome))
+    page = str(run.report_html)
+    try:
+        run.write_text(run.report_html, html(outcome))
+    except GgftError as error:
+        # What came of a run can be said of an archive, too.
+        page = f"not written: {error.message}"
     if config.json:
         return json.dumps(outcome.record(), ensure_ascii=False)
     lines = [outcome.verdict().text, ""]
@@ -225,7 +230,7 @@ def report(path: str, config: ReportConfig) -> str:
     ]
     for sample in outcome.samples:
         lines += ["", *(f"{name + ':':<10}{text}" for name, text in sample.items())]
-    lines += ["", f"page      {run.report_html}"]
+    lines += ["", f"page      {page}"]
     return printable("\n".join(lines))
 
 

@@ -176,6 +176,16 @@ def test_a_file_changed_meanwhile_is_fetched_anew(get: Get, tmp_path: Path) -> N
     assert not old.exists()
 
 
+def test_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    with serve({"m.gguf": DATA}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(InputError, match="put here: File exists"):
+            hub.download("me/repo/m.gguf", tmp_path / "file", note=lambda _: None)
+    assert server.seen("storage", "GET") == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_two_downloads_of_one_file(get: Get, tmp_path: Path) -> None:
     path = part_of(DATA, tmp_path)
     with open(path, "wb") as held, serve({"m.gguf": DATA}) as server:

@@ -149,6 +149,19 @@ def test_a_run_is_reported_again(tmp_path: Path) -> None:
     assert json.loads(report(str(tmp_path), ReportConfig(json=True)))["samples"] == samples
 
 
+def test_a_run_on_a_read_only_disk_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(RunDirectory(tmp_path), outcome([2.0, 1.0]))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1, 2.0)) + "\n")
+
+    def fail(*_: object) -> None:
+        raise InputError("cannot write here: Read-only file system")
+
+    monkeypatch.setattr(RunDirectory, "write_text", fail)
+    assert "page      not written: cannot write here" in report(str(tmp_path), ReportConfig())
+
+
 @pytest.mark.parametrize("damage", ["missing", "torn", "foreign"])
 def test_what_is_no_run_is_named(tmp_path: Path, damage: str) -> None:
     if damage != "missing":
