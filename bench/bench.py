@@ -3,7 +3,8 @@
 Every measurement is a process of its own, and the variants take turns, so that a slow minute of the
 machine hits all of them; the medians over the runs are reported. A peer that is HOPELESS times
 slower than the fastest of its shape, as BF16 is on a machine that has to emulate it, is measured
-once and at one shape only. Writes results.json and chart.svg.
+once and at one shape only. Writes results/NAME.json and NAME.svg, the name saying what ggft's fast
+path multiplies on this processor: bf16, int16 or f32.
 
     python bench/bench.py [--runs 5] [--model FILE.gguf] [--no-peer] [--out FOLDER]
 """
@@ -36,6 +37,7 @@ from ggft.matmul_peak import measure_peak
 GGFT = "from ggft.cli import main; main()"
 SHAPES = ((1, 512), (4, 512))
 HOPELESS = 4.0
+NAMES = {"BF16": "bf16", "16-bit integers": "int16", "F32": "f32"}
 OURS = {
     "ggft fast": ("--memory", "1500M"),
     "ggft fast, ≤ 600 MB": ("--memory", "600M"),
@@ -137,6 +139,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "machine": machine(),
+        "products": next(v.runs[0]["engine"]["products"] for v in variants if v.ours),
         "threads": args.threads,
         "runs": args.runs,
         "model": args.model.name,
@@ -230,13 +233,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-peer", action="store_true", help="ggft and ggml only")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args()
     record = collect(args)
     print_table(record)
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
+    name = NAMES[record["products"]]
+    (args.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     bars = [
         Bar(
             f"{row['name']}, {row['shape']}",
@@ -247,7 +251,7 @@ def main() -> None:
         for row in sorted(record["variants"], key=lambda row: -row["tokens_per_s"])
     ]
     title = f"LoRA on {args.model.stem}, rank 8, seven linears"
-    (args.out / "chart.svg").write_text(draw(title, bars, record["machine"]), encoding="utf-8")
+    (args.out / f"{name}.svg").write_text(draw(title, bars, record["machine"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ class BenchConfig:
     shape: str = option(
         "--shape", default="4x512", metavar="BxT", help="Rows per optimizer step, tokens per row"
     )
-    steps: int = option("--steps", default=5, minimum=1, help="Timed steps, after one to warm up")
+    steps: int = option(
+        "--steps", default=5, minimum=1, help="Timed steps, after a short one to warm up"
+    )
     rank: int = option("--rank", "-r", default=8, minimum=1, maximum=1024, help="LoRA rank")
     target_modules: tuple[str, ...] = option(
         "--target-modules", default=("all",), metavar="NAMES",
@@ -214,8 +216,8 @@ def run_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int, seed: int) -
 def time_steps(
     engine: Engine, plan: Plan, n_rows: int, n_vocab: int, n_steps: int
 ) -> dict[str, Any]:
-    """Return speed and peak memory of `n_steps` steps after the first."""
-    run_step(engine, plan, n_rows, n_vocab, 0)
+    """Return speed and peak memory of `n_steps` steps, after a first one of one micro-batch."""
+    run_step(engine, plan, min(n_rows, plan.n_rows), n_vocab, 0)
     start_s = process_seconds()
     seconds = [sum(run_step(engine, plan, n_rows, n_vocab, 1 + i)) for i in range(n_steps)]
     return {

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 READMES = [ENGLISH, CHINESE]
 GENERATED = re.compile(r"(<!-- (commands|speed): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-RESULTS = ROOT / "bench" / "results.json"
+RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -40,14 +40,18 @@ def commands_text() -> str:
 
 
 def speed_text() -> str:
-    """Return the chart and the table of the last `make bench` whose results are kept."""
-    if not RESULTS.is_file():
-        return ""
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    """Return chart and table of each kind of processor whose `make bench` results are kept."""
+    return "\n".join(map(speed_table, sorted(RESULTS.glob("*.json"))))
+
+
+def speed_table(path: Path) -> str:
+    """Return the chart and the table of a record."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    chart = path.with_suffix(".svg").relative_to(ROOT).as_posix()
     lines = [
-        "![tokens per second and peak memory, ggft beside PEFT](bench/chart.svg)\n",
-        f"{record['model']}, rank 8, seven linears; {record['machine']}; {record['date']}; "
-        f"median of {record['runs']}:\n",
+        f"![tokens per second and peak memory, ggft beside PEFT]({chart})\n",
+        f"{record['model']}, rank 8, seven linears; {record['machine']}, whose fast path is "
+        f"{record['products']}; {record['date']}; median of {record['runs']}:\n",
         "| | rows x tokens | tokens/s | peak memory, MB |",
         "|---|---|---|---|",
     ]
