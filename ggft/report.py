@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
+from ggft.chart import chart
 from ggft.errors import GgftError, InputError
 from ggft.options import option
 from ggft.recipe import Losses, Verdict, judge
 from ggft.rundir import RunDirectory
 from ggft.terminal import printable
 
-Points = Sequence[tuple[float, float]]
-
+# What computing with a record of the wrong form raises.
+_DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
 # Which of the engine's buffers each part of a plan becomes.
 _BUFFERS = {
     "weights (mapped)": ("weights",),
@@ -204,22 +204,40 @@ def read_outcome(path: str | Path) -> Outcome:
             expected="a directory that `ggft finetune` wrote to its end",
             hint="a run that was stopped is finished with ggft finetune --resume",
         ) from None  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the report cannot be read: {error!r}", path=run.report_json) from None
+    except _DAMAGE as error:
+        raise _damaged(run, error) from error
+
+
+def _damaged(run: RunDirectory, error: Exception) -> InputError:
+    return InputError(
+        "the report is not as ggft wrote it", path=run.report_json, found=repr(error)[:200]
+    )
 
 
 def report(path: str, config: ReportConfig) -> str:
-    """Return the report of a run as text, or as JSON, and write its page anew."""
+    """Return the report of a run as text, or as JSON, and write its page anew.
+
+    Raises:
+        InputError: as `read_outcome`.
+    """
     outcome = read_outcome(path)
     run = RunDirectory(Path(path))
-    page = str(run.report_html)
     try:
-        run.write_text(run.report_html, html(outcome))
+        page, lines = html(outcome), _lines(outcome)
+        record = json.dumps(outcome.record(), ensure_ascii=False)
+    except _DAMAGE as error:
+        raise _damaged(run, error) from error
+    where = str(run.report_html)
+    try:
+        run.write_text(run.report_html, page)
     except GgftError as error:
         # What came of a run can be said of an archive, too.
-        page = f"not written: {error.message}"
-    if config.json:
-        return json.dumps(outcome.record(), ensure_ascii=False)
+        where = f"not written: {error.message}"
+    return record if config.json else printable("\n".join([*lines, f"page      {where}"]))
+
+
+def _lines(outcome: Outcome) -> list[str]:
+    """Return the report as lines for a terminal."""
     lines = [outcome.verdict().text, ""]
     lines += [f"{'memory':<30}{'predicted':>14}{'used':>14}"]
     lines += [f"  {part:<28}{_mib(a):>14}{_mib(b):>14}" for part, a, b in outcome.memory()]
@@ -230,8 +248,7 @@ def report(path: str, config: ReportConfig) -> str:
     ]
     for sample in outcome.samples:
         lines += ["", *(f"{name + ':':<10}{text}" for name, text in sample.items())]
-    lines += ["", f"page      {page}"]
-    return printable("\n".join(lines))
+    return [*lines, ""]
 
 
 def html(outcome: Outcome) -> str:
@@ -313,78 +330,3 @@ def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
     lines += [line("td", row) for row in rows]
     kind = ' class="numbers"' if head else ""
     return f"<table{kind}>" + "\n".join(lines) + "</table>"
-
-
-def chart(series: Sequence[tuple[str, str, Points]], *, height: int = 240) -> str:
-    """Return an SVG of lines (name, colour variable, points) over steps.
-
-    The vertical axis begins at 0, so that a loss that hardly moved looks it.
-    """
-    width, left, right, bottom = 800, 72, 10, 30
-    top = 28 if len(series) > 1 else 10
-    points = [point for _, _, line in series for point in line]
-    if not points:
-        return "<p>no data</p>"
-    x_first, x_last = min(x for x, _ in points), max(x for x, _ in points)
-    unit = _round_unit((max(y for _, y in points) or 1.0) / (height // 60))
-    n_lines = math.ceil(max(y for _, y in points) / unit - 1e-9) or 1
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        share = (x - x_first) / ((x_last - x_first) or 1)
-        return (
-            round(left + share * (width - left - right), 1),
-            round(height - bottom - y / (n_lines * unit) * (height - bottom - top), 1),
-        )
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
-    for i in range(n_lines + 1):
-        y = at(x_first, unit * i)[1]
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y + 5}" text-anchor="end">{_label(unit * i)}</text>'
-        )
-    below = [(left, "start", f"{x_first:g}"), ((left + width) // 2, "middle", "step")]
-    below += [(width - right, "end", f"{x_last:g}")] if x_last > x_first else []
-    for x, anchor, text in below:
-        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{text}</text>')
-    for number, (name, colour, line) in enumerate(series):
-        spots = [at(*point) for point in _thin(line)]
-        path = " ".join(f"{x},{y}" for x, y in spots)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.5" '
-            'vector-effect="non-scaling-stroke"/>'
-        )
-        if len(spots) == 1:
-            parts.append(
-                f'<circle cx="{spots[0][0]}" cy="{spots[0][1]}" r="4" fill="var({colour})"/>'
-            )
-        if len(series) > 1:
-            end = width - right - 110 * (len(series) - 1 - number)
-            parts.append(
-                f'<text x="{end}" y="18" text-anchor="end" style="fill:var({colour})">'
-                f"{escape(name)}</text>"
-            )
-    return "".join(parts) + "</svg>"
-
-
-def _round_unit(least: float) -> float:
-    """Return the smallest of …, 0.5, 1, 2, 2.5, 5, 10, … that is at least `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= least * (1 - 1e-9))
-
-
-def _label(value: float) -> str:
-    """Return a number for an axis, in few characters."""
-    if not 0 < value < 0.01:
-        return f"{value:.4g}"
-    digits, _, power = f"{value:.1e}".partition("e")
-    return f"{digits.removesuffix('.0')}e{int(power)}"
-
-
-def _thin(line: Points, n_max: int = 800) -> Points:
-    """Return at most about `n_max` points: means over equal stretches."""
-    size = -(-len(line) // n_max)
-    if size <= 1:
-        return line
-    blocks = [line[i : i + size] for i in range(0, len(line), size)]
-    return [(block[-1][0], sum(y for _, y in block) / len(block)) for block in blocks]

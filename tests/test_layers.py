@@ -19,7 +19,7 @@ chat_template jinja encoding builtin_templates templates ollama vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
 llamacpp ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
-base rundir report samples trainer
+base rundir chart report samples trainer
 evaluate train prepare convert inspect merge quantize export generate doctor bench
 command cli
 """

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
 from ggft.errors import InputError
-from ggft.report import Outcome, ReportConfig, chart, html, peak_rss_bytes, report, write_report
+from ggft.report import Outcome, ReportConfig, html, peak_rss_bytes, report, write_report
 from ggft.rundir import RunDirectory
 
 
@@ -92,37 +92,6 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
         assert part in page
 
 
-def test_charts_are_well_formed_whatever_the_points() -> None:
-    for line in ([(1, 2.0)], [(1, 0.0), (2, 0.0)], [(i, i % 7) for i in range(10_000)]):
-        tree = ElementTree.fromstring(chart([("a", "--a", line), ("b & c", "--b", line)]))
-        points = tree.findall("polyline")[0].attrib["points"].split()
-        assert 1 <= len(points) <= 801
-        for point in points:
-            x, y = map(float, point.split(","))
-            assert 0 <= x <= 800
-            assert 0 <= y <= 240
-    assert "no data" in chart([("a", "--a", [])])
-
-
-@pytest.mark.parametrize(
-    ("largest", "labels"),
-    [
-        (4.57, ["0", "2", "4", "6", "0", "step", "9"]),
-        (0.001, ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3", "0", "step", "9"]),
-        (142.0, ["0", "50", "100", "150", "0", "step", "9"]),
-        (0.0, ["0", "0.25", "0", "step", "9"]),
-    ],
-)
-def test_axes_have_round_numbers(largest: float, labels: list[str]) -> None:
-    tree = ElementTree.fromstring(chart([("a", "--a", [(0, 0.0), (9, largest)])]))
-    assert [text.text for text in tree.findall("text")] == labels
-
-
-def test_a_single_point_is_seen() -> None:
-    tree = ElementTree.fromstring(chart([("a", "--a", [(1, 2.0)])]))
-    assert len(tree.findall("circle")) == 1
-
-
 def test_both_files_are_written(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     write_report(run, outcome([2.0, 1.0]))
@@ -168,6 +137,30 @@ def test_what_is_no_run_is_named(tmp_path: Path, damage: str) -> None:
         (tmp_path / "report.json").write_text('{"model": 1}' if damage == "foreign" else "{")
         (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        report(str(tmp_path), ReportConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("loss", "x"), ("step", None), ("epoch", math.nan), ("tokens_seen", []), ("lr", {})],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, key: str, value: object) -> None:
+    made = outcome([2.0, 1.0])
+    write_report(RunDirectory(tmp_path), made)
+    lines = [json.dumps({**record, key: value}) for record in made.metrics]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="not as ggft wrote it"):
+        report(str(tmp_path), ReportConfig())
+
+
+@pytest.mark.parametrize("key", ["plan", "settings", "engine", "account", "state", "samples"])
+def test_a_damaged_record_is_named(tmp_path: Path, key: str) -> None:
+    made = outcome([2.0, 1.0])
+    write_report(RunDirectory(tmp_path), made)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, made.metrics)))
+    record = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**record, key: 3}))
+    with pytest.raises(InputError, match="not as ggft wrote it"):
         report(str(tmp_path), ReportConfig())
 
 
