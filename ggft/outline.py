@@ -19,6 +19,9 @@ from ggft.gguf_parse import parse_header
 from ggft.hub import look_up, model_here, print_note, require_fit
 from ggft.registry import Entry, entry_of
 
+# Several times the largest vocabulary.
+MAX_HEADER_BYTES = 64 << 20
+
 
 @contextlib.contextmanager
 def model_outline(text: str, note: Callable[[str], None] = print_note) -> Iterator[Path]:
@@ -62,18 +65,24 @@ def _fetch_outline(entry: Entry, path: Path) -> tuple[int, int]:
             f"the server does not say how large {remote.name} is",
             hint=f"ggft download {entry.name} first, then plan",
         )
+    shown = Path(f"{entry.repo}/{entry.file}")
     n_read = 0
     with open(path, "wb") as file:
 
         def read(n_bytes: int, first: int) -> bytes:
             nonlocal n_read
+            if n_read + n_bytes > MAX_HEADER_BYTES:
+                raise InputError(
+                    "no header ends where it should", path=shown,
+                    found=f"more than {MAX_HEADER_BYTES >> 20} MiB of it",
+                    hint=f"ggft download {entry.name} takes the whole file; ggft info tells more",
+                )  # fmt: skip
             data = fetch_range(client, remote, first, n_bytes)
             n_read += len(data)
             file.seek(first)
             file.write(data)
             return data
 
-        shown = Path(f"{entry.repo}/{entry.file}")
         header = parse_header(Cursor(shown, remote.size, read))
         if header.get("split.count", 1) != 1:
             raise InputError(

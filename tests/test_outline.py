@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ggft import cursor, fetch, registry
+from ggft import cursor, fetch, outline, registry
 from ggft import hub as hub_module
 from ggft.cli import cli
 from ggft.command import run
@@ -138,6 +138,13 @@ def test_no_model(data: bytes, says: str, hub: Hub) -> None:
     with pytest.raises(InputError, match=says) as error, model_outline(NAME):
         pass
     assert str(error.value).startswith("me/repo/m.gguf")
+
+
+def test_a_header_without_end(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outline, "MAX_HEADER_BYTES", 4096)
+    with pytest.raises(InputError, match="no header ends"), model_outline(NAME):
+        pass
+    assert n_sent(hub) <= 4096
 
 
 def test_a_part_of_a_split_model(hub: Hub, tmp_path: Path) -> None:
