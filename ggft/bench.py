@@ -16,7 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ggft.config import DEFAULT_MODEL, parse_layers, parse_size, parse_targets
+from ggft.common_options import (
+    device_option,
+    memory_option,
+    model_option,
+    precision_option,
+    threads_option,
+)
+from ggft.config import parse_layers, parse_size, parse_targets
 from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
@@ -44,10 +51,7 @@ PARTS = {
 class BenchConfig:
     """Settings of `ggft bench`."""
 
-    model: str = option(
-        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME",
-        help="Base model: a GGUF file or a name that `ggft models` lists",
-    )  # fmt: skip
+    model: str = model_option()
     shape: str = option(
         "--shape", default="4x512", metavar="BxT", help="Rows per optimizer step, tokens per row"
     )
@@ -62,29 +66,18 @@ class BenchConfig:
     layers: str = option(
         "--layers", default="all", metavar="N|FIRST-LAST", help="Blocks to train, as in finetune"
     )
-    precision: str = option(
-        "--precision", default="fast", choices=("fast", "f32"),
-        help="fast: what is quickest on this machine; f32: the reference path",
-    )  # fmt: skip
+    precision: str = precision_option()
     recompute: bool | None = option(
         "--recompute", off=("--keep",), default=None, shown="by memory",
         help="Recompute block internals in the backward pass, or keep them",
     )  # fmt: skip
-    threads: int | None = option(
-        "--threads", "-t", default=None, minimum=1, maximum=1024,
-        shown="physical cores", help="CPU threads",
-    )  # fmt: skip
-    device: str = option(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or a name from `ggft doctor`"
-    )
+    threads: int | None = threads_option()
+    device: str = device_option()
     kernels: str = option(
         "--kernels", default="auto", choices=("auto", "fused", "ggml"),
         help="CPU kernels: our fused ones or ggml's portable graph",
     )  # fmt: skip
-    memory: str | None = option(
-        "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
-        help="Memory that the run may use, such as 6G",
-    )  # fmt: skip
+    memory: str | None = memory_option()
     peak: bool = option(
         "--peak", off=("--no-peak",), default=True,
         help="Measure the machine's peak in matrix products at this model's shapes",

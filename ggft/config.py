@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggft.common_options import DEFAULT_MODEL as DEFAULT_MODEL
 from ggft.common_options import (
     adapter_option,
     adapter_scale_option,

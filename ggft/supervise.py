@@ -2,7 +2,7 @@
 
 The system's out-of-memory killer, a model file cut off while it is mapped, or a failed assertion
 in native code end a process without a word. The parent, which needs hardly any memory, names the
-cause, the last checkpoint, and how to go on.
+cause, the last checkpoint, and how to go on. A parent that is killed itself takes the child along.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from ggft.errors import ResourceError
 
-# Set in the child, which does the work.
+# Set in the child, which does the work, to the end of a pipe that closes with the parent.
 _CHILD = "GGFT_SUPERVISED"
 _CAUSES = {
     "SIGKILL": "most likely the system ran out of memory",
@@ -37,11 +38,21 @@ def supervise(run: Path) -> int | None:
     Raises:
         ResourceError: the child was killed; the exit code is 128 + the signal's number.
     """
-    if os.environ.pop(_CHILD, None):
+    if pipe := os.environ.pop(_CHILD, None):
+        threading.Thread(target=_end_with_parent, args=(int(pipe),), daemon=True).start()
         return None
     command = [sys.executable, *sys.orig_argv[1:]]
-    with subprocess.Popen(command, env={**os.environ, _CHILD: "1"}) as child, _forwarding(child):
-        code = child.wait()
+    theirs, ours = os.pipe()
+    try:
+        environment = {**os.environ, _CHILD: str(theirs)}
+        with (
+            subprocess.Popen(command, env=environment, pass_fds=(theirs,)) as child,
+            _forwarding(child),
+        ):
+            code = child.wait()
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if code >= 0:
         return code
     try:
@@ -54,6 +65,12 @@ def supervise(run: Path) -> int | None:
     )
     error.exit_code = 128 - code
     raise error
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Wait for the parent's end of the pipe to close; then stop this process as SIGTERM does."""
+    os.read(pipe, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _advice(run: Path, name: str) -> str:

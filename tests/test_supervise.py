@@ -93,6 +93,26 @@ def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
     assert not list(run.rglob("*.tmp"))
 
 
+def test_a_killed_parent_takes_the_run_along(case: Case) -> None:
+    """The child stops as on SIGTERM: it saves, and nothing goes on unseen."""
+    run = case.folder / "run"
+    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with parent:
+        assert parent.stderr is not None
+        while not parent.stderr.readline().startswith("step 2/"):
+            pass
+        parent.kill()
+        rest = parent.stderr.read()  # until the child, too, has closed it
+        assert parent.wait(timeout=20) == -signal.SIGKILL
+    assert "stopped after step" in rest
+    assert 2 <= len(metrics(run)) < 18
+    read_adapter(run / "adapter.gguf", read_gguf(case.model))
+
+
 def test_a_reader_that_leaves_does_not_stop_the_run(case: Case) -> None:
     """As in `ggft finetune --json | head -1`, with the terminal gone as well."""
     run = case.folder / "run"
