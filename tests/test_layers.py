@@ -21,7 +21,7 @@ legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
 llamacpp ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
 base rundir chart report samples trainer
 evaluate train prepare convert inspect merge quantize export generate doctor bench
-command cli
+command cli __main__
 """
 ROWS = [line.split() for line in LAYERS.strip().splitlines()]
 VERBS = len(ROWS) - 2

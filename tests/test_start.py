@@ -1,0 +1,34 @@
+"""The start of the program, before there is a command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ggft
+
+INTERRUPTED = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from ggft.__main__ import main
+main()
+"""
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = start("-m", "ggft", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ggft {ggft.__version__}\n", "")
+
+
+def test_ctrl_c_while_modules_are_imported_ends_quietly() -> None:
+    done = start("-c", INTERRUPTED)
+    assert (done.returncode, done.stderr) == (130, "")
