@@ -97,7 +97,8 @@ def peer_variants(args: argparse.Namespace, folder: Path) -> list[Variant]:
             def measure(
                 batches: Path = batches, options: tuple[str, ...] = options
             ) -> dict[str, Any]:
-                return run_peer(args.model, batches, "--threads", str(args.threads), *options)
+                limits = ("--threads", str(args.threads), "--enough", "60")
+                return run_peer(args.model, batches, *limits, *options)
 
             found.append(Variant(name, rows, tokens, False, measure))
     return found

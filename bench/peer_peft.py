@@ -7,8 +7,8 @@ from two NumPy archives, so that both sides train on the same numbers:
                          the token to predict at its position, -1 is not trained
     --lora FILE.npz      optional: initial lora_a by llama.cpp's name, (R, C_in)
 
-Prints one JSON line: each step's mean loss and seconds, tokens/s (the first step left out), peak
-RSS.
+Prints one JSON line: each step's mean loss and seconds, tokens/s (the first of several steps left
+out), peak RSS.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -54,6 +54,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--max-grad-norm", type=float, default=0.0, help="0 is off")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--enough", type=float, default=float("inf"), metavar="SECONDS",
+                        help="no further step after one of this length")  # fmt: skip
     return parser.parse_args()
 
 
@@ -120,6 +122,8 @@ def main() -> None:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         del logits, loss
+        if seconds[-1] > args.enough:
+            break
     n_tokens = batches["tokens"][0].numel()
     timed = seconds[1:] or seconds
     result = {
