@@ -86,7 +86,7 @@ def test_the_engine_is_opened_large_enough(lengths: list[int], per_step: int) ->
 
 
 def test_short_steps_get_short_rows() -> None:
-    assert steps([5, 5, 5, 5]).row_tokens == 32
+    assert steps([5, 5, 5, 5]).row_tokens == 24
     assert steps([5, 5, 5, 5]).max_rows == 1
     assert steps([64] * 4).row_tokens == 64
 
