@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ class Layout:
     name: str
     engine: Engine
     steps: list[list[Batch]]
+    n_examples: int
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -98,9 +100,8 @@ def measure(args: argparse.Namespace, base: Base, data: Data, stop: StopSignals)
         engine = engines.enter_context(open_engine(settled, base, shape, plan, stop))
         engine.init_lora(seed=1)
         made = [steps.step(0, i, plan.n_rows) for i in range(args.steps)]
-        return Layout(name, engine, [[change(batch) for batch in step] for step in made])
-
-    from contextlib import ExitStack
+        laid_out = [[change(batch) for batch in step] for step in made]
+        return Layout(name, engine, laid_out, args.steps * steps.examples_per_step)
 
     with ExitStack() as engines:
         layouts = [
@@ -111,13 +112,12 @@ def measure(args: argparse.Namespace, base: Base, data: Data, stop: StopSignals)
         for _ in range(1 + args.runs):  # the first warms up
             for one in layouts:
                 one.run()
-    n_examples = args.steps * 4
     print("| | positions | examples/s | packed is faster by |")
     print("|---|---|---|---|")
     packed = layouts[0].seconds[1:]
     for one in layouts:
         ratios = [a / b for a, b in zip(one.seconds[1:], packed, strict=True)]
-        speed = n_examples / statistics.median(one.seconds[1:])
+        speed = one.n_examples / statistics.median(one.seconds[1:])
         print(f"| {one.name} | {one.slots} | {speed:.2f} | {statistics.median(ratios):.2f} |")
 
 

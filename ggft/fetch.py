@@ -14,10 +14,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from ggft.errors import NetworkError, ResourceError
 from ggft.gguf_write import flush
@@ -25,6 +25,7 @@ from ggft.gguf_write import flush
 if TYPE_CHECKING:
     import httpx2
 
+ResultT = TypeVar("ResultT")
 N_TRIES = 5
 WAIT_S = 1.0  # before the second try; doubled each time
 MAX_WAIT_S = 30.0
@@ -243,19 +244,34 @@ def fetch_range(client: httpx2.Client, remote: Remote, first: int, n_bytes: int)
     Raises:
         NetworkError: Not to be had.
     """
+    return with_tries(
+        lambda: _receive_range(client, remote, first, n_bytes),
+        N_TRIES,
+        lambda error: NetworkError(
+            f"{remote.name} could not be read: {reason(error)}",
+            hint="check the connection, then run the same command again",
+        ),
+    )
+
+
+def with_tries(
+    request: Callable[[], ResultT], n_tries: int, failed: Callable[[Exception], NetworkError]
+) -> ResultT:
+    """Return what `request` returns, tried again after pauses where the network is at fault.
+
+    Raises:
+        NetworkError: `failed` of the last error.
+    """
     import httpx2
 
     failures = 0
     while True:
         try:
-            return _receive_range(client, remote, first, n_bytes)
+            return request()
         except (httpx2.RequestError, BusyError) as error:
             failures += 1
-            if failures >= N_TRIES:
-                raise NetworkError(
-                    f"{remote.name} could not be read: {reason(error)}",
-                    hint="check the connection, then run the same command again",
-                ) from None
+            if failures >= n_tries:
+                raise failed(error) from None
             pause(failures, error)
 
 

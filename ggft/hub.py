@@ -26,12 +26,11 @@ from ggft.errors import InputError, NetworkError, ResourceError
 from ggft.fetch import (
     CONNECT_TIMEOUT_S,
     N_TRIES,
-    BusyError,
     Remote,
     check_status,
     fetch,
-    pause,
     reason,
+    with_tries,
 )
 from ggft.gguf_write import atomic_output
 from ggft.options import option
@@ -204,7 +203,6 @@ def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
     Raises:
         NetworkError: It does not have the file, or cannot be reached after bounded tries.
     """
-    import httpx2
     from huggingface_hub import get_session, get_token
 
     client = get_session()
@@ -213,23 +211,21 @@ def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
         headers["Authorization"] = f"Bearer {token}"
     # With another source at hand one try is enough.
     n_tries = 1 if entry.pypi else N_TRIES
-    failures = 0
-    while True:
-        try:
-            return client, _ask(client, entry, headers)
-        except (httpx2.RequestError, BusyError) as error:
-            failures += 1
-            if failures >= n_tries:
-                raise NetworkError(
-                    f"{endpoint()} cannot be reached ({reason(error)})",
-                    hint="check the connection, or give -m the path of a GGUF file that you have",
-                ) from None
-            pause(failures, error)
-        except ConnectionError:  # huggingface_hub's word for HF_HUB_OFFLINE
-            raise NetworkError(
-                "HF_HUB_OFFLINE is set, and the model is not here",
-                hint="unset it, or give -m the path of a GGUF file that you have",
-            ) from None
+    try:
+        remote = with_tries(
+            lambda: _ask(client, entry, headers),
+            n_tries,
+            lambda error: NetworkError(
+                f"{endpoint()} cannot be reached ({reason(error)})",
+                hint="check the connection, or give -m the path of a GGUF file that you have",
+            ),
+        )
+    except ConnectionError:  # huggingface_hub's word for HF_HUB_OFFLINE
+        raise NetworkError(
+            "HF_HUB_OFFLINE is set, and the model is not here",
+            hint="unset it, or give -m the path of a GGUF file that you have",
+        ) from None
+    return client, remote
 
 
 def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -64,18 +65,24 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
-    case: Case, number: int, code: int
-) -> None:
+def start(case: Case) -> tuple[Path, subprocess.Popen[str]]:
+    """Start a slow run; return its directory and the parent process."""
     run = case.folder / "run"
     arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    return run, child
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
+    case: Case, number: int, code: int
+) -> None:
+    run, child = start(case)
     assert child.stderr is not None
     lines = []
     for line in child.stderr:
@@ -95,12 +102,7 @@ def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
 
 def test_a_killed_parent_takes_the_run_along(case: Case) -> None:
     """The child stops as on SIGTERM: it saves, and nothing goes on unseen."""
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    parent = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    run, parent = start(case)
     with parent:
         assert parent.stderr is not None
         while not parent.stderr.readline().startswith("step 2/"):
