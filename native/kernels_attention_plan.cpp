@@ -89,14 +89,7 @@ GGFT_INLINE void to_words(bool bf16, const float * from, int64_t n, uint32_t * w
         std::memcpy(words, from, (size_t)n * 4);
         return;
     }
-    uint16_t * to = (uint16_t *)words;
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES)
-        store_bf16(to + k, load(from + k));
-    for (; k < n; k++)
-        to[k] = to_bf16(from[k]);
-    if (n % 2)
-        to[n] = 0;
+    store_bf16_pairs((uint16_t *)words, from, n);
 }
 
 /// Rows of one head lie a token apart, which hardware prefetchers follow badly.

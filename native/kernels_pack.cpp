@@ -275,16 +275,11 @@ void row_floats(const Rows & x, int64_t at, int64_t n, float * out) {
 }
 
 void row_bf16(const Rows & x, int64_t at, int64_t n, uint16_t * out) {
-    const float * f = (const float *)x.data + at;
-    if (x.is_bf16) {
-        std::memcpy(out, (const uint16_t *)x.data + at, (size_t)n * 2);
-    } else {
-        int64_t k = 0;
-        for (; k + LANES <= n; k += LANES)
-            store_bf16(out + k, load(f + k));
-        for (; k < n; k++)
-            out[k] = to_bf16(f[k]);
+    if (!x.is_bf16) {
+        store_bf16_pairs(out, (const float *)x.data + at, n);
+        return;
     }
+    std::memcpy(out, (const uint16_t *)x.data + at, (size_t)n * 2);
     if (n % 2)
         out[n] = 0;
 }

@@ -152,6 +152,17 @@ GGFT_INLINE void store_bf16(uint16_t * p, V x) {
     std::memcpy(p, &h, sizeof h);
 }
 
+/// n floats as BF16 pairs, the last one padded with 0.
+GGFT_INLINE void store_bf16_pairs(uint16_t * out, const float * x, int64_t n) {
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        store_bf16(out + k, load(x + k));
+    for (; k < n; k++)
+        out[k] = to_bf16(x[k]);
+    if (n % 2)
+        out[n] = 0;
+}
+
 /// One 32-bit word per lane: the BF16 of `even` below, that of `odd` above.
 GGFT_INLINE VU pair_bf16(V even, V odd) {
 #if defined(GGFT_BF16_DOT)
