@@ -29,6 +29,9 @@ RUNTIME_BYTES = 90 * 2**20
 # matrix, mostly), in tokens; and passes over the block, forward being one.
 MICRO_BATCH_TOKENS = 17.0
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
+# Values of a row that are packed together, at least, and their bytes, padding included; see
+# native/kernels_gemm.cpp.
+PACKED_VALUES, PACKED_BYTES = 704, 2176
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
 NEARLY_BEST = 1.03
 # Share of the free memory that a run takes unless told otherwise.
@@ -164,7 +167,8 @@ def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
     chunk = min(n, max(16, LOGIT_BYTES // (m.n_vocab * F32)))
     head = chunk * (m.n_vocab + 4 * m.n_embd) * F32
     if shape.fused:
-        return max(block, head)
+        block += _packed(m.n_ff, n) + _packed(m.n_embd, n)
+        return max(block, head + _packed(m.n_vocab, chunk))
     # The portable graph holds attention's probabilities and gradients, dequantized matrices, twice
     # the logits, and a mask.
     matrix = m.n_embd * max(m.n_ff, shape.q)
@@ -172,6 +176,11 @@ def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
     head = head * 2 + 3 * m.n_vocab * m.n_embd * F32 // 2
     mask = 2 * n * n_tokens
     return max(block, head) + mask + 8 * 2**20
+
+
+def _packed(n_values: int, n_tokens: int) -> int:
+    """Return the bytes of rows packed for products of 16-bit integers; other products need none."""
+    return n_tokens * -(-n_values // PACKED_VALUES) * PACKED_BYTES
 
 
 @dataclass(frozen=True)

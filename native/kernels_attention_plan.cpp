@@ -5,8 +5,6 @@
 #include <memory>
 #include <new>
 
-#include "kernels_pack.h"
-
 namespace ggft::attention_detail {
 namespace {
 
@@ -83,13 +81,21 @@ void seen_keys(const QueryBlock & block, const int32_t * start, int64_t unit_fir
 
 namespace {
 
-/// n floats as words: BF16 pairs (the last one padded with 0), or themselves.
-GGFT_INLINE void to_words(bool bf16, const float * from, int64_t n, uint32_t * words) {
-    if (!bf16) {
-        std::memcpy(words, from, (size_t)n * 4);
+/// n floats as words: themselves, BF16 pairs (the last one padded with 0), or blocks of 16-bit
+/// integers, their scales to `scales`.
+GGFT_INLINE void to_words(Format format, const float * from, int64_t n, uint32_t * words,
+                          [[maybe_unused]] float * scales) {
+#if defined(GGFT_I16)
+    if (format == Format::i16) {
+        quantize_row_i16(from, n, I16_EVEN_LIMIT, (int16_t *)words, scales);
         return;
     }
-    store_bf16_pairs((uint16_t *)words, from, n);
+#endif
+    if (format == Format::f32) {
+        std::memcpy(words, from, (size_t)n * 4);
+    } else {
+        store_bf16_pairs((uint16_t *)words, from, n);
+    }
 }
 
 /// Rows of one head lie a token apart, which hardware prefetchers follow badly.
@@ -103,32 +109,80 @@ GGFT_INLINE void prefetch_row(const HeadRows & x, int64_t row, int64_t n_rows) {
 
 } // namespace
 
-void pack_tile_rows(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
+void pack_tile_rows(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out,
+                    float * scales) {
     for (int64_t i = 0; i < n_rows; i++) {
         prefetch_row(x, i + 8, n_rows);
-        to_words(bf16, x.row(i), x.head_size, out + i * STRIDE);
+        to_words(format, x.row(i), x.head_size, out + i * STRIDE, scales + i * I16_BLOCKS);
     }
 }
 
-void pack_columns(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
+void pack_columns(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out) {
     alignas(64) uint32_t rows[LANES * STRIDE];
-    const int64_t steps = head_steps(bf16, x.head_size);
+    [[maybe_unused]] float scales[LANES][I16_BLOCKS];
+    const int64_t words = tile_steps(format, x.head_size), steps = panel_steps(format, x.head_size);
+    // Words between two scales; all of them where there are none.
+    const int64_t block = format == Format::i16 ? I16_STEPS : words;
     for (int64_t r = 0; r < round_up(n_rows, NR); r += LANES) {
         for (int64_t i = 0; i < LANES; i++) {
             uint32_t * row = rows + i * STRIDE;
             prefetch_row(x, r + i + LANES, n_rows);
             if (r + i < n_rows) {
-                to_words(bf16, x.row(r + i), x.head_size, row);
+                to_words(format, x.row(r + i), x.head_size, row, scales[i]);
             } else {
-                std::memset(row, 0, (size_t)steps * 4);
+                std::memset(row, 0, (size_t)words * 4);
+                std::memset(scales[i], 0, sizeof scales[i]);
             }
         }
-        transpose_words(rows, STRIDE, steps, out + r / NR * steps * NR + r % NR, NR);
+        uint32_t * to = out + r / NR * steps * NR + r % NR;
+        for (int64_t s = 0; s < words; s += block) {
+            transpose_words(rows + s, STRIDE, block, to, NR);
+            to += block * NR;
+            if (format == Format::i16) {
+                for (int i = 0; i < LANES; i++)
+                    std::memcpy(to + i, &scales[i][s / block], 4);
+                to += NR;
+            }
+        }
     }
 }
 
-void pack_depth(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out) {
-    const int64_t per = per_word(bf16), steps = (n_rows + per - 1) / per;
+namespace {
+
+#if defined(GGFT_I16)
+void pack_depth_i16(const HeadRows & x, int64_t n_rows, uint32_t * out) {
+    constexpr int64_t WIDTH = MAX_HEAD_SIZE + NR;
+    alignas(64) float rows[I16_DEPTH * WIDTH];
+    const int64_t width = head_columns(x.head_size),
+                  panel_words = panel_steps(Format::i16, n_rows) * NR;
+    for (int64_t first = 0; first < n_rows; first += I16_DEPTH, out += I16_PANEL_STEPS * NR) {
+        VI most[WIDTH / LANES] = {};
+        for (int64_t i = 0; i < I16_DEPTH; i++) {
+            float * row = rows + i * width;
+            const int64_t n = first + i < n_rows ? x.head_size : 0;
+            prefetch_row(x, first + i + 8, n_rows);
+            if (n)
+                std::memcpy(row, x.row(first + i), (size_t)n * 4);
+            std::fill(row + n, row + width, 0.0f);
+            for (int64_t c = 0; c < width; c += LANES)
+                most[c / LANES] = larger(most[c / LANES], magnitude(load(row + c)));
+        }
+        quantize_panels_i16(rows, width, most, width, I16_EVEN_LIMIT, panel_words, out);
+    }
+}
+#endif
+
+} // namespace
+
+void pack_depth(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out) {
+#if defined(GGFT_I16)
+    if (format == Format::i16) {
+        pack_depth_i16(x, n_rows, out);
+        return;
+    }
+#endif
+    const bool bf16 = format == Format::bf16;
+    const int64_t per = per_word(format), steps = (n_rows + per - 1) / per;
     alignas(64) float first[MAX_HEAD_SIZE + NR] = {}, second[MAX_HEAD_SIZE + NR] = {};
     for (int64_t s = 0; s < steps; s++) {
         std::memcpy(first, x.row(per * s), (size_t)x.head_size * 4);

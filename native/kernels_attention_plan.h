@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "kernels_attention.h"
-#include "kernels_micro.h"
+#include "kernels_pack.h"
 
 namespace ggft::attention_detail {
 
@@ -53,19 +53,32 @@ struct HeadRows {
     }
 };
 
-/// Rows as tile rows of words, STRIDE apart.
-void pack_tile_rows(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out);
+/// Rows as tile rows of words, STRIDE apart, and for i16 their scales, I16_BLOCKS apart.
+void pack_tile_rows(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out,
+                    float * scales);
 
-/// Panels with one column per row, reduction over D: [rows/NR][D/per][NR].
-void pack_columns(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out);
+/// Panels with one column per row, reduction over D: [rows/NR][panel_steps(D)][NR].
+void pack_columns(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out);
 
-/// Panels with one column per element of D, reduction over rows: [D/NR][steps][NR].
-void pack_depth(bool bf16, const HeadRows & x, int64_t n_rows, uint32_t * out);
+/// Panels with one column per element of D, reduction over rows: [D/NR][panel_steps(rows)][NR].
+void pack_depth(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out);
 
-/// Words per row of D (rounded up), and of D as columns (whole panels).
-inline int64_t head_steps(bool bf16, int head_size) {
-    return bf16 ? (head_size + 1) / 2 : head_size;
+/// Where a tile's reduction begins and how long it is: indices [from, to) of rows and panels, both
+/// given from index 0 on. `from` is a multiple of per_word(format).
+inline void reduce_over(Format format, TileArgs & g, const uint32_t * rows, const float * scales,
+                        const uint32_t * panel, int64_t from, int64_t to) {
+    const int64_t per = per_word(format);
+    // Blocks of 16-bit integers are entered and left anywhere, but begin at their scales.
+    const int64_t block = format == Format::i16 ? from / I16_DEPTH : 0;
+    const int64_t start = format == Format::i16 ? block * I16_DEPTH : from;
+    g.rows = rows + start / per;
+    g.row_scales = scales + block;
+    g.panel = panel + panel_steps(format, start) * NR;
+    g.first_step = (int)((from - start) / per);
+    g.steps = (int)((to - start + per - 1) / per);
 }
+
+/// D as columns: whole panels.
 inline int64_t head_columns(int head_size) {
     return round_up(head_size, NR);
 }

@@ -15,6 +15,8 @@
 namespace ggft {
 namespace {
 
+constexpr int64_t LARGEST_BLOCK = 256; // of all types
+
 // Panels that are in the L2 cache together: 768 KB; 384 KB where L2 caches are small.
 #if defined(GGFT_AVX512) || defined(__aarch64__)
 constexpr int64_t GROUP_WORDS = 192 << 10;
@@ -29,36 +31,27 @@ struct FreeDeleter {
     void operator()(void * p) const { std::free(p); }
 };
 
-// Tokens whose rows of 16-bit integers are made at once, for all groups of panels: 2 MB.
-constexpr int64_t TOKENS_AHEAD = 1024;
-
-constexpr int64_t ROW_WORDS = MR * TILE_STRIDE, SCALE_WORDS = round_up(MR * I16_BLOCKS, 16);
-
 /// Working memory of one thread.
 struct Scratch {
     std::unique_ptr<uint32_t, FreeDeleter> memory;
-    size_t words = 0;
     uint32_t * panels;
-    uint32_t * rows;    // [tiles][MR][TILE_STRIDE]
-    float * row_scales; // [tiles][MR][I16_BLOCKS], each tile's rounded up to cache lines
-    float * spill;      // [MR][NR], a tile at the right edge
-    float * keep;       // [MR][NR], dropout factors
+    uint32_t * rows; // [MR][TILE_STRIDE]
+    float * spill;   // [MR][NR], a tile at the right edge
+    float * keep;    // [MR][NR], dropout factors
     std::vector<float> low_panels;
 
-    void hold(int64_t tiles) {
-        const size_t needed =
-            GROUP_WORDS + tiles * (ROW_WORDS + SCALE_WORDS) + 2 * round_up(MR * NR, 16);
-        if (needed > words) {
-            memory.reset((uint32_t *)std::aligned_alloc(64, round_up(needed * 4, 64)));
-            words = memory ? needed : 0;
-            if (!memory)
-                throw std::bad_alloc();
-        }
+    void hold() {
+        constexpr int64_t TILE_WORDS = round_up(MR * NR, 16);
+        if (memory)
+            return;
+        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS;
+        memory.reset((uint32_t *)std::aligned_alloc(64, round_up(words * 4, 64)));
+        if (!memory)
+            throw std::bad_alloc();
         panels = memory.get();
         rows = panels + GROUP_WORDS;
-        row_scales = (float *)rows + tiles * ROW_WORDS;
-        spill = row_scales + tiles * SCALE_WORDS;
-        keep = spill + round_up(MR * NR, 16);
+        spill = (float *)rows + MR * TILE_STRIDE;
+        keep = spill + TILE_WORDS;
     }
 };
 
@@ -98,15 +91,22 @@ struct Product {
     int64_t column_unit() const { return nt ? NR : std::max<int64_t>(NR, block()); }
     // Block sizes are powers of two, as these are, so that the larger is a multiple of both.
     int64_t depth_unit() const {
-        const int64_t unit = format == Format::i16 ? I16_DEPTH : 32;
-        return nt ? std::max(unit, block()) : unit;
+        // Packed rows do not know which weights they will meet: their unit suits all.
+        if (format == Format::i16)
+            return nt ? LARGEST_BLOCK : I16_DEPTH;
+        return nt ? std::max<int64_t>(32, block()) : 32;
     }
     /// Of a group of panels: what a tile row holds, or less, so that one unit of columns fits.
     int64_t max_depth() const {
         const int64_t fits = GROUP_WORDS / column_unit();
         if (format == Format::i16)
-            return std::min<int64_t>(I16_BLOCKS, fits / (I16_STEPS + 1)) * I16_DEPTH;
+            return std::min<int64_t>(I16_BLOCKS, fits / I16_PANEL_STEPS) * I16_DEPTH;
         return std::min<int64_t>(MAX_STEPS, fits / 32 * 32) * per_word(format);
+    }
+    /// What of the reduction is done at a time: even parts of up to max_depth().
+    int64_t chunk() const {
+        const int64_t parts = (depth + max_depth() - 1) / max_depth();
+        return round_up((depth + parts - 1) / parts, depth_unit());
     }
 };
 
@@ -187,26 +187,19 @@ void prefetch_output(const float * y, int64_t stride, int rows) {
     }
 }
 
-TileFunction tile_of_format(Format format, int rows) {
-#if defined(GGFT_I16)
-    if (format == Format::i16)
-        return tile_of_i16(rows, std::make_index_sequence<MR>());
-#endif
-    return tile_function(format == Format::bf16, rows);
-}
-
-/// A row tile and the block of panels that it runs past.
+/// A row tile at work on a block of the reduction.
 struct TileJob {
     const uint32_t * rows;
     const float * row_scales;
-    Range columns, tokens;
+    Range tokens;
     Lines next;
     int64_t k0, kc;
 };
 
-void run_tile(const Product & p, Scratch & s, const TileJob & job) {
-    const int64_t t0 = job.tokens.first, c0 = job.columns.first;
-    const int64_t nc = job.columns.last - c0, panels = (nc + NR - 1) / NR;
+/// One row tile past the panels of `columns`.
+void run_tile(const Product & p, Scratch & s, const Range & columns, const TileJob & job) {
+    const int64_t t0 = job.tokens.first, c0 = columns.first;
+    const int64_t nc = columns.last - c0, panels = (nc + NR - 1) / NR;
     const int rows = (int)(job.tokens.last - t0);
     const TileFunction tile = tile_of_format(p.format, rows);
     const int64_t steps = tile_steps(p.format, job.kc), words = panel_steps(p.format, job.kc);
@@ -263,14 +256,34 @@ struct Part {
     bool is_first; // of the threads
 
     int64_t tiles() const { return (tokens.last - tokens.first + MR - 1) / MR; }
-    /// 16-bit rows are costly to make: those of all tokens are made before the groups' turns.
-    bool ahead() const { return p.format == Format::i16; }
     int64_t depth_at(int64_t k0) const { return std::min(kc_full, p.depth - k0); }
 
-    void make_rows(int64_t tile, int64_t slot, int64_t k0) const {
+    /// The rows of a tile, made if they are not yet.
+    TileJob job(int64_t tile, int64_t k0) const {
         const Range now = tile_tokens(tokens, tile, tiles());
-        pack_rows(p.format, p.x, now.first, (int)(now.last - now.first), k0, depth_at(k0),
-                  s.rows + slot * ROW_WORDS, s.row_scales + slot * SCALE_WORDS);
+        TileJob job = {};
+        job.tokens = now;
+        job.next = source(tile + 1, k0);
+        job.k0 = k0;
+        job.kc = depth_at(k0);
+        if (p.format == Format::i16) {
+            job.rows = packed_row(now.first, k0);
+            job.row_scales = packed_scales(now.first, k0);
+        } else {
+            job.rows = s.rows;
+            pack_rows(p.format, p.x, now.first, (int)(now.last - now.first), k0, job.kc, s.rows,
+                      nullptr);
+        }
+        return job;
+    }
+
+    const uint32_t * packed_row(int64_t t, int64_t k0) const {
+        return (const uint32_t *)p.x.data + (k0 / kc_full * p.n_tokens + t) * TILE_STRIDE;
+    }
+    const float * packed_scales(int64_t t, int64_t k0) const {
+        const int64_t chunks = (p.depth + kc_full - 1) / kc_full;
+        return (const float *)p.x.data + chunks * p.n_tokens * TILE_STRIDE +
+               (k0 / kc_full * p.n_tokens + t) * I16_BLOCKS;
     }
 
     /// Where the rows of a tile are before its turn.
@@ -279,8 +292,8 @@ struct Part {
             return {};
         const Range now = tile_tokens(tokens, tile, tiles());
         const int64_t n = now.last - now.first, kc = depth_at(k0);
-        if (ahead()) {
-            return {(const char *)(s.rows + tile * ROW_WORDS), n, TILE_STRIDE * 4,
+        if (p.format == Format::i16) {
+            return {(const char *)packed_row(now.first, k0), n, TILE_STRIDE * 4,
                     tile_steps(p.format, kc) * 4};
         }
         const int64_t size = p.x.is_bf16 ? 2 : 4;
@@ -296,34 +309,18 @@ struct Part {
             const PanelTimer timer(is_first);
             (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
         }
-        for (int64_t i = 0; i < tiles(); i++) {
-            const int64_t slot = ahead() ? i : 0;
-            if (!ahead())
-                make_rows(i, 0, k0);
-            run_tile(p, s,
-                     {s.rows + slot * ROW_WORDS,
-                      s.row_scales + slot * SCALE_WORDS,
-                      {c0, c0 + nc},
-                      tile_tokens(tokens, i, tiles()),
-                      source(i + 1, k0),
-                      k0,
-                      kc});
-        }
+        for (int64_t i = 0; i < tiles(); i++)
+            run_tile(p, s, {c0, c0 + nc}, job(i, k0));
     }
 
     void run() const {
-        s.hold(ahead() ? tiles() : 1);
+        s.hold();
         const int64_t width = columns.last - columns.first, unit = p.column_unit();
         const int64_t most = GROUP_WORDS / panel_steps(p.format, kc_full) / unit * unit;
         const int64_t groups = (width + most - 1) / most;
         const int64_t blocks = (p.depth + kc_full - 1) / kc_full;
         for (int64_t i = 0; i < groups * blocks; i++) {
-            const int64_t group = ahead() ? i % groups : i / blocks;
-            const int64_t k0 = (ahead() ? i / groups : i % blocks) * kc_full;
-            if (ahead() && group == 0) {
-                for (int64_t tile = 0; tile < tiles(); tile++)
-                    make_rows(tile, tile, k0);
-            }
+            const int64_t group = i / blocks, k0 = i % blocks * kc_full;
             // Groups are of even size, so that none is tiny.
             const Range part = split_range(width, unit, (int)group, (int)groups);
             run_group(columns.first + part.first, part.last - part.first, k0);
@@ -337,22 +334,7 @@ void run_product(const Product & p, int ith, int nth) {
     choose_part(p, ith, nth, tokens, columns);
     if (tokens.first >= tokens.last)
         return;
-    const int64_t blocks = (p.depth + p.max_depth() - 1) / p.max_depth();
-    const int64_t kc_full = round_up((p.depth + blocks - 1) / blocks, p.depth_unit());
-    const int64_t n = tokens.last - tokens.first;
-    const int64_t turns = p.format == Format::i16 ? (n + TOKENS_AHEAD - 1) / TOKENS_AHEAD : 1;
-    for (int64_t i = 0; i < turns; i++) {
-        const Range turn = split_range(n, 1, (int)i, (int)turns);
-        Part{p,       scratch, {tokens.first + turn.first, tokens.first + turn.last},
-             columns, kc_full, ith == 0}
-            .run();
-    }
-}
-
-Format format_of(Precision precision) {
-    if (precision == Precision::f32)
-        return Format::f32;
-    return HAS_BF16 ? Format::bf16 : HAS_I16 ? Format::i16 : Format::f32;
+    Part{p, scratch, tokens, columns, p.chunk(), ith == 0}.run();
 }
 
 } // namespace
@@ -382,16 +364,58 @@ const char * fast_format() {
     }
 }
 
+namespace {
+
+Product forward(Precision precision, const Weight & w) {
+    return {format_of(precision), true, w, {}, nullptr, {}, 0, w.n_rows, w.n_cols};
+}
+
+Product backward(Precision precision, const Weight & w) {
+    return {format_of(precision), false, w, {}, nullptr, {}, 0, w.n_cols, w.n_rows};
+}
+
+RowPacking packing_of(const Product & p) {
+    return {p.format == Format::i16 ? p.chunk() : 0, p.depth};
+}
+
+} // namespace
+
+size_t RowPacking::words(int64_t n_tokens) const {
+    return (size_t)((depth + chunk - 1) / chunk * n_tokens * (TILE_STRIDE + I16_BLOCKS));
+}
+
+RowPacking packing_nt(Precision precision, int64_t n_inputs) {
+    return packing_of(forward(precision, {GGML_TYPE_F32, 0, n_inputs, nullptr, 0}));
+}
+
+RowPacking packing_nn(Precision precision, const Weight & w) {
+    return packing_of(backward(precision, w));
+}
+
+void pack_tokens(const RowPacking & packing, Rows x, int64_t n_tokens, void * out, int ith,
+                 int nth) {
+    const Range part = split_range(n_tokens, 1, ith, nth);
+    const int64_t chunks = (packing.depth + packing.chunk - 1) / packing.chunk;
+    for (int64_t i = 0; i < chunks; i++) {
+        const int64_t k0 = i * packing.chunk, at = i * n_tokens + part.first;
+        pack_rows(Format::i16, x, part.first, (int)(part.last - part.first), k0,
+                  std::min(packing.chunk, packing.depth - k0), (uint32_t *)out + at * TILE_STRIDE,
+                  (float *)out + chunks * n_tokens * TILE_STRIDE + at * I16_BLOCKS);
+    }
+}
+
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth) {
-    run_product({format_of(precision), true, w, x, low_rank, y, n_tokens, w.n_rows, w.n_cols}, ith,
-                nth);
+    Product p = forward(precision, w);
+    p.x = x, p.low = low_rank, p.y = y, p.n_tokens = n_tokens;
+    run_product(p, ith, nth);
 }
 
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth) {
-    run_product({format_of(precision), false, w, dy, low_rank, dx, n_tokens, w.n_cols, w.n_rows},
-                ith, nth);
+    Product p = backward(precision, w);
+    p.x = dy, p.low = low_rank, p.y = dx, p.n_tokens = n_tokens;
+    run_product(p, ith, nth);
 }
 
 } // namespace ggft

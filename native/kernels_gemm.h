@@ -12,6 +12,8 @@
 // weight is dequantized once per call, whatever T, save when there are too few columns for the
 // threads, which then also split the tokens.
 //
+// Products of 16-bit integers take their rows packed, so that no thread packs what another has.
+//
 // Every function is called by all `nth` threads, each with its own `ith`. They share nothing that
 // is written, wait for nobody, and give bit-identical results for a given nth. Each keeps a buffer
 // of about 1 MB per thread, freed with the thread.
@@ -47,7 +49,8 @@ struct Weight {
     size_t row_bytes;
 };
 
-/// T token rows of F32 or BF16, `stride` elements apart.
+/// T token rows of F32 or BF16, `stride` elements apart; or packed ones (RowPacking), which need no
+/// stride.
 struct Rows {
     const void * data;
     bool is_bf16 = false;
@@ -74,6 +77,21 @@ struct Output {
     int64_t stride;
     bool add = false;
 };
+
+/// How products of 16-bit integers want their rows: made once by pack_tokens, all threads sharing
+/// the work and the result. Those of a forward product suit every weight with as many inputs.
+struct RowPacking {
+    int64_t chunk = 0; // reduction indices that lie together; 0: the product reads x as it is
+    int64_t depth = 0; // all of them
+
+    explicit operator bool() const { return chunk > 0; }
+    /// 32-bit words of n_tokens packed rows.
+    size_t words(int64_t n_tokens) const;
+};
+RowPacking packing_nt(Precision precision, int64_t n_inputs);
+RowPacking packing_nn(Precision precision, const Weight & w);
+void pack_tokens(const RowPacking & packing, Rows x, int64_t n_tokens, void * out, int ith,
+                 int nth);
 
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth);

@@ -5,11 +5,14 @@
 // Both factors are cut into blocks of I16_DEPTH reduction indices, for each row of x and each
 // column of the panel. A block is the largest magnitude over the limit as F32 scale, and integers
 // up to the limit. The limits are such that a block's sum of products fits into 32 bits:
-// 64 * 16383 * 2047 < 2^31. x gets the larger one, as activations have outliers.
+// 64 * 16383 * 2047 < 2^31. x gets the larger one, as activations have outliers; in attention,
+// where both are activations, 64 * 5792 * 5792 < 2^31.
 //
 // A panel holds blocks of [I16_STEPS][NR] words (two integers of consecutive reduction indices)
 // and then [NR] scales. A block with a NaN or an infinity has that scale, so that it shows in y.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels_micro.h"
 
@@ -24,8 +27,9 @@ inline constexpr bool HAS_I16 = false;
 
 inline constexpr int64_t I16_DEPTH = 64;
 inline constexpr int I16_STEPS = I16_DEPTH / 2;
+inline constexpr int I16_PANEL_STEPS = I16_STEPS + 1;    // that of the scales included
 inline constexpr int I16_BLOCKS = MAX_STEPS / I16_STEPS; // of a tile row
-inline constexpr float I16_ROW_LIMIT = 16383, I16_PANEL_LIMIT = 2047;
+inline constexpr float I16_ROW_LIMIT = 16383, I16_PANEL_LIMIT = 2047, I16_EVEN_LIMIT = 5792;
 
 #if defined(GGFT_I16)
 
@@ -113,7 +117,40 @@ GGFT_INLINE float quantize_i16(const float * x, int64_t n, float limit, int16_t 
     return largest / limit;
 }
 
-template <int M> void tile_product_i16(const TileArgs & g) {
+/// n floats as blocks of integers, the last one padded with zeros, and the blocks' scales. `out`
+/// may be the memory of x.
+GGFT_INLINE void quantize_row_i16(const float * x, int64_t n, float limit, int16_t * out,
+                                  float * scales) {
+    for (int64_t k = 0; k < n; k += I16_DEPTH)
+        scales[k / I16_DEPTH] = quantize_i16(x + k, std::min(I16_DEPTH, n - k), limit, out + k);
+}
+
+/// I16_DEPTH rows of `width` floats (a multiple of NR), `stride` apart, as one block of each panel;
+/// most[i]: the largest magnitudes of columns i * LANES and on.
+inline void quantize_panels_i16(const float * rows, int64_t stride, const VI * most, int64_t width,
+                                float limit, int64_t panel_words, uint32_t * out) {
+    for (int64_t j = 0; j < width; j += NR, out += panel_words) {
+        float * scales = (float *)out + I16_STEPS * NR;
+        V inverse[NV];
+        GGFT_UNROLL for (int v = 0; v < NV; v++) {
+            const V largest = (V)most[j / LANES + v];
+            inverse[v] = inverse_scale(largest, limit);
+            store(scales + v * LANES, largest * splat(1 / limit));
+        }
+        uint32_t * step = out;
+        for (int64_t i = 0; i < I16_DEPTH; i += 2, step += NR) {
+            const float * even = rows + i * stride + j;
+            GGFT_UNROLL for (int v = 0; v < NV; v++) {
+                const VI low = to_integers(load(even + v * LANES) * inverse[v]) & 0xffff;
+                const VI high = to_integers(load(even + stride + v * LANES) * inverse[v]) << 16;
+                const VI words = low | high;
+                std::memcpy(step + v * LANES, &words, sizeof words);
+            }
+        }
+    }
+}
+
+template <int M, int STRIDE> void tile_product_i16(const TileArgs & g) {
     float * y = g.y;
     bool add = g.add;
     if (g.low_steps) {
@@ -123,23 +160,27 @@ template <int M> void tile_product_i16(const TileArgs & g) {
         store_tile<M>(acc, g);
         add = true;
     }
-    const uint32_t *rows = g.rows, *panel = g.panel;
-    for (int block = 0; block * I16_STEPS < g.steps; block++) {
+    const uint32_t * block_panel = g.panel;
+    for (int block = 0; block * I16_STEPS < g.steps; block++, block_panel += I16_PANEL_STEPS * NR) {
+        const int from = block == 0 ? g.first_step : 0;
+        const int to = std::min(I16_STEPS, g.steps - block * I16_STEPS);
+        const uint32_t * rows = g.rows + block * I16_STEPS + from;
+        const uint32_t * panel = block_panel + from * NR;
         VI acc[M][NV];
         GGFT_UNROLL for (int i = 0; i < M; i++) {
             GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = VI{};
         }
-        for (int s = 0; s < I16_STEPS; s++, rows++, panel += NR) {
+        for (int s = from; s < to; s++, rows++, panel += NR) {
             VI w[NV];
             GGFT_UNROLL for (int j = 0; j < NV; j++) w[j] = load_as<VI>(panel + j * LANES);
             GGFT_UNROLL for (int i = 0; i < M; i++) {
-                const VI x = load_as<int32_t>(rows + i * TILE_STRIDE) - VI{};
+                const VI x = load_as<int32_t>(rows + i * STRIDE) - VI{};
                 GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = dot_i16(acc[i][j], x, w[j]);
             }
         }
         V scale[NV];
-        GGFT_UNROLL for (int j = 0; j < NV; j++) scale[j] = load_as<V>(panel + j * LANES);
-        panel += NR;
+        GGFT_UNROLL for (int j = 0; j < NV; j++) scale[j] =
+            load_as<V>(block_panel + I16_STEPS * NR + j * LANES);
         GGFT_UNROLL for (int i = 0; i < M; i++) {
             const V row_scale = splat(g.row_scales[i * I16_BLOCKS + block]);
             GGFT_UNROLL for (int j = 0; j < NV; j++) {
@@ -152,8 +193,8 @@ template <int M> void tile_product_i16(const TileArgs & g) {
     }
 }
 
-template <size_t... I> TileFunction tile_of_i16(int rows, std::index_sequence<I...>) {
-    static constexpr TileFunction table[] = {tile_product_i16<(int)I + 1>...};
+template <int STRIDE, size_t... I> TileFunction tile_of_i16(int rows, std::index_sequence<I...>) {
+    static constexpr TileFunction table[] = {tile_product_i16<(int)I + 1, STRIDE>...};
     return table[rows - 1];
 }
 

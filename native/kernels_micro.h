@@ -31,8 +31,11 @@ struct TileArgs {
     const uint32_t * rows;  // [M] rows, STRIDE words apart
     const uint32_t * panel; // [steps][NR]
     int steps;
-    const float * row_scales; // of 16-bit integers only: kernels_i16.h
-    const float * low_rows;   // u: [M] rows, low_stride floats apart
+    // Of 16-bit integers only (kernels_i16.h): scales of the rows' blocks, and steps of the first
+    // block to leave out.
+    const float * row_scales;
+    int first_step;
+    const float * low_rows; // u: [M] rows, low_stride floats apart
     int64_t low_stride;
     const float * low_panel; // B: [low_steps][NR]
     int low_steps;           // 0: no low-rank part

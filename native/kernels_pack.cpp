@@ -117,10 +117,7 @@ void row_words(Format format, const Weight & w, int64_t r, int64_t k, int64_t n,
     if (format == Format::i16) {
         alignas(64) float values[CHUNK];
         dequant(format, w, r, k, n, values);
-        for (int64_t i = 0; i < n; i += I16_DEPTH) {
-            scales[i / I16_DEPTH] = quantize_i16(values + i, std::min(I16_DEPTH, n - i),
-                                                 I16_PANEL_LIMIT, (int16_t *)out + i);
-        }
+        quantize_row_i16(values, n, I16_PANEL_LIMIT, (int16_t *)out, scales);
         return;
     }
 #endif
@@ -180,7 +177,6 @@ void interleave(const uint16_t * even, const uint16_t * odd, int64_t n, int64_t 
 void pack_block_nn(const Weight & w, int64_t c, int64_t width, int64_t padded, int64_t k, int64_t n,
                    int64_t panel_words, uint32_t * out) {
     alignas(64) float rows[I16_DEPTH][CHUNK];
-    alignas(64) float inverse[CHUNK] = {};
     VI most[CHUNK / LANES] = {};
     for (int64_t i = 0; i < I16_DEPTH; i++) {
         if (i >= n) {
@@ -194,24 +190,7 @@ void pack_block_nn(const Weight & w, int64_t c, int64_t width, int64_t padded, i
         for (int64_t j = 0; j < padded; j += LANES)
             most[j / LANES] = larger(most[j / LANES], magnitude(load(rows[i] + j)));
     }
-    for (int64_t j = 0; j < padded; j += NR, out += panel_words) {
-        float * scales = (float *)out + I16_STEPS * NR;
-        for (int64_t l = 0; l < NR; l += LANES) {
-            const V largest = (V)most[(j + l) / LANES];
-            store(inverse + j + l, inverse_scale(largest, I16_PANEL_LIMIT));
-            store(scales + l, largest * splat(1 / I16_PANEL_LIMIT));
-        }
-        uint32_t * step = out;
-        for (int64_t i = 0; i < I16_DEPTH; i += 2, step += NR) {
-            for (int64_t l = 0; l < NR; l += LANES) {
-                const V scale = load(inverse + j + l);
-                const VI low = to_integers(load(rows[i] + j + l) * scale) & 0xffff;
-                const VI high = to_integers(load(rows[i + 1] + j + l) * scale) << 16;
-                const VI words = low | high;
-                std::memcpy(step + l, &words, sizeof words);
-            }
-        }
-    }
+    quantize_panels_i16(rows[0], CHUNK, most, padded, I16_PANEL_LIMIT, panel_words, out);
 }
 #endif
 

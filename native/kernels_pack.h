@@ -14,12 +14,16 @@ namespace ggft {
 /// How a product holds its factors.
 enum class Format { f32, bf16, i16 };
 
-/// Reduction indices per word.
-inline constexpr int64_t per_word(bool pairs) {
-    return pairs ? 2 : 1;
+/// What `precision` means on this machine.
+inline constexpr Format format_of(Precision precision) {
+    if (precision == Precision::f32)
+        return Format::f32;
+    return HAS_BF16 ? Format::bf16 : HAS_I16 ? Format::i16 : Format::f32;
 }
+
+/// Reduction indices per word.
 inline constexpr int64_t per_word(Format format) {
-    return per_word(format != Format::f32);
+    return format == Format::f32 ? 1 : 2;
 }
 
 /// Steps of a tile's reduction over kc indices: words of a tile row.
@@ -32,7 +36,16 @@ inline constexpr int64_t tile_steps(Format format, int64_t kc) {
 /// Steps of a panel of kc indices, those of scales included.
 inline constexpr int64_t panel_steps(Format format, int64_t kc) {
     const int64_t steps = tile_steps(format, kc);
-    return format == Format::i16 ? steps / I16_STEPS * (I16_STEPS + 1) : steps;
+    return format == Format::i16 ? steps / I16_STEPS * I16_PANEL_STEPS : steps;
+}
+
+/// The tile for `rows` in 1..MR.
+template <int STRIDE = TILE_STRIDE> TileFunction tile_of_format(Format format, int rows) {
+#if defined(GGFT_I16)
+    if (format == Format::i16)
+        return tile_of_i16<STRIDE>(rows, std::make_index_sequence<MR>());
+#endif
+    return tile_function<STRIDE>(format == Format::bf16, rows);
 }
 
 /// Columns [c0, c0+nc) and reduction indices [k0, k0+kc) of W, panel after panel. Columns and

@@ -50,7 +50,8 @@ struct LinearInput {
     Tensor dropped = nullptr; // dropout(x), or x itself without dropout; GgmlOps only
     Tensor keep = nullptr;    // [C_in, N] the multipliers, or null; GgmlOps only
     Tensor u = nullptr; // [R * adapters, N] A dropout(x) of each adapter, stacked; FusedOps only
-    float dropout = 0;  // its probability and the seed of its mask; FusedOps only
+    Tensor packed = nullptr; // x as the products read it; FusedOps only
+    float dropout = 0;       // its probability and the seed of its mask; FusedOps only
     uint64_t seed = 0;
     std::vector<const LoraPair *> adapters; // those that read this input
 };

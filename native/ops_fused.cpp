@@ -64,6 +64,7 @@ public:
                              std::vector<const LoraPair *> adapters) override {
         LinearInput r;
         r.x = x;
+        r.packed = packed(g, "matmul_rows", packing_nt(precision_, x->ne[0]), x);
         r.adapters = std::move(adapters);
         if (dropout && in.seed != 0) {
             r.dropout = dropout_;
@@ -111,15 +112,16 @@ public:
 
     Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in,
                   Tensor residual) override {
-        Tensor x = in.x, W = w.weight, u = lora ? in.u : nullptr;
+        Tensor W = w.weight, u = lora ? in.u : nullptr;
         const Precision precision = precision_;
         const LoraPair pair = lora;
         const int64_t at = lora ? row_of(in, lora) : 0;
+        Tensor x = in.packed;
         std::vector<Tensor> args = {W, x};
         if (u != nullptr) {
             args.push_back(u);
         }
-        Tensor y = g.custom("matmul", GGML_TYPE_F32, {W->ne[1], x->ne[1]}, args,
+        Tensor y = g.custom("matmul", GGML_TYPE_F32, {W->ne[1], in.x->ne[1]}, args,
                             [=](Tensor y, int ith, int nth) {
                                 LowRank low{};
                                 if (u != nullptr) {
@@ -139,10 +141,12 @@ public:
                        Tensor dy, Tensor acc, bool need_dx) override {
         Tensor W = w.weight, du = lora ? lora_gradients(g, lora, in, dy) : nullptr;
         const LoraPair pair = lora;
-        std::vector<Tensor> args = {W, dy};
         if (!need_dx) {
             return acc;
         }
+        const int64_t N = dy->ne[1];
+        dy = packed(g, "matmul_rows", packing_nn(precision_, weight_of(W)), dy);
+        std::vector<Tensor> args = {W, dy};
         if (du != nullptr) {
             args.push_back(du);
         }
@@ -155,9 +159,8 @@ public:
             matmul_nn(precision, weight_of(W), rows_of(dy), du ? &low : nullptr,
                       {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], ith, nth);
         };
-        return acc != nullptr
-                   ? g.custom_inplace("matmul_back", acc, args, kernel)
-                   : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], dy->ne[1]}, args, kernel);
+        return acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
+                              : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], N}, args, kernel);
     }
 
     Tensor rope(Graph & g, const Inputs & in, const Rope & r, Tensor x) override {
@@ -229,6 +232,7 @@ public:
     Loss loss(Graph & g, const Linear & w, Tensor n, Tensor labels, Tensor, bool need_dn) override {
         LinearInput in;
         in.x = n;
+        in.packed = packed(g, "loss_rows", packing_nt(precision_, n->ne[0]), n);
         Tensor z = linear(g, w, {}, in, nullptr);
         ggml_set_name(z, "loss_logits");
         const bool bf16 = linear_type() == GGML_TYPE_BF16;
@@ -243,10 +247,11 @@ public:
             return {nats, nullptr};
         }
         Tensor W = w.weight;
+        Tensor dz = packed(g, "loss_rows", packing_nn(precision_, weight_of(W)), z, nats);
         Tensor dn =
-            g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, z},
+            g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, dz},
                      [=, precision = precision_](Tensor dn, int ith, int nth) {
-                         matmul_nn(precision, weight_of(W), {z->data, bf16, bf16 ? 2 * V : V},
+                         matmul_nn(precision, weight_of(W), {dz->data, bf16, bf16 ? 2 * V : V},
                                    nullptr, {floats(dn), dn->ne[0]}, M, ith, nth);
                      });
         return {nats, dn};
@@ -255,6 +260,23 @@ public:
 private:
     static AttentionShape attention_shape(const Inputs & in, const Qkv & x, float scale) {
         return {in.N(), (int)x.q->ne[1], (int)x.k->ne[1], (int)x.q->ne[0], scale};
+    }
+
+    // x as the products read it: itself, or packed after `done` has been computed.
+    static Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x,
+                         Tensor done = nullptr) {
+        if (!packing) {
+            return x;
+        }
+        std::vector<Tensor> args = {x};
+        if (done != nullptr) {
+            args.push_back(done);
+        }
+        const int64_t n = x->ne[1];
+        return g.custom(name, GGML_TYPE_I32, {(int64_t)packing.words(n)}, args,
+                        [=](Tensor rows, int ith, int nth) {
+                            pack_tokens(packing, rows_of(x), n, rows->data, ith, nth);
+                        });
     }
 
     // Where in the stacked u an adapter's rows begin.

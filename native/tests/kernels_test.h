@@ -115,6 +115,20 @@ inline TestWeight random_weight(ggml_type type, int64_t n_rows, int64_t n_cols) 
     return t;
 }
 
+/// x as a product with w reads it: itself, or packed by nth threads into `words`.
+inline ggft::Rows rows_for(ggft::Precision precision, bool nt, const ggft::Weight & w, ggft::Rows x,
+                           int64_t n_tokens, int nth, std::vector<uint32_t> & words) {
+    const ggft::RowPacking packing =
+        nt ? ggft::packing_nt(precision, w.n_cols) : ggft::packing_nn(precision, w);
+    if (!packing)
+        return x;
+    words.resize(packing.words(n_tokens));
+    parallel(nth, [&](int ith, int n) {
+        ggft::pack_tokens(packing, x, n_tokens, words.data(), ith, n);
+    });
+    return {words.data()};
+}
+
 /// CPU seconds of this thread: other programs on the machine do not count.
 inline double thread_seconds() {
     timespec t;

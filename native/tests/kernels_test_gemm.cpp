@@ -63,6 +63,8 @@ std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision pre
     const int64_t width = nt ? c.n_rows : c.n_cols;
     std::vector<float> y = in.y0;
     const LowRank * low = c.rank ? &in.low : nullptr;
+    std::vector<uint32_t> words;
+    x = rows_for(precision, nt, w, x, c.n_tokens, nth, words);
     parallel(nth, [&](int ith, int n) {
         (nt ? matmul_nt : matmul_nn)(precision, w, x, low, {y.data(), width, c.add}, c.n_tokens,
                                      ith, n);
@@ -227,9 +229,12 @@ void bench_gemm(int nth) {
             for (const Precision precision : {Precision::fast, Precision::f32}) {
                 for (const bool nt : {true, false}) {
                     const int64_t in = nt ? s.n_cols : s.n_rows, out = nt ? s.n_rows : s.n_cols;
+                    std::vector<uint32_t> words;
+                    const Rows rows = rows_for(precision, nt, w.weight, {x.data(), false, in},
+                                               n_tokens, nth, words);
                     const double seconds = bench_seconds(nth, [&](int ith, int n) {
-                        (nt ? matmul_nt : matmul_nn)(precision, w.weight, {x.data(), false, in},
-                                                     nullptr, {y.data(), out}, n_tokens, ith, n);
+                        (nt ? matmul_nt : matmul_nn)(precision, w.weight, rows, nullptr,
+                                                     {y.data(), out}, n_tokens, ith, n);
                     });
                     std::printf(" %5.0f",
                                 2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);

@@ -333,8 +333,10 @@ void bench_rows(int nth) {
         const TestWeight w = random_weight(GGML_TYPE_Q4_0, N, C);
         const LoraDown l = {a.data(), 8, u.data(), 8};
         const Rows xr = {x.data(), false, C}, dyr = {dy.data(), false, N};
+        std::vector<uint32_t> words;
+        const Rows packed = rows_for(Precision::fast, true, w.weight, xr, T, nth, words);
         const double gemm = bench_seconds(nth, [&](int i, int n) {
-            matmul_nt(Precision::fast, w.weight, xr, nullptr, {y.data(), N}, T, i, n);
+            matmul_nt(Precision::fast, w.weight, packed, nullptr, {y.data(), N}, T, i, n);
         });
         const double seconds[] = {
             bench_seconds(nth, [&](int i, int n) { lora_down(xr, {}, C, T, &l, 1, i, n); }),
