@@ -17,7 +17,9 @@ Arrays = dict[str, npt.NDArray[np.int32]]
 ROOT = Path(__file__).resolve().parent.parent
 PEER_PYTHON = Path(os.environ.get("GGFT_PEER_PYTHON", ROOT / ".venv-peer" / "bin" / "python"))
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-KEYS = ("tokens", "positions", "segments", "targets")
+# What a batch holds, and what stands for no token.
+PADDING = {"tokens": 0, "positions": 0, "segments": -1, "targets": -1}
+KEYS = tuple(PADDING)
 
 
 def real_text(data: Path | None) -> str:
@@ -74,7 +76,15 @@ def packed_rows(model: Path, data: Path | None, n_steps: int, n_rows: int, n_tok
         at += len(part)
     epoch = Batches(store, rows=n_rows, n_tokens=n_tokens).epoch(0)
     batches = [batch for _, batch in zip(range(n_steps), epoch, strict=False)]
-    return {key: np.stack([batch[key] for batch in batches]) for key in KEYS}  # type: ignore[literal-required]
+    longest = max(batch["tokens"].shape[1] for batch in batches)
+    return {
+        key: np.stack([_padded(batch[key], longest, PADDING[key]) for batch in batches])  # type: ignore[literal-required]
+        for key in KEYS
+    }
+
+
+def _padded(rows: npt.NDArray[np.int32], n_tokens: int, value: int) -> npt.NDArray[np.int32]:
+    return np.pad(rows, ((0, 0), (0, n_tokens - rows.shape[1])), constant_values=value)
 
 
 def run_json(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Any:
