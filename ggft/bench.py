@@ -27,9 +27,10 @@ from ggft.config import parse_layers, parse_size, parse_targets
 from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
+from ggft.machine import physical_cores
 from ggft.matmul_peak import measure_peak
 from ggft.options import option
-from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.planner import Limits, Plan, Shape, make_plan, weights_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -65,7 +65,7 @@ class Findings:
 def examine() -> Findings:
     """Look at everything but a model."""
     from ggft.llamacpp import library_info
-    from ggft.planner import available_bytes, physical_cores
+    from ggft.machine import available_bytes, physical_cores
 
     found = Findings()
     found.facts["ggft"] = __version__
@@ -160,7 +160,7 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
     from ggft.config import TARGETS
     from ggft.engine import Engine, EngineSettings, find_device
     from ggft.gguf import check_model, read_gguf
-    from ggft.planner import physical_cores
+    from ggft.machine import physical_cores
 
     file = read_gguf(model)
     by_rules = device.lower() == "metal" and platform.system() != "Darwin"

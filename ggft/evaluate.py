@@ -12,7 +12,8 @@ from ggft.config import TARGETS, EvalConfig, parse_size
 from ggft.engine import Cancelled, Engine, EngineSettings, find_device, mean_nats
 from ggft.errors import InputError
 from ggft.interrupt import StopSignals
-from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.machine import physical_cores
+from ggft.planner import Limits, Plan, Shape, make_plan, weights_bytes
 from ggft.progress import Progress
 
 MAX_ROWS = 8

@@ -8,14 +8,13 @@ those of the supported decoder, float32 unless said otherwise.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ggft.errors import ResourceError
 from ggft.gguf import GGUFFile, ModelInfo
+from ggft.machine import available_bytes
 
 GIB = 2**30
 F32 = 4
@@ -29,9 +28,9 @@ RUNTIME_BYTES = 90 * 2**20
 # matrix, mostly), in tokens; and passes over the block, forward being one.
 MICRO_BATCH_TOKENS = 17.0
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
-# Values of a row that are packed together, at least, and their bytes, padding included; see
-# native/kernels_gemm.cpp.
-PACKED_VALUES, PACKED_BYTES = 704, 2176
+# Values of a row that are packed together, and their bytes, padding included; see RowPacking in
+# native/kernels_rows.cpp.
+PACKED_VALUES, PACKED_BYTES = 512, 1120
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
 NEARLY_BEST = 1.03
 # Share of the free memory that a run takes unless told otherwise.
@@ -180,7 +179,7 @@ def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
 
 def _packed(n_values: int, n_tokens: int) -> int:
     """Return the bytes of rows packed for products of 16-bit integers; other products need none."""
-    return n_tokens * -(-n_values // PACKED_VALUES) * PACKED_BYTES
+    return n_tokens * (-(-n_values // PACKED_VALUES) + 1) * PACKED_BYTES
 
 
 @dataclass(frozen=True)
@@ -311,99 +310,3 @@ def _flag(plan: Plan) -> str:
 def weights_bytes(file: GGUFFile) -> int:
     """Return the bytes of a model's tensors."""
     return sum(tensor.n_bytes for tensor in file.tensors.values())
-
-
-def physical_cores() -> int:
-    """Return the physical cores that this process may use, at least 1.
-
-    Two hyper-threads of a core share its vector units, so more threads than cores train no faster;
-    and on Apple's processors a slow core would hold up the fast ones.
-    """
-    if sys.platform == "linux":
-        cores = _linux_cores(os.sched_getaffinity(0))
-    else:
-        cores = _macos_cores() or os.cpu_count() or 1
-    return max(1, cores)
-
-
-def _linux_cores(cpus: set[int]) -> int:
-    """Return the number of cores that have one of these processors."""
-    cores = set()
-    for cpu in cpus:
-        try:
-            topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-            siblings = (topology / "thread_siblings_list").read_text().strip()
-        except OSError:
-            siblings = str(cpu)
-        cores.add(siblings)
-    return len(cores)
-
-
-def _macos_cores() -> int:
-    """Return the number of performance cores, or of all on Intel; 0 where sysctl does not say."""
-    import subprocess
-
-    for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
-        command = ["/usr/sbin/sysctl", "-n", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            return int(done.stdout)
-        except (OSError, subprocess.SubprocessError, ValueError):
-            continue
-    return 0
-
-
-def available_bytes() -> int:
-    """Return the memory that a new process may take without swapping."""
-    free = _macos_available() if sys.platform == "darwin" else _linux_available()
-    limit = _cgroup_available()
-    return free if limit is None else min(free, limit)
-
-
-def _linux_available() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _macos_available() -> int:
-    """Return free, inactive, speculative and purgeable memory, as vm_stat counts it."""
-    import re
-    import subprocess
-
-    try:
-        text = subprocess.run(
-            ["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout
-        page = re.search(r"page size of (\d+) bytes", text)
-        counts = dict(re.findall(r"^Pages ([a-z ]+):\s+(\d+)\.", text, re.MULTILINE))
-        pages = sum(int(counts.get(k, 0)) for k in ("free", "inactive", "speculative", "purgeable"))
-        return pages * int(page[1]) if page else 0
-    except (OSError, subprocess.SubprocessError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _cgroup_available() -> int | None:
-    """Return what a container's limit leaves, None without a limit; page cache does not count."""
-    for limit_name, used_name, stat_name in (
-        ("memory.max", "memory.current", "memory.stat"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-        ),
-    ):
-        root = Path("/sys/fs/cgroup")
-        try:
-            limit = int((root / limit_name).read_text())
-            used = int((root / used_name).read_text())
-            stat = dict(line.split() for line in (root / stat_name).read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        cache = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
-        return max(0, limit - used + cache)
-    return None

@@ -14,8 +14,9 @@ from ggft.engine import Engine, EngineSettings, find_device
 from ggft.errors import InputError, ResourceError
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.interrupt import StopSignals
+from ggft.machine import physical_cores
 from ggft.options import to_record
-from ggft.planner import Limits, Plan, Shape, make_plan, physical_cores, weights_bytes
+from ggft.planner import Limits, Plan, Shape, make_plan, weights_bytes
 from ggft.progress import Progress
 from ggft.recipe import suggest
 from ggft.report import Outcome, write_report

@@ -45,7 +45,7 @@ void score_tile(const Forward & f, const uint32_t * rows, const float * row_scal
     const int64_t steps = panel_steps(f.format, f.s.head_size);
     TileArgs g = {};
     g.ldy = KEYS;
-    const TileFunction tile = tile_of_format<STRIDE>(f.format, n_rows);
+    const TileFunction tile = tile_of_format<Format::i16_even, STRIDE>(f.format, n_rows);
     for (int64_t c = 0; c < n; c += NR) {
         reduce_over(f.format, g, rows, row_scales, panels + (k0 + c) * steps, 0, f.s.head_size);
         g.y = scores + c;
@@ -77,7 +77,7 @@ float softmax_row(float * z, int64_t from, int64_t n, int64_t first, int64_t las
         if (FORMAT == Format::bf16) {
             store_bf16((uint16_t *)p + c, e);
         } else {
-            store(FORMAT == Format::i16 ? z + c : (float *)p + c, e);
+            store(FORMAT == Format::i16_even ? z + c : (float *)p + c, e);
         }
     };
     V best = splat(NO_SCORE);
@@ -101,9 +101,9 @@ float softmax_row(float * z, int64_t from, int64_t n, int64_t first, int64_t las
     for (; c < n; c += LANES)
         put(c, V{});
 #if defined(GGFT_I16)
-    if (FORMAT == Format::i16) {
-        quantize_row_i16(z + from, n - from, I16_EVEN_LIMIT, (int16_t *)p + from,
-                         p_scales + from / I16_DEPTH);
+    if (FORMAT == Format::i16_even) {
+        quantize_row_i16<Format::i16_even>(z + from, n - from, I16_LIMIT, (int16_t *)p + from,
+                                           p_scales + from / I16_DEPTH);
     }
 #endif
     const float shrink = run.max == new_max ? 1.0f : vexp(splat(run.max - new_max))[0];
@@ -118,8 +118,8 @@ SoftmaxRow softmax_of(Format format) {
     switch (format) {
     case Format::bf16:
         return softmax_row<Format::bf16>;
-    case Format::i16:
-        return softmax_row<Format::i16>;
+    case Format::i16_even:
+        return softmax_row<Format::i16_even>;
     default:
         return softmax_row<Format::f32>;
     }
@@ -133,7 +133,7 @@ void forward_tile(const Forward & f, uint32_t * memory, const Layout & at, int64
     const int64_t last = std::min(KEYS, seen[r0 + n_rows - 1].last - block_k0);
     if (first >= last)
         return;
-    const int64_t unit = f.format == Format::i16 ? I16_DEPTH : NR;
+    const int64_t unit = f.format == Format::i16_even ? I16_DEPTH : NR;
     const int64_t width = head_columns(f.s.head_size);
     float * scores = (float *)(memory + at.scores);
     uint32_t * p = memory + at.probabilities;
@@ -161,7 +161,7 @@ void forward_tile(const Forward & f, uint32_t * memory, const Layout & at, int64
     for (int64_t c = 0; c < width; c += NR) {
         reduce_over(f.format, g, p, p_scales, values + c * depth, first, last);
         g.y = result + c;
-        tile_of_format<STRIDE>(f.format, n_rows)(g);
+        tile_of_format<Format::i16_even, STRIDE>(f.format, n_rows)(g);
     }
 }
 
@@ -199,7 +199,7 @@ void forward_block(const Forward & f, const Unit & unit, const QueryBlock & bloc
 
 void attention(Precision precision, const AttentionShape & s, const float * q, const float * k,
                const float * v, const int32_t * start, float * o, float * lse, int ith, int nth) {
-    const Format format = format_of(precision);
+    const Format format = attention_format(precision);
     const Forward f = {format, s, q, k, v, start, o, lse};
     const Layout at(format, s);
     uint32_t * memory = scratch((size_t)at.end);
@@ -219,7 +219,7 @@ void attention(Precision precision, const AttentionShape & s, const float * q, c
 }
 
 size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape) {
-    return (size_t)Layout(format_of(precision), shape).end * 4;
+    return (size_t)Layout(attention_format(precision), shape).end * 4;
 }
 
 } // namespace ggft

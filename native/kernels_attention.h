@@ -26,6 +26,7 @@ struct AttentionShape {
     int64_t n_tokens;
     int n_head, n_head_kv, head_size;
     float scale;
+    int64_t row_tokens; // of a row of the batch: what is in one never depends on another
 };
 
 /// Write o and lse.

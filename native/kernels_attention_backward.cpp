@@ -89,7 +89,7 @@ void score_tiles(const Backward & b, const BlockState & block, int64_t k0, int64
     };
     for (int64_t r = 0; r < block.rows; r += MR) {
         const int n_rows = (int)std::min<int64_t>(MR, block.rows - r);
-        const TileFunction tile = tile_of_format<STRIDE>(b.format, n_rows);
+        const TileFunction tile = tile_of_format<Format::i16_even, STRIDE>(b.format, n_rows);
         const int64_t first = block.seen[r].first, last = block.seen[r + n_rows - 1].last;
         for (int64_t c = 0; c < n && k0 + c < last; c += NR) {
             if (k0 + c + NR <= first)
@@ -145,10 +145,10 @@ void gradient_rows(const Backward & b, const BlockState & block, int64_t k0, int
             store(ds_out + c, BF16 ? (V)pair_bf16(ds[0], ds[PER - 1]) : ds[0]);
         }
 #if defined(GGFT_I16)
-        if (FORMAT == Format::i16 && i < block.rows) {
-            quantize_row_i16(ds_out, n, I16_EVEN_LIMIT,
-                             (int16_t *)(b.words(b.at.ds_rows) + i * STRIDE),
-                             b.floats(b.at.ds_scales) + i * I16_BLOCKS);
+        if (FORMAT == Format::i16_even && i < block.rows) {
+            quantize_row_i16<Format::i16_even>(ds_out, n, I16_LIMIT,
+                                               (int16_t *)(b.words(b.at.ds_rows) + i * STRIDE),
+                                               b.floats(b.at.ds_scales) + i * I16_BLOCKS);
         }
 #endif
     }
@@ -158,9 +158,9 @@ void gradient_rows(const Backward & b, const BlockState & block, int64_t k0, int
     switch (b.format) {
     case Format::bf16:
         return gradient_rows<Format::bf16>(b, block, k0, n);
-    case Format::i16:
-        return gradient_rows<Format::i16>(b, block, k0, n);
-    case Format::f32:
+    case Format::i16_even:
+        return gradient_rows<Format::i16_even>(b, block, k0, n);
+    default:
         return gradient_rows<Format::f32>(b, block, k0, n);
     }
 }
@@ -177,7 +177,7 @@ void add_dq(const Backward & b, const BlockState & block, int64_t depth, int64_t
         const int64_t keys = std::min(n, block.seen[r + n_rows - 1].last - k0);
         if (keys <= 0)
             continue;
-        const TileFunction tile = tile_of_format<STRIDE>(b.format, n_rows);
+        const TileFunction tile = tile_of_format<Format::i16_even, STRIDE>(b.format, n_rows);
         for (int64_t c = 0; c < width; c += NR) {
             reduce_over(b.format, g, b.words(b.at.ds_rows) + r * STRIDE,
                         b.floats(b.at.ds_scales) + r * I16_BLOCKS, panels + c * depth, 0, keys);
@@ -201,10 +201,10 @@ void add_transposed(const Backward & b, const BlockState & block, const float * 
                         STRIDE);
     }
 #if defined(GGFT_I16)
-    for (int64_t i = 0; b.format == Format::i16 && i < n; i++) {
+    for (int64_t i = 0; b.format == Format::i16_even && i < n; i++) {
         uint32_t * row = transposed + i * STRIDE;
-        quantize_row_i16((const float *)row, block.rows, I16_EVEN_LIMIT, (int16_t *)row,
-                         scales + i * I16_BLOCKS);
+        quantize_row_i16<Format::i16_even>((const float *)row, block.rows, I16_LIMIT,
+                                           (int16_t *)row, scales + i * I16_BLOCKS);
     }
 #endif
     TileArgs g = {};
@@ -215,7 +215,7 @@ void add_transposed(const Backward & b, const BlockState & block, const float * 
         while (row < block.rows && block.seen[row].last <= k0 + i)
             row++; // rows before key i
         const TileFunction tile =
-            tile_of_format<STRIDE>(b.format, (int)std::min<int64_t>(MR, n - i));
+            tile_of_format<Format::i16_even, STRIDE>(b.format, (int)std::min<int64_t>(MR, n - i));
         for (int64_t c = 0; c < width; c += NR) {
             reduce_over(b.format, g, transposed + i * STRIDE, scales + i * I16_BLOCKS,
                         panels + c * steps, row / per * per, block.rows);
@@ -320,7 +320,7 @@ void attention_backward(Precision precision, const AttentionShape & s, const flo
                         const float * k, const float * v, const int32_t * start, const float * o,
                         const float * lse, const float * d_o, float * dq, float * dk, float * dv,
                         int ith, int nth) {
-    const Format format = format_of(precision);
+    const Format format = attention_format(precision);
     const Layout at(format, s);
     const Backward b = {format, s,   q,  k,  v,  start, o,
                         lse,    d_o, dq, dk, dv, at,    scratch((size_t)at.end)};
@@ -329,7 +329,7 @@ void attention_backward(Precision precision, const AttentionShape & s, const flo
 }
 
 size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape) {
-    return (size_t)Layout(format_of(precision), shape).end * 4;
+    return (size_t)Layout(attention_format(precision), shape).end * 4;
 }
 
 } // namespace ggft

@@ -8,18 +8,18 @@
 namespace ggft::attention_detail {
 namespace {
 
-constexpr int64_t SMALL = 64; // shorter examples are joined into units of this many tokens
+constexpr int64_t SMALL = 64; // shorter examples of a row are joined into units of this many tokens
 
 struct Piece {
     int64_t first, last;
     double cost; // query-key pairs, plus something per token
 };
 
-std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t * start) {
+std::vector<Piece> pieces_of(const AttentionShape & s, const int32_t * start) {
     std::vector<Piece> pieces;
-    for (int64_t i = 0; i < n_tokens; i++) {
-        const bool starts_example = start[i] == i;
-        if (pieces.empty() || (starts_example && i - pieces.back().first >= SMALL)) {
+    for (int64_t i = 0; i < s.n_tokens; i++) {
+        const bool starts_row = i % s.row_tokens == 0, starts_example = start[i] == i;
+        if (starts_row || (starts_example && i - pieces.back().first >= SMALL)) {
             pieces.push_back({i, i, 0});
         }
         pieces.back().last = i + 1;
@@ -31,7 +31,7 @@ std::vector<Piece> pieces_of(int64_t n_tokens, const int32_t * start) {
 } // namespace
 
 std::vector<Unit> plan_units(const AttentionShape & s, const int32_t * start, int ith, int nth) {
-    std::vector<Piece> pieces = pieces_of(s.n_tokens, start);
+    std::vector<Piece> pieces = pieces_of(s, start);
     std::stable_sort(pieces.begin(), pieces.end(),
                      [](const Piece & a, const Piece & b) { return a.cost > b.cost; });
     double total = 0;
@@ -86,8 +86,8 @@ namespace {
 GGFT_INLINE void to_words(Format format, const float * from, int64_t n, uint32_t * words,
                           [[maybe_unused]] float * scales) {
 #if defined(GGFT_I16)
-    if (format == Format::i16) {
-        quantize_row_i16(from, n, I16_EVEN_LIMIT, (int16_t *)words, scales);
+    if (format == Format::i16_even) {
+        quantize_row_i16<Format::i16_even>(from, n, I16_LIMIT, (int16_t *)words, scales);
         return;
     }
 #endif
@@ -119,10 +119,8 @@ void pack_tile_rows(Format format, const HeadRows & x, int64_t n_rows, uint32_t 
 
 void pack_columns(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out) {
     alignas(64) uint32_t rows[LANES * STRIDE];
-    [[maybe_unused]] float scales[LANES][I16_BLOCKS];
+    float scales[LANES][I16_BLOCKS];
     const int64_t words = tile_steps(format, x.head_size), steps = panel_steps(format, x.head_size);
-    // Words between two scales; all of them where there are none.
-    const int64_t block = format == Format::i16 ? I16_STEPS : words;
     for (int64_t r = 0; r < round_up(n_rows, NR); r += LANES) {
         for (int64_t i = 0; i < LANES; i++) {
             uint32_t * row = rows + i * STRIDE;
@@ -134,16 +132,8 @@ void pack_columns(Format format, const HeadRows & x, int64_t n_rows, uint32_t * 
                 std::memset(scales[i], 0, sizeof scales[i]);
             }
         }
-        uint32_t * to = out + r / NR * steps * NR + r % NR;
-        for (int64_t s = 0; s < words; s += block) {
-            transpose_words(rows + s, STRIDE, block, to, NR);
-            to += block * NR;
-            if (format == Format::i16) {
-                for (int i = 0; i < LANES; i++)
-                    std::memcpy(to + i, &scales[i][s / block], 4);
-                to += NR;
-            }
-        }
+        transpose_rows(format, rows, STRIDE, x.head_size, scales[0], nullptr, I16_BLOCKS,
+                       out + r / NR * steps * NR + r % NR);
     }
 }
 
@@ -154,8 +144,9 @@ void pack_depth_i16(const HeadRows & x, int64_t n_rows, uint32_t * out) {
     constexpr int64_t WIDTH = MAX_HEAD_SIZE + NR;
     alignas(64) float rows[I16_DEPTH * WIDTH];
     const int64_t width = head_columns(x.head_size),
-                  panel_words = panel_steps(Format::i16, n_rows) * NR;
-    for (int64_t first = 0; first < n_rows; first += I16_DEPTH, out += I16_PANEL_STEPS * NR) {
+                  panel_words = panel_steps(Format::i16_even, n_rows) * NR;
+    for (int64_t first = 0; first < n_rows;
+         first += I16_DEPTH, out += panel_steps(Format::i16_even, I16_DEPTH) * NR) {
         VI most[WIDTH / LANES] = {};
         for (int64_t i = 0; i < I16_DEPTH; i++) {
             float * row = rows + i * width;
@@ -167,7 +158,8 @@ void pack_depth_i16(const HeadRows & x, int64_t n_rows, uint32_t * out) {
             for (int64_t c = 0; c < width; c += LANES)
                 most[c / LANES] = larger(most[c / LANES], magnitude(load(row + c)));
         }
-        quantize_panels_i16(rows, width, most, width, I16_EVEN_LIMIT, panel_words, out);
+        quantize_panels_i16<Format::i16_even>(rows, width, I16_DEPTH, most, width, panel_words,
+                                              out);
     }
 }
 #endif
@@ -176,7 +168,7 @@ void pack_depth_i16(const HeadRows & x, int64_t n_rows, uint32_t * out) {
 
 void pack_depth(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out) {
 #if defined(GGFT_I16)
-    if (format == Format::i16) {
+    if (format == Format::i16_even) {
         pack_depth_i16(x, n_rows, out);
         return;
     }

@@ -9,13 +9,11 @@
 namespace ggft::attention_detail {
 
 /// Rows of a tile row buffer: MAX_HEAD_SIZE or KEYS words, plus a cache line.
-inline constexpr int STRIDE = 272;
+inline constexpr int STRIDE = HALF_STRIDE;
 inline constexpr int64_t KEYS = 256; // keys of a softmax block
-inline constexpr int64_t ROWS = 96;  // query rows (token, head) of a block: pairs fill LANES
-
-constexpr int64_t round_up(int64_t n, int64_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
+inline constexpr int64_t I16_DEPTH = blocks_of(Format::i16_even).depth;
+inline constexpr float I16_LIMIT = blocks_of(Format::i16_even).row_limit;
+inline constexpr int64_t ROWS = 96; // query rows (token, head) of a block: pairs fill LANES
 
 /// Tokens [first, last) whose queries see no key outside, for one key-value head.
 struct Unit {
@@ -53,7 +51,8 @@ struct HeadRows {
     }
 };
 
-/// Rows as tile rows of words, STRIDE apart, and for i16 their scales, I16_BLOCKS apart.
+/// Rows as tile rows of words, STRIDE apart, and for 16-bit integers their scales, I16_BLOCKS
+/// apart.
 void pack_tile_rows(Format format, const HeadRows & x, int64_t n_rows, uint32_t * out,
                     float * scales);
 
@@ -69,8 +68,8 @@ inline void reduce_over(Format format, TileArgs & g, const uint32_t * rows, cons
                         const uint32_t * panel, int64_t from, int64_t to) {
     const int64_t per = per_word(format);
     // Blocks of 16-bit integers are entered and left anywhere, but begin at their scales.
-    const int64_t block = format == Format::i16 ? from / I16_DEPTH : 0;
-    const int64_t start = format == Format::i16 ? block * I16_DEPTH : from;
+    const int64_t block = format == Format::i16_even ? from / I16_DEPTH : 0;
+    const int64_t start = format == Format::i16_even ? block * I16_DEPTH : from;
     g.rows = rows + start / per;
     g.row_scales = scales + block;
     g.panel = panel + panel_steps(format, start) * NR;

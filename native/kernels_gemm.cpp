@@ -10,22 +10,10 @@
 
 #include "kernels_dropout.h"
 #include "kernels_micro.h"
-#include "kernels_pack.h"
+#include "kernels_product.h"
 
 namespace ggft {
 namespace {
-
-constexpr int64_t LARGEST_BLOCK = 256; // of all types
-
-// Panels that are in the L2 cache together: 768 KB; 384 KB where L2 caches are small.
-#if defined(GGFT_AVX512) || defined(__aarch64__)
-constexpr int64_t GROUP_WORDS = 192 << 10;
-#else
-constexpr int64_t GROUP_WORDS = 96 << 10;
-#endif
-constexpr int64_t round_up(int64_t n, int64_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
 
 struct FreeDeleter {
     void operator()(void * p) const { std::free(p); }
@@ -77,63 +65,6 @@ private:
     std::chrono::steady_clock::time_point start_;
 };
 
-/// A product out = x * panels, in one direction.
-struct Product {
-    Format format;
-    bool nt;
-    const Weight & w;
-    Rows x;
-    const LowRank * low;
-    Output y;
-    int64_t n_tokens, n_cols, depth; // n_cols: of the output; depth: of the reduction
-
-    int64_t block() const { return ggml_blck_size(w.type); }
-    int64_t column_unit() const { return nt ? NR : std::max<int64_t>(NR, block()); }
-    // Block sizes are powers of two, as these are, so that the larger is a multiple of both.
-    int64_t depth_unit() const {
-        // Packed rows do not know which weights they will meet: their unit suits all.
-        if (format == Format::i16)
-            return nt ? LARGEST_BLOCK : I16_DEPTH;
-        return nt ? std::max<int64_t>(32, block()) : 32;
-    }
-    /// Of a group of panels: what a tile row holds, or less, so that one unit of columns fits.
-    int64_t max_depth() const {
-        const int64_t fits = GROUP_WORDS / column_unit();
-        if (format == Format::i16)
-            return std::min<int64_t>(I16_BLOCKS, fits / I16_PANEL_STEPS) * I16_DEPTH;
-        return std::min<int64_t>(MAX_STEPS, fits / 32 * 32) * per_word(format);
-    }
-    /// What of the reduction is done at a time: even parts of up to max_depth().
-    int64_t chunk() const {
-        const int64_t parts = (depth + max_depth() - 1) / max_depth();
-        return round_up((depth + parts - 1) / parts, depth_unit());
-    }
-};
-
-/// Tokens and columns of thread `ith`: as many column ranges as threads, unless columns are so few
-/// that splitting tokens, too, shortens the longest thread's work (dequantizing counts as
-/// `unpack_tokens` tokens).
-void choose_part(const Product & p, int ith, int nth, Range & tokens, Range & columns) {
-    const int64_t unpack_tokens = 24;
-    const int64_t tiles = (p.n_tokens + MR - 1) / MR;
-    const int64_t units = (p.n_cols + p.column_unit() - 1) / p.column_unit();
-    int best = 1;
-    int64_t best_cost = INT64_MAX;
-    for (int by_tokens = 1; by_tokens <= nth; by_tokens++) {
-        if (nth % by_tokens)
-            continue;
-        const int64_t by_columns = nth / by_tokens;
-        const int64_t cost = ((units + by_columns - 1) / by_columns) *
-                             ((tiles + by_tokens - 1) / by_tokens * MR + unpack_tokens);
-        if (cost < best_cost) {
-            best = by_tokens;
-            best_cost = cost;
-        }
-    }
-    tokens = split_range(p.n_tokens, MR, ith % best, best);
-    columns = split_range(p.n_cols, p.column_unit(), ith / best, nth / best);
-}
-
 /// scale * right for columns [c0, c0+nc) as panels [nc/NR][rank][NR].
 void pack_low_rank(const Product & p, int64_t c0, int64_t nc, std::vector<float> & out) {
     const LowRank & low = *p.low;
@@ -180,64 +111,53 @@ void prefetch_rows(const Lines & x, int64_t share, int64_t shares) {
     }
 }
 
-void prefetch_output(const float * y, int64_t stride, int rows) {
-    for (int i = 0; i < rows; i++) {
+void prefetch_output(const Output & y, const Range & tokens, int64_t column) {
+    for (int64_t t = tokens.first; t < tokens.last; t++) {
         for (int j = 0; j < NR; j += 16)
-            __builtin_prefetch(y + i * stride + j, 1);
+            __builtin_prefetch(y.data + t * y.stride + column + j, 1);
     }
 }
 
-/// A row tile at work on a block of the reduction.
+/// A row tile at work on a chunk of the reduction.
 struct TileJob {
-    const uint32_t * rows;
-    const float * row_scales;
     Range tokens;
+    TileFunction tile;
+    TileArgs args; // but for what belongs to a panel
     Lines next;
-    int64_t k0, kc;
 };
 
-/// One row tile past the panels of `columns`.
-void run_tile(const Product & p, Scratch & s, const Range & columns, const TileJob & job) {
-    const int64_t t0 = job.tokens.first, c0 = columns.first;
-    const int64_t nc = columns.last - c0, panels = (nc + NR - 1) / NR;
+/// One row tile past one panel: columns [c, c+NR) of the group that begins at c0, `panel_words`
+/// each.
+void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t c,
+              int64_t panel_words) {
+    TileArgs & g = job.args;
+    const int64_t t0 = job.tokens.first, width = std::min<int64_t>(NR, p.n_cols - c0 - c);
     const int rows = (int)(job.tokens.last - t0);
-    const TileFunction tile = tile_of_format(p.format, rows);
-    const int64_t steps = tile_steps(p.format, job.kc), words = panel_steps(p.format, job.kc);
-    const int rank = job.k0 == 0 && p.low ? p.low->rank : 0;
-    const bool add = p.y.add || job.k0 > 0;
-    for (int64_t c = 0; c < nc; c += NR) {
-        TileArgs g = {};
-        g.rows = job.rows;
-        g.row_scales = job.row_scales;
-        g.panel = s.panels + c * words;
-        g.steps = (int)steps;
-        if (rank) {
-            g.low_rows = p.low->left + t0 * p.low->left_stride;
-            g.low_stride = p.low->left_stride;
-            g.low_panel = s.low_panels.data() + c * rank;
-            g.low_steps = rank;
-            if (!p.nt && p.low->dropout > 0.0f) {
-                fill_keep(*p.low, t0, rows, c0 + c, s.keep);
-                g.keep = s.keep;
-            }
+    const bool add = g.add;
+    float * y = p.y.data + t0 * p.y.stride + c0 + c;
+    g.panel = s.panels + c / NR * panel_words;
+    g.y = y;
+    if (g.low_steps) {
+        g.low_panel = s.low_panels.data() + c * g.low_steps;
+        if (!p.nt && p.low->dropout > 0.0f) {
+            fill_keep(*p.low, t0, rows, c0 + c, s.keep);
+            g.keep = s.keep;
         }
-        float * y = p.y.data + t0 * p.y.stride + c0 + c;
-        const int64_t width = std::min<int64_t>(NR, p.n_cols - c0 - c);
-        prefetch_rows(job.next, c / NR, panels);
-        if (c + NR < nc)
-            prefetch_output(y + NR, p.y.stride, rows);
-        g.y = width < NR ? s.spill : y;
-        g.ldy = width < NR ? NR : p.y.stride;
-        g.add = width < NR ? false : add;
-        tile(g);
-        if (width == NR)
-            continue;
-        for (int i = 0; i < rows; i++) {
-            float * to = y + i * p.y.stride;
-            const float * from = s.spill + i * NR;
-            for (int64_t j = 0; j < width; j++)
-                to[j] = add ? to[j] + from[j] : from[j];
-        }
+    }
+    if (width == NR) {
+        job.tile(g);
+        return;
+    }
+    TileArgs edge = g;
+    edge.y = s.spill;
+    edge.ldy = NR;
+    edge.add = false;
+    job.tile(edge);
+    for (int i = 0; i < rows; i++) {
+        float * to = y + i * p.y.stride;
+        const float * from = s.spill + i * NR;
+        for (int64_t j = 0; j < width; j++)
+            to[j] = add ? to[j] + from[j] : from[j];
     }
 }
 
@@ -255,62 +175,81 @@ struct Part {
     int64_t kc_full;
     bool is_first; // of the threads
 
-    int64_t tiles() const { return (tokens.last - tokens.first + MR - 1) / MR; }
+    int64_t tiles() const {
+        const int64_t mr = tile_rows(p.format);
+        return (tokens.last - tokens.first + mr - 1) / mr;
+    }
     int64_t depth_at(int64_t k0) const { return std::min(kc_full, p.depth - k0); }
+    Range tokens_of(int64_t tile) const { return tile_tokens(tokens, tile, tiles()); }
 
-    /// The rows of a tile, made if they are not yet.
+    /// A tile, its rows made if they are not yet.
     TileJob job(int64_t tile, int64_t k0) const {
-        const Range now = tile_tokens(tokens, tile, tiles());
-        TileJob job = {};
-        job.tokens = now;
-        job.next = source(tile + 1, k0);
-        job.k0 = k0;
-        job.kc = depth_at(k0);
-        if (p.format == Format::i16) {
-            job.rows = packed_row(now.first, k0);
-            job.row_scales = packed_scales(now.first, k0);
+        const Range now = tokens_of(tile);
+        const int rows = (int)(now.last - now.first);
+        TileJob job = {now, tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows), {}, {}};
+        TileArgs & g = job.args;
+        g.steps = (int)tile_steps(p.format, depth_at(k0));
+        g.ldy = p.y.stride;
+        g.add = p.y.add || k0 > 0;
+        if (p.low && k0 == 0) {
+            g.low_rows = p.low->left + now.first * p.low->left_stride;
+            g.low_stride = p.low->left_stride;
+            g.low_steps = p.low->rank;
+        }
+        if (p.packed()) {
+            const PackedRows x = {{kc_full, p.depth}, (uint32_t *)p.x.data, p.n_tokens};
+            if (x.packing.stride() == HALF_STRIDE)
+                job.tile = tile_of_format<Format::i16, HALF_STRIDE>(p.format, rows);
+            g.rows = x.words(now.first, k0);
+            g.row_scales = x.scales(now.first, k0);
+            g.row_pairs = x.pairs(now.first, k0);
         } else {
-            job.rows = s.rows;
-            pack_rows(p.format, p.x, now.first, (int)(now.last - now.first), k0, job.kc, s.rows,
-                      nullptr);
+            g.rows = s.rows;
+            job.next = source(tile + 1, k0);
+            pack_rows(p.format, p.x, now.first, rows, k0, depth_at(k0), s.rows);
         }
         return job;
     }
 
-    const uint32_t * packed_row(int64_t t, int64_t k0) const {
-        return (const uint32_t *)p.x.data + (k0 / kc_full * p.n_tokens + t) * TILE_STRIDE;
-    }
-    const float * packed_scales(int64_t t, int64_t k0) const {
-        const int64_t chunks = (p.depth + kc_full - 1) / kc_full;
-        return (const float *)p.x.data + chunks * p.n_tokens * TILE_STRIDE +
-               (k0 / kc_full * p.n_tokens + t) * I16_BLOCKS;
-    }
-
-    /// Where the rows of a tile are before its turn.
+    /// Where the rows of a tile are before they are made.
     Lines source(int64_t tile, int64_t k0) const {
         if (tile >= tiles())
             return {};
-        const Range now = tile_tokens(tokens, tile, tiles());
-        const int64_t n = now.last - now.first, kc = depth_at(k0);
-        if (p.format == Format::i16) {
-            return {(const char *)packed_row(now.first, k0), n, TILE_STRIDE * 4,
-                    tile_steps(p.format, kc) * 4};
-        }
+        const Range now = tokens_of(tile);
         const int64_t size = p.x.is_bf16 ? 2 : 4;
-        return {(const char *)p.x.data + (now.first * p.x.stride + k0) * size, n, p.x.stride * size,
-                kc * size};
+        return {(const char *)p.x.data + (now.first * p.x.stride + k0) * size, now.last - now.first,
+                p.x.stride * size, depth_at(k0) * size};
     }
 
+    /// Columns [c0, c0+nc), a group, for a chunk of the reduction.
     void run_group(int64_t c0, int64_t nc, int64_t k0) const {
-        const int64_t kc = depth_at(k0);
+        const int64_t kc = depth_at(k0), panels = (nc + NR - 1) / NR;
+        const int64_t panel_words = panel_steps(p.format, kc) * NR;
         if (p.low && k0 == 0)
             pack_low_rank(p, c0, nc, s.low_panels);
         {
             const PanelTimer timer(is_first);
             (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
         }
-        for (int64_t i = 0; i < tiles(); i++)
-            run_tile(p, s, {c0, c0 + nc}, job(i, k0));
+        // Packed rows stay in the L2 cache, panel by panel; others are made, and stay in the L1.
+        const int64_t together = p.packed() ? PACKED_TILES : 1;
+        TileJob jobs[PACKED_TILES];
+        for (int64_t first = 0; first < tiles(); first += together) {
+            const int64_t n = std::min(together, tiles() - first);
+            for (int64_t i = 0; i < n; i++)
+                jobs[i] = job(first + i, k0);
+            for (int64_t c = 0; c < nc; c += NR) {
+                for (int64_t i = 0; i < n; i++) {
+                    prefetch_rows(jobs[i].next, c / NR, panels);
+                    // The next tile's output, in this panel or the next.
+                    if (i + 1 < n)
+                        prefetch_output(p.y, jobs[i + 1].tokens, c0 + c);
+                    else if (c + NR < nc)
+                        prefetch_output(p.y, jobs[0].tokens, c0 + c + NR);
+                    run_tile(p, s, jobs[i], c0, c, panel_words);
+                }
+            }
+        }
     }
 
     void run() const {
@@ -364,56 +303,24 @@ const char * fast_format() {
     }
 }
 
-namespace {
-
-Product forward(Precision precision, const Weight & w) {
-    return {format_of(precision), true, w, {}, nullptr, {}, 0, w.n_rows, w.n_cols};
-}
-
-Product backward(Precision precision, const Weight & w) {
-    return {format_of(precision), false, w, {}, nullptr, {}, 0, w.n_cols, w.n_rows};
-}
-
-RowPacking packing_of(const Product & p) {
-    return {p.format == Format::i16 ? p.chunk() : 0, p.depth};
-}
-
-} // namespace
-
-size_t RowPacking::words(int64_t n_tokens) const {
-    return (size_t)((depth + chunk - 1) / chunk * n_tokens * (TILE_STRIDE + I16_BLOCKS));
-}
-
 RowPacking packing_nt(Precision precision, int64_t n_inputs) {
-    return packing_of(forward(precision, {GGML_TYPE_F32, 0, n_inputs, nullptr, 0}));
+    return Product::forward(precision, {GGML_TYPE_F32, 0, n_inputs, nullptr, 0}).packing();
 }
 
 RowPacking packing_nn(Precision precision, const Weight & w) {
-    return packing_of(backward(precision, w));
-}
-
-void pack_tokens(const RowPacking & packing, Rows x, int64_t n_tokens, void * out, int ith,
-                 int nth) {
-    const Range part = split_range(n_tokens, 1, ith, nth);
-    const int64_t chunks = (packing.depth + packing.chunk - 1) / packing.chunk;
-    for (int64_t i = 0; i < chunks; i++) {
-        const int64_t k0 = i * packing.chunk, at = i * n_tokens + part.first;
-        pack_rows(Format::i16, x, part.first, (int)(part.last - part.first), k0,
-                  std::min(packing.chunk, packing.depth - k0), (uint32_t *)out + at * TILE_STRIDE,
-                  (float *)out + chunks * n_tokens * TILE_STRIDE + at * I16_BLOCKS);
-    }
+    return Product::backward(precision, w).packing();
 }
 
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
                int64_t n_tokens, int ith, int nth) {
-    Product p = forward(precision, w);
+    Product p = Product::forward(precision, w);
     p.x = x, p.low = low_rank, p.y = y, p.n_tokens = n_tokens;
     run_product(p, ith, nth);
 }
 
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
                int64_t n_tokens, int ith, int nth) {
-    Product p = backward(precision, w);
+    Product p = Product::backward(precision, w);
     p.x = dy, p.low = low_rank, p.y = dx, p.n_tokens = n_tokens;
     run_product(p, ith, nth);
 }

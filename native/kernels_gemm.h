@@ -27,8 +27,8 @@
 namespace ggft {
 
 /// f32: everything in F32. fast: what this machine multiplies fastest, with F32 sums: BF16 pairs
-/// (AVX512-BF16), else 16-bit integers with a scale per 64 (AVX2; closer to F32 than BF16 is), else
-/// F32, too.
+/// (AVX512-BF16), else 16-bit integers with a scale per block (AVX2; closer to F32 than BF16 is),
+/// else F32, too.
 enum class Precision { f32, fast };
 
 /// Whether `fast` is BF16 on the machine this was compiled for; activations may then be BF16.
@@ -85,6 +85,9 @@ struct RowPacking {
     int64_t depth = 0; // all of them
 
     explicit operator bool() const { return chunk > 0; }
+    int64_t chunks() const { return (depth + chunk - 1) / chunk; }
+    /// Words between the rows of a chunk.
+    int64_t stride() const;
     /// 32-bit words of n_tokens packed rows.
     size_t words(int64_t n_tokens) const;
 };

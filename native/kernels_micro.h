@@ -24,16 +24,18 @@ inline constexpr int MR = 8, NV = 2; // compilers load all rows' words early: 16
 inline constexpr int MR = 4, NV = 2;
 #endif
 inline constexpr int NR = NV * LANES;
-inline constexpr int MAX_STEPS = 512;              // words of a tile row
-inline constexpr int TILE_STRIDE = MAX_STEPS + 16; // rows fall into different cache sets
+inline constexpr int MAX_STEPS = 512; // words of a tile row
+// Of tile rows, and of those of up to half as many words; rows fall into different cache sets.
+inline constexpr int TILE_STRIDE = MAX_STEPS + 16, HALF_STRIDE = MAX_STEPS / 2 + 16;
 
 struct TileArgs {
     const uint32_t * rows;  // [M] rows, STRIDE words apart
     const uint32_t * panel; // [steps][NR]
     int steps;
-    // Of 16-bit integers only (kernels_i16.h): scales of the rows' blocks, and steps of the first
-    // block to leave out.
+    // Of 16-bit integers only (kernels_i16.h, kernels_winograd.h): scales and pair sums of the
+    // rows' blocks, I16_BLOCKS apart, and steps of the first block to leave out.
     const float * row_scales;
+    const int32_t * row_pairs;
     int first_step;
     const float * low_rows; // u: [M] rows, low_stride floats apart
     int64_t low_stride;

@@ -212,6 +212,10 @@ GGFT_INLINE V vexp(V x) {
 #endif
 }
 
+constexpr int64_t round_up(int64_t n, int64_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
 /// [first, last) of `n` items for thread `ith` of `nth`, in whole multiples of `unit`.
 struct Range {
     int64_t first, last;

@@ -259,7 +259,7 @@ public:
 
 private:
     static AttentionShape attention_shape(const Inputs & in, const Qkv & x, float scale) {
-        return {in.N(), (int)x.q->ne[1], (int)x.k->ne[1], (int)x.q->ne[0], scale};
+        return {in.N(), (int)x.q->ne[1], (int)x.k->ne[1], (int)x.q->ne[0], scale, in.T};
     }
 
     // x as the products read it: itself, or packed after `done` has been computed.

@@ -206,8 +206,8 @@ def test_a_run_repeats_bit_for_bit(make: Make, precision: str, threads: int) -> 
 def test_micro_batches_equal_one_batch(make: Make, precision: str) -> None:
     """Rows with many and with few trained tokens, together or one after the other.
 
-    Float sums in another order: 1e-5 on the F32 path. In attention's gradients 16-bit integers are
-    rounded to a scale that 64 queries share, and which ones these are differs: 3e-3.
+    Float sums in another order: 1e-5 on the F32 path. The fast path rounds each row alone, so its
+    rows do not depend on their neighbours either; 1e-3 leaves room for a GEMM that does.
     """
     tiny = make(MODELS["gqa"])
     batch = make_batch(tiny.shape.n_vocab)
@@ -228,7 +228,7 @@ def test_micro_batches_equal_one_batch(make: Make, precision: str) -> None:
     assert sum(n for _, n in parts) == count
     assert sum(x for x, _ in parts) == pytest.approx(nats, rel=1e-5)
     errors = gradient_errors(summed, whole)
-    assert max(errors.values()) <= {"f32": 1e-5, "fast": 3e-3}[precision], errors
+    assert max(errors.values()) <= {"f32": 1e-5, "fast": 1e-3}[precision], errors
 
 
 def test_padding_and_packing_change_nothing(make: Make) -> None:

@@ -100,7 +100,8 @@ void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed)
         for (int32_t i = 0; i < (int32_t)start.size(); i++)
             start[i] = std::max(start[i], i - 30);
     }
-    const AttentionShape s = {(int64_t)start.size(), H, K, D, 1.0f / std::sqrt((float)D)};
+    const AttentionShape s = {(int64_t)start.size(), H, K, D, 1.0f / std::sqrt((float)D),
+                              (int64_t)start.size()};
     const Tensors inputs = make_tensors(s);
     Naive want;
     want.o.resize(inputs.o.size());
@@ -144,9 +145,41 @@ void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed)
     }
 }
 
+/// The n tokens from `first` on alone.
+Tensors part_of(const AttentionShape & s, const Tensors & x, int64_t first, int64_t n) {
+    const auto cut = [&](const std::vector<float> & from, int64_t width) {
+        return std::vector<float>(from.begin() + first * width, from.begin() + (first + n) * width);
+    };
+    const int64_t nq = s.n_head * s.head_size, nk = s.n_head_kv * s.head_size;
+    return {cut(x.q, nq),         cut(x.k, nk),  cut(x.v, nk),  cut(x.d_o, nq), cut(x.o, nq),
+            cut(x.lse, s.n_head), cut(x.dq, nq), cut(x.dk, nk), cut(x.dv, nk)};
+}
+
+/// Two rows of a batch, the first ending in a short example, give to the bit what each gives alone.
+void test_rows_alone() {
+    const std::vector<int> lengths = {70, 20, 10, 30, 70};
+    const AttentionShape both = {200, 4, 2, 64, 0.125f, 100}, one = {100, 4, 2, 64, 0.125f, 100};
+    for (const Precision precision : {Precision::f32, Precision::fast}) {
+        Tensors x = make_tensors(both);
+        run(precision, both, x, starts_of(lengths).data(), 2);
+        for (const int row : {0, 1}) {
+            const std::vector<int> of_row =
+                row == 0 ? std::vector<int>{70, 20, 10} : std::vector<int>{30, 70};
+            const Tensors want = part_of(both, x, row * 100, 100);
+            Tensors alone = want;
+            run(precision, one, alone, starts_of(of_row).data(), 2);
+            expect_same("a row alone",
+                        alone.o == want.o && alone.dq == want.dq && alone.dk == want.dk &&
+                            alone.dv == want.dv,
+                        true);
+        }
+    }
+}
+
 } // namespace
 
 void test_attention() {
+    test_rows_alone();
     check(9, 3, 64, {70, 3, 1, 150, -9}, false);
     check(9, 3, 64, {330}, false);
     check(4, 4, 80, {33, 90, -40}, false);
@@ -171,7 +204,8 @@ void bench_attention(int nth) {
     std::printf("\nattention, milliseconds forward, backward (GFLOP/s of the pairs seen)\n");
     for (const Case & c : cases) {
         const std::vector<int32_t> start = starts_of(c.lengths);
-        const AttentionShape s = {(int64_t)start.size(), c.H, c.K, c.D, 0.125f};
+        const AttentionShape s = {(int64_t)start.size(), c.H, c.K, c.D, 0.125f,
+                                  (int64_t)start.size()};
         double pairs = 0;
         for (size_t i = 0; i < start.size(); i++)
             pairs += (double)i - start[i] + 1;
