@@ -84,25 +84,29 @@ GGFT_INLINE V inverse_scale(V largest, float limit) {
     return select(largest == V{}, V{}, splat(limit) / largest);
 }
 
-/// n floats, one block or less, as integers up to `limit`, padded with zeros to a whole one.
-/// Returns the scale.
+/// n floats, one block or less, as integers up to `limit`, padded with zeros to a multiple of
+/// I16_PADDING. Returns the scale.
 template <Format FORMAT>
 float quantize_i16(const float * x, int64_t n, float limit, int16_t * out) {
-    constexpr Blocks blocks = blocks_of(FORMAT);
-    alignas(64) float padded[blocks.depth];
-    if (n < blocks.depth) {
-        std::memset(padded, 0, sizeof padded);
+    alignas(64) float padded[blocks_of(FORMAT).depth];
+    const int64_t end = round_up(n, I16_PADDING);
+    if (n < end) {
         std::memcpy(padded, x, (size_t)n * 4);
+        std::fill(padded + n, padded + end, 0.0f);
         x = padded;
     }
     VI most = {};
-    GGFT_UNROLL for (int i = 0; i < blocks.depth; i += LANES) most =
-        larger(most, magnitude(load(x + i)));
+    for (int64_t k = 0; k < end; k += I16_PADDING) {
+        GGFT_UNROLL for (int i = 0; i < I16_PADDING; i += LANES) most =
+            larger(most, magnitude(load(x + k + i)));
+    }
     const int32_t bits = largest_lane(most);
     const float largest = load_as<float>(&bits);
     const V inverse = inverse_scale(splat(largest), limit);
-    GGFT_UNROLL for (int i = 0; i < blocks.depth; i += LANES)
-        store_i16(out + i, to_integers(load(x + i) * inverse));
+    for (int64_t k = 0; k < end; k += I16_PADDING) {
+        GGFT_UNROLL for (int i = 0; i < I16_PADDING; i += LANES)
+            store_i16(out + k + i, to_integers(load(x + k + i) * inverse));
+    }
     return largest / limit;
 }
 

@@ -96,8 +96,9 @@ inline void quantize_with_pairs([[maybe_unused]] const float * x, [[maybe_unused
 #endif
 #if defined(GGFT_WINOGRAD)
     constexpr int64_t steps = blocks_of(Format::i16).steps();
-    for (int64_t s = 0; s < tile_steps(Format::i16, n); s += steps)
-        pairs[s / steps] = pair_sum(out + s, steps);
+    const int64_t end = tile_steps(Format::i16, n);
+    for (int64_t s = 0; s < end; s += steps)
+        pairs[s / steps] = pair_sum(out + s, std::min(steps, end - s));
 #endif
 }
 
