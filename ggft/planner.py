@@ -25,7 +25,7 @@ LOGIT_BYTES = 96 * 2**20
 # The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
 RUNTIME_BYTES = 90 * 2**20
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
-# matrix, mostly), in tokens; and of a Zen 4: passes over the block, forward being one.
+# matrix, mostly), in tokens. On two of a Zen 4: passes over the block, forward being one.
 MICRO_BATCH_TOKENS = 25.0
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # Values of a row that are packed together, and their bytes, padding included; see RowPacking in

@@ -7,8 +7,8 @@
 // start[i] is the first token that token i sees: its example's first token; i itself for padding.
 // It never decreases with i.
 // Tiles wholly outside an example or above the diagonal are skipped, so packed rows cost what their
-// examples cost. Products run in BF16 with F32 sums (Precision::fast, where the machine has a BF16
-// dot product) or in F32; exponentials and all sums are F32.
+// examples cost. Products run in what Precision::fast is on this machine (kernels_gemm.h) or in
+// F32; exponentials and all sums of products are F32.
 //
 // Called by all nth threads, without waiting inside; bit-identical for a given nth. Every thread
 // keeps the larger of the two scratch sizes as working memory, freed with the thread.

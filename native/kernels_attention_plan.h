@@ -13,6 +13,7 @@ inline constexpr int STRIDE = HALF_STRIDE;
 inline constexpr int64_t KEYS = 256; // keys of a softmax block
 inline constexpr int64_t I16_DEPTH = blocks_of(Format::i16_even).depth;
 inline constexpr float I16_LIMIT = blocks_of(Format::i16_even).row_limit;
+static_assert(I16_BLOCKS * I16_DEPTH >= KEYS && I16_BLOCKS * I16_DEPTH >= MAX_HEAD_SIZE);
 inline constexpr int64_t ROWS = 96; // query rows (token, head) of a block: pairs fill LANES
 
 /// Tokens [first, last) whose queries see no key outside, for one key-value head.

@@ -26,13 +26,14 @@ struct Scratch {
     uint32_t * rows; // [MR][TILE_STRIDE]
     float * spill;   // [MR][NR], a tile at the right edge
     float * keep;    // [MR][NR], dropout factors
+    float * work;    // [PANEL_WORK]
     std::vector<float> low_panels;
 
     void hold() {
         constexpr int64_t TILE_WORDS = round_up(MR * NR, 16);
         if (memory)
             return;
-        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS;
+        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK;
         memory.reset((uint32_t *)std::aligned_alloc(64, round_up(words * 4, 64)));
         if (!memory)
             throw std::bad_alloc();
@@ -40,6 +41,7 @@ struct Scratch {
         rows = panels + GROUP_WORDS;
         spill = (float *)rows + MR * TILE_STRIDE;
         keep = spill + TILE_WORDS;
+        work = keep + TILE_WORDS;
     }
 };
 
@@ -161,12 +163,6 @@ void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t
     }
 }
 
-/// The i-th of `tiles` parts of [tokens.first, tokens.last), as even as can be.
-Range tile_tokens(const Range & tokens, int64_t i, int64_t tiles) {
-    const Range part = split_range(tokens.last - tokens.first, 1, (int)i, (int)tiles);
-    return {tokens.first + part.first, tokens.first + part.last};
-}
-
 /// What one thread does of a product: a range of columns for a range of tokens.
 struct Part {
     const Product & p;
@@ -180,13 +176,17 @@ struct Part {
         return (tokens.last - tokens.first + mr - 1) / mr;
     }
     int64_t depth_at(int64_t k0) const { return std::min(kc_full, p.depth - k0); }
-    Range tokens_of(int64_t tile) const { return tile_tokens(tokens, tile, tiles()); }
+    /// Tiles are as even as can be.
+    Range tokens_of(int64_t tile) const {
+        const Range part = split_range(tokens.last - tokens.first, 1, (int)tile, (int)tiles());
+        return {tokens.first + part.first, tokens.first + part.last};
+    }
 
     /// A tile, its rows made if they are not yet.
     TileJob job(int64_t tile, int64_t k0) const {
         const Range now = tokens_of(tile);
         const int rows = (int)(now.last - now.first);
-        TileJob job = {now, tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows), {}, {}};
+        TileJob job = {now, nullptr, {}, {}};
         TileArgs & g = job.args;
         g.steps = (int)tile_steps(p.format, depth_at(k0));
         g.ldy = p.y.stride;
@@ -198,12 +198,14 @@ struct Part {
         }
         if (p.packed()) {
             const PackedRows x = {{kc_full, p.depth}, (uint32_t *)p.x.data, p.n_tokens};
-            if (x.packing.stride() == HALF_STRIDE)
-                job.tile = tile_of_format<Format::i16, HALF_STRIDE>(p.format, rows);
+            job.tile = x.packing.stride() == HALF_STRIDE
+                           ? tile_of_format<Format::i16, HALF_STRIDE>(p.format, rows)
+                           : tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows);
             g.rows = x.words(now.first, k0);
             g.row_scales = x.scales(now.first, k0);
             g.row_pairs = x.pairs(now.first, k0);
         } else {
+            job.tile = tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows);
             g.rows = s.rows;
             job.next = source(tile + 1, k0);
             pack_rows(p.format, p.x, now.first, rows, k0, depth_at(k0), s.rows);
@@ -229,7 +231,10 @@ struct Part {
             pack_low_rank(p, c0, nc, s.low_panels);
         {
             const PanelTimer timer(is_first);
-            (p.nt ? pack_panels_nt : pack_panels_nn)(p.format, p.w, c0, nc, k0, kc, s.panels);
+            if (p.nt)
+                pack_panels_nt(p.format, p.w, c0, nc, k0, kc, s.panels);
+            else
+                pack_panels_nn(p.format, p.w, c0, nc, k0, kc, s.work, s.panels);
         }
         // Packed rows stay in the L2 cache, panel by panel; others are made, and stay in the L1.
         const int64_t together = p.packed() ? PACKED_TILES : 1;

@@ -8,9 +8,9 @@
 //
 // Method (Goto and van de Geijn 2008; the BLIS papers): a thread owns a range of output columns,
 // dequantizes a block of weights into panels that stay in its L2 cache, and runs every token past
-// them, MR rows at a time, through the register tile of kernels_micro.h or kernels_i16.h. Each
-// weight is dequantized once per call, whatever T, save when there are too few columns for the
-// threads, which then also split the tokens.
+// them, MR rows at a time, through the register tile of kernels_micro.h, kernels_i16.h or
+// kernels_winograd.h. Each weight is dequantized once per call, whatever T, save when there are too
+// few columns for the threads, which then also split the tokens.
 //
 // Products of 16-bit integers take their rows packed, so that no thread packs what another has.
 //

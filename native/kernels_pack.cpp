@@ -7,7 +7,7 @@
 namespace ggft {
 namespace {
 
-constexpr int64_t CHUNK = 256; // elements of a row dequantized at once: the temporary stays in L1
+constexpr int64_t CHUNK = PANEL_CHUNK;
 
 /// Where element k of row r is (k a multiple of the block size).
 const char * element(const Weight & w, int64_t r, int64_t k) {
@@ -105,34 +105,46 @@ void interleave(const uint16_t * even, const uint16_t * odd, int64_t n, int64_t 
 }
 
 #if defined(GGFT_I16)
-constexpr int64_t I16_DEPTH = blocks_of(Format::i16).depth;
-
-/// Rows [k, k+n) of W, n <= I16_DEPTH, `width` of its columns from c on: one block of each panel.
-void pack_block_nn(const Weight & w, int64_t c, int64_t width, int64_t padded, int64_t k, int64_t n,
-                   int64_t panel_words, uint32_t * out) {
-    alignas(64) float rows[I16_DEPTH][CHUNK];
-    VI most[CHUNK / LANES] = {};
-    const int64_t padded_n = round_up(n, I16_PADDING);
-    for (int64_t i = 0; i < padded_n; i++) {
-        if (i >= n) {
-            std::memset(rows[i], 0, sizeof rows[i]);
-            continue;
+/// pack_panels_nn for 16-bit integers: a chunk of columns for all rows of a block of integers at a
+/// time, as their scales need the largest of each column.
+void pack_panels_nn_i16(const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
+                        float * work, uint32_t * out) {
+    constexpr int64_t DEPTH = blocks_of(Format::i16).depth;
+    const int64_t panel_words = panel_steps(Format::i16, kc) * NR;
+    const int64_t rows = std::min(kc, w.n_rows - k0);
+    for (int64_t c = 0; c < nc; c += CHUNK) {
+        const int64_t padded = round_up(std::min(CHUNK, nc - c), NR);
+        const int64_t width = std::min(padded, w.n_cols - c0 - c);
+        for (int64_t k = 0; k < rows; k += DEPTH) {
+            const int64_t n = std::min(DEPTH, rows - k), filled = round_up(n, I16_PADDING);
+            VI most[CHUNK / LANES] = {};
+            for (int64_t i = 0; i < n; i++) {
+                float * row = work + i * CHUNK;
+                prefetch_elements(w, k0 + k + i + 8, c0 + c, width);
+                dequant(Format::i16, w, k0 + k + i, c0 + c, width, row);
+                std::fill(row + width, row + padded, 0.0f);
+                for (int64_t j = 0; j < padded; j += LANES)
+                    most[j / LANES] = larger(most[j / LANES], magnitude(load(row + j)));
+            }
+            std::fill(work + n * CHUNK, work + filled * CHUNK, 0.0f);
+            quantize_panels_i16<Format::i16>(work, CHUNK, filled, most, padded, panel_words,
+                                             out + c / NR * panel_words +
+                                                 panel_steps(Format::i16, k) * NR);
         }
-        prefetch_elements(w, k + i + 8, c, width);
-        dequant(Format::i16, w, k + i, c, width, rows[i]);
-        for (int64_t j = width; j < padded; j++)
-            rows[i][j] = 0;
-        for (int64_t j = 0; j < padded; j += LANES)
-            most[j / LANES] = larger(most[j / LANES], magnitude(load(rows[i] + j)));
     }
-    quantize_panels_i16<Format::i16>(rows[0], CHUNK, padded_n, most, padded, panel_words, out);
 }
 #endif
 
 } // namespace
 
 void pack_panels_nn(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    uint32_t * out) {
+                    [[maybe_unused]] float * work, uint32_t * out) {
+#if defined(GGFT_I16)
+    if (format == Format::i16) {
+        pack_panels_nn_i16(w, c0, nc, k0, kc, work, out);
+        return;
+    }
+#endif
     const int64_t per = per_word(format), panel_words = panel_steps(format, kc) * NR;
     const int64_t rows = std::min(kc, w.n_rows - k0);
     for (int64_t c = 0; c < nc; c += CHUNK) {
@@ -140,15 +152,6 @@ void pack_panels_nn(Format format, const Weight & w, int64_t c0, int64_t nc, int
         const int64_t width = std::min(CHUNK, nc - c), n = std::min(width, w.n_cols - c0 - c);
         const int64_t padded = round_up(width, NR);
         uint32_t * panels = out + c / NR * panel_words;
-#if defined(GGFT_I16)
-        if (format == Format::i16) {
-            for (int64_t k = 0; k < rows; k += I16_DEPTH) {
-                pack_block_nn(w, c0 + c, n, padded, k0 + k, std::min(I16_DEPTH, rows - k),
-                              panel_words, panels + panel_steps(format, k) * NR);
-            }
-            continue;
-        }
-#endif
         for (int64_t k = 0; k < rows; k += per) {
             uint32_t * step = panels + k / per * NR;
             for (int64_t i = 0; i < per; i++)

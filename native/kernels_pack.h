@@ -41,13 +41,19 @@ template <Format I16, int STRIDE> TileFunction tile_of_format(Format format, int
     return tile_function<STRIDE>(format == Format::bf16, rows);
 }
 
+/// Elements of a row of W that are dequantized at once: no less than the largest block of all
+/// types.
+inline constexpr int64_t PANEL_CHUNK = 256;
+/// Floats that pack_panels_nn works with: too many for the stack of every thread.
+inline constexpr int64_t PANEL_WORK = HAS_I16 ? blocks_of(Format::i16).depth * PANEL_CHUNK : 0;
+
 /// Columns [c0, c0+nc) and reduction indices [k0, k0+kc) of W, panel after panel. Columns and
 /// indices past the end of W are zero. k0 and, for nn, c0 are multiples of the block size; k0 is
-/// one of I16_DEPTH, too, for that format. One thread.
+/// one of i16's blocks, too, for that format. One thread.
 void pack_panels_nt(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
                     uint32_t * out);
 void pack_panels_nn(Format format, const Weight & w, int64_t c0, int64_t nc, int64_t k0, int64_t kc,
-                    uint32_t * out);
+                    float * work, uint32_t * out);
 
 /// Rows [t0, t0+rows), columns [k0, k0+kc) of x as tile rows of F32 or BF16, TILE_STRIDE apart.
 void pack_rows(Format format, const Rows & x, int64_t t0, int rows, int64_t k0, int64_t kc,

@@ -9,8 +9,7 @@
 // is arithmetic modulo 2^32.
 //
 // Here x0 and x1 are the words of two consecutive steps, two products each. On x86 processors of
-// 256 bits without VNNI, fewer execution units multiply (vpmaddwd) than add: two on Zen 3 and Zen 4
-// of four, one on Haswell and Zen 2 of three.
+// 256 bits without VNNI, fewer execution units multiply (vpmaddwd) than add: two of four on Zen 3.
 #pragma once
 
 #include "kernels_i16.h"
