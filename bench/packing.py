@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, base: Base, data: Data, stop: StopSignals)
         steps, plan = plan_run(settled, data, shape)
         engine = engines.enter_context(open_engine(settled, base, shape, plan, stop))
         engine.init_lora(seed=1)
-        made = [steps.step(0, i, plan.n_rows) for i in range(args.steps)]
+        made = [steps.step(0, i, plan.n_rows, plan.n_tokens) for i in range(args.steps)]
         laid_out = [[change(batch) for batch in step] for step in made]
         return Layout(name, engine, laid_out, args.steps * steps.examples_per_step)
 

@@ -97,12 +97,14 @@ def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
         fused=device["type"] == "cpu",
     )
     lengths = data.train.lengths
-    n_tokens = min(data.max_length, -(-int(lengths.sum()) // 32) * 32)
+    all_tokens = -(-int(lengths.sum()) // 32) * 32
+    n_tokens = max(min(data.max_length, all_tokens), int(lengths.max()))
     return make_plan(
         shape,
         Limits.of(device, None if config.memory is None else parse_size(config.memory)),
-        n_tokens=max(n_tokens, int(lengths.max())),
+        n_tokens=n_tokens,
         max_rows=MAX_ROWS,
+        joined_tokens=min(MAX_ROWS * n_tokens, all_tokens) if shape.fused else None,
         keep=False,
     )
 

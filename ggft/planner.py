@@ -32,7 +32,7 @@ PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # native/kernels_rows.cpp.
 PACKED_VALUES, PACKED_BYTES = 512, 1120
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
-NEARLY_BEST = 1.03
+NEARLY_BEST = 1.02
 # Share of the free memory that a run takes unless told otherwise.
 SAFE_SHARE = 0.8
 WEIGHTS = "weights (mapped)"
@@ -237,45 +237,56 @@ def make_plan(
     *,
     n_tokens: int,
     max_rows: int,
-    n_rows: int | None = None,
+    joined_tokens: int | None = None,
+    size: tuple[int, int] | None = None,
     keep: bool | None = None,
 ) -> Plan:
-    """Choose rows per micro-batch and whether internals are kept: the fastest that fits.
+    """Choose the size of micro-batches and whether internals are kept: the fastest that fits.
 
     Args:
         shape: What memory depends on.
         limits: What memory there is.
         n_tokens: Tokens of the longest row.
         max_rows: Rows of the largest optimizer step; more are never needed.
-        n_rows: Rows per micro-batch where they are given, or None.
+        joined_tokens: Tokens of the largest step if its rows may be laid end to end as one, which
+            pads nothing; None where each stays a row of its own.
+        size: Rows and tokens per row of a micro-batch where they are given, or None.
         keep: Given by the user, or None.
 
     Raises:
         ResourceError: not even one row fits; says what would.
     """
-    limit = max(1, min(max_rows, MAX_TOKENS // n_tokens))
+    step_tokens = joined_tokens or max_rows * n_tokens
+    sizes = [size] if size else _sizes(n_tokens, step_tokens, joined_tokens is not None)
     plans = []
-    for rows in range(1, limit + 1) if n_rows is None else (n_rows,):
+    for rows, tokens in sizes:
         for keeps in (True, False) if keep is None else (keep,):
-            parts = predict(shape, rows, n_tokens, keep=keeps)
-            plans.append(Plan(rows, n_tokens, keeps, limits, parts, shape.n_trained()))
+            parts = predict(shape, rows, tokens, keep=keeps)
+            plans.append(Plan(rows, tokens, keeps, limits, parts, shape.n_trained()))
     fitting = [plan for plan in plans if limits.hold(plan.parts)]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.total_bytes)
         if limits.hold_barely(smallest.parts):
             return smallest
         raise _too_large(shape, n_tokens, smallest)
-    best = min(_cost(plan, max_rows) for plan in fitting)
-    fast = [plan for plan in fitting if _cost(plan, max_rows) <= best * NEARLY_BEST]
-    return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows))
+    best = min(_cost(plan, step_tokens) for plan in fitting)
+    fast = [plan for plan in fitting if _cost(plan, step_tokens) <= best * NEARLY_BEST]
+    return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows * plan.n_tokens))
 
 
-def _cost(plan: Plan, max_rows: int) -> float:
+def _sizes(n_tokens: int, step_tokens: int, joined: bool) -> list[tuple[int, int]]:
+    """Return the rows and tokens per row that micro-batches of a step may have."""
+    most = max(1, min(-(-step_tokens // n_tokens), MAX_TOKENS // n_tokens))
+    if joined:
+        return [(1, max(n_tokens, min(n * n_tokens, step_tokens))) for n in range(1, most + 1)]
+    return [(n, n_tokens) for n in range(1, most + 1)]
+
+
+def _cost(plan: Plan, step_tokens: int) -> float:
     """Return the relative time of a step."""
-    micro_batches = -(-max_rows // plan.n_rows)
+    micro_batches = -(-step_tokens // (plan.n_rows * plan.n_tokens))
     passes = PASSES_KEPT if plan.keep else PASSES_RECOMPUTED
-    tokens = max_rows * plan.n_tokens
-    return passes * (tokens + MICRO_BATCH_TOKENS * micro_batches)
+    return passes * (step_tokens + MICRO_BATCH_TOKENS * micro_batches)
 
 
 def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:

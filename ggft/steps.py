@@ -40,9 +40,12 @@ class Steps:
     Args:
         examples: The tokenized examples, none longer than `n_tokens`.
         examples_per_step: Examples of a step.
-        n_tokens: Longest row, T.
+        n_tokens: How long rows may be, if the examples fill them.
         packing: Whether examples of a step share rows.
         seed: Seed of the order and of dropout.
+
+    Attributes:
+        row_tokens: How long rows need to be: the shortest that a micro-batch may have, T.
     """
 
     def __init__(
@@ -66,14 +69,16 @@ class Steps:
     def _row_tokens(self, n_tokens: int) -> int:
         """Return how long rows need to be: no longer than all of the largest step in one row."""
         longest = int(self.lengths.max())
-        needed = self._largest_step_tokens() if self.packing else longest
-        return max(longest, min(n_tokens, _round_up(needed)))
+        needed = self.largest_step_tokens if self.packing else _round_up(longest)
+        return max(longest, min(n_tokens, needed))
 
-    def _largest_step_tokens(self) -> int:
+    @property
+    def largest_step_tokens(self) -> int:
+        """Tokens that a step can have at most, and the padding of a row's end."""
         import numpy as np
 
         n = min(self.examples_per_step, len(self.lengths))
-        return int(np.partition(self.lengths, len(self.lengths) - n)[-n:].sum())
+        return _round_up(int(np.partition(self.lengths, len(self.lengths) - n)[-n:].sum()))
 
     @property
     def max_rows(self) -> int:
@@ -85,19 +90,19 @@ class Steps:
         most = min(self.examples_per_step, len(self.lengths))
         if not self.packing:
             return most
-        total = self._largest_step_tokens()
+        total = self.largest_step_tokens
         if total <= self.row_tokens:
             return 1
         return min(most, 2 * total // self.row_tokens + 1)
 
-    def step(self, epoch: int, index: int, n_rows: int) -> list[Batch]:
-        """Return step `index` of an epoch as micro-batches of at most `n_rows` rows."""
+    def step(self, epoch: int, index: int, n_rows: int, n_tokens: int) -> list[Batch]:
+        """Return step `index` of an epoch as micro-batches of at most (n_rows, n_tokens)."""
         first = index * self.examples_per_step
         chosen = self._epoch_order(epoch)[first : first + self.examples_per_step]
         batches = Batches(
             Subset(self.examples, chosen, self.lengths[chosen]),
             rows=n_rows,
-            n_tokens=self.row_tokens,
+            n_tokens=n_tokens,
             packing=self.packing,
             shuffle=False,
         )

@@ -90,27 +90,31 @@ def plan_run(
 ) -> tuple[Steps, Plan]:
     """Divide the data into steps and choose how they use memory.
 
-    Rows are long, so that short examples share one, unless only shorter ones fit into memory. A run
+    Rows are long, so that short examples share one, unless only shorter ones fit into memory. The
+    fused kernels pay for an example whatever row it is in, so there a micro-batch is one row. A run
     that is continued keeps its micro-batches.
     """
-    n_rows, then = saved.state["circumstances"]["micro_batch"] if saved else (None, None)
     lengths = sorted({max(data.max_length, min(ROW_TOKENS, shape.model.n_ctx)), data.max_length})
     while True:
         steps = make_steps(config, data, lengths.pop())
-        if lengths and then not in (None, steps.row_tokens):
-            continue
         try:
             return steps, make_plan(
                 shape,
                 limits_of(config),
                 n_tokens=steps.row_tokens,
                 max_rows=steps.max_rows,
-                n_rows=n_rows if then == steps.row_tokens else None,
+                joined_tokens=steps.largest_step_tokens if joins(config, shape) else None,
+                size=tuple(saved.state["circumstances"]["micro_batch"]) if saved else None,
                 keep=None if config.recompute is None else not config.recompute,
             )
         except ResourceError:
             if not lengths:
                 raise
+
+
+def joins(config: FinetuneConfig, shape: Shape) -> bool:
+    """Return whether the rows of a micro-batch are laid end to end as one."""
+    return config.packing and shape.fused
 
 
 def limits_of(config: FinetuneConfig) -> Limits:
@@ -142,11 +146,14 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
     file = read_gguf(config.model)
     info = check_model(file)
     n_tokens = min(config.max_length or MAX_LENGTH, info.n_ctx)
+    shape = make_shape(config, config.rank or RANK, file, info)
+    max_rows = (config.batch_size or BATCH_SIZE) * config.grad_accum
     made = make_plan(
-        make_shape(config, config.rank or RANK, file, info),
+        shape,
         limits_of(config),
         n_tokens=n_tokens,
-        max_rows=(config.batch_size or BATCH_SIZE) * config.grad_accum,
+        max_rows=max_rows,
+        joined_tokens=max_rows * n_tokens if joins(config, shape) else None,
         keep=None if config.recompute is None else not config.recompute,
     )
     progress.event("plan", plan=made.record())

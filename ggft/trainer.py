@@ -173,7 +173,7 @@ class Trainer:
         nats, count, tokens = 0.0, 0, 0
         try:
             for number, batch in enumerate(
-                self.steps.step(state.epoch, state.index, self.plan.n_rows)
+                self.steps.step(state.epoch, state.index, self.plan.n_rows, self.plan.n_tokens)
             ):
                 seed = self.steps.dropout_seed(step, number) if self.config.dropout else 0
                 batch_nats, batch_count = self.engine.forward_backward(batch, seed)

@@ -9,7 +9,7 @@ from ggft.config import TARGETS
 from ggft.engine import Engine, EngineSettings
 from ggft.errors import ResourceError
 from ggft.gguf import check_model, read_gguf
-from ggft.planner import Limits, Shape, make_plan, predict, weights_bytes
+from ggft.planner import MAX_TOKENS, Limits, Shape, make_plan, predict, weights_bytes
 from tests.models import Spec, write_model
 
 GB = 10**9
@@ -121,7 +121,22 @@ def test_the_user_decides_about_recomputation(shape: Shape, keep: bool) -> None:
 
 def test_rows_of_a_micro_batch(shape: Shape) -> None:
     assert make_plan(shape, limits(), n_tokens=64, max_rows=1).n_rows == 1
-    assert make_plan(shape, limits(), n_tokens=64, max_rows=9, n_rows=3).n_rows == 3
+    given = make_plan(shape, limits(), n_tokens=64, max_rows=9, size=(3, 48))
+    assert (given.n_rows, given.n_tokens) == (3, 48)
+
+
+def test_rows_that_may_be_joined_are_one(shape: Shape) -> None:
+    """As long as the step where memory allows, shorter where it does not, never below a row."""
+    whole = make_plan(shape, limits(), n_tokens=512, max_rows=4, joined_tokens=904)
+    assert (whole.n_rows, whole.n_tokens) == (1, 904)
+    floor = sum(predict(shape, 1, 512, keep=False).values())
+    tight = make_plan(shape, limits(floor), n_tokens=512, max_rows=4, joined_tokens=904)
+    assert (tight.n_rows, tight.n_tokens) == (1, 512)
+    short = make_plan(shape, limits(), n_tokens=64, max_rows=1, joined_tokens=56)
+    assert (short.n_rows, short.n_tokens) == (1, 64)
+    long = make_plan(shape, limits(), n_tokens=512, max_rows=64, joined_tokens=64 * 512)
+    assert long.n_rows == 1
+    assert long.n_tokens <= MAX_TOKENS
 
 
 def test_every_plan_keeps_to_its_budget(shape: Shape) -> None:

@@ -24,12 +24,15 @@ def steps(lengths: list[int], per_step: int = 4, *, packing: bool = True, seed: 
     )
 
 
-def examples_of(made: Steps, epoch: int, index: int, n_rows: int) -> list[int]:
+def examples_of(
+    made: Steps, epoch: int, index: int, n_rows: int, n_tokens: int | None = None
+) -> list[int]:
     """Return the numbers of the examples of a step, in any order."""
+    n_tokens = n_tokens or made.row_tokens
     found = []
-    for batch in made.step(epoch, index, n_rows):
+    for batch in made.step(epoch, index, n_rows, n_tokens):
         assert batch["tokens"].shape[0] <= n_rows
-        assert batch["tokens"].shape[1] <= made.row_tokens
+        assert batch["tokens"].shape[1] <= n_tokens
         starts = (batch["positions"] == 0) & (batch["segments"] >= 0)
         found += batch["tokens"][starts].tolist()
     return sorted(found)
@@ -58,7 +61,9 @@ def test_packing_does_not_change_a_step() -> None:
 def test_every_target_is_counted_whatever_the_micro_batches() -> None:
     made = steps(LENGTHS)
     for n_rows in (1, 2, 4):
-        batches = [b for i in range(made.per_epoch) for b in made.step(0, i, n_rows)]
+        batches = [
+            b for i in range(made.per_epoch) for b in made.step(0, i, n_rows, made.row_tokens)
+        ]
         trained = sum(int((b["targets"] >= 0).sum()) for b in batches)
         assert trained == sum(LENGTHS) - len(LENGTHS)
 
@@ -80,9 +85,21 @@ def test_the_engine_is_opened_large_enough(lengths: list[int], per_step: int) ->
     for packing in (True, False):
         made = steps(lengths, per_step, packing=packing)
         for index in range(made.per_epoch):
-            for batch in made.step(0, index, 10**6):
+            for batch in made.step(0, index, 10**6, made.row_tokens):
                 assert batch["tokens"].shape[0] <= made.max_rows
                 assert batch["tokens"].shape[1] <= made.row_tokens
+
+
+def test_a_row_of_a_whole_step_pads_only_its_end() -> None:
+    made = steps(LENGTHS)
+    for index in range(made.per_epoch):
+        (batch,) = made.step(0, index, 1, made.largest_step_tokens)
+        padding = int((batch["segments"] < 0).sum())
+        assert batch["tokens"].shape[0] == 1
+        assert 0 <= padding < 8
+        assert examples_of(made, 0, index, 1, made.largest_step_tokens) == examples_of(
+            made, 0, index, 1
+        )
 
 
 def test_short_steps_get_short_rows() -> None:
