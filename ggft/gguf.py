@@ -88,51 +88,9 @@ def _read_shards(given: GGUFFile, count: int) -> GGUFFile:
             expected=f"NAME-00001-of-{count:05}.gguf",
             hint="give the shards their original names",
         )
-    shards: list[GGUFFile] = []
-    tensors: dict[str, TensorInfo] = {}
-    for i in range(count):
-        path = given.path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf")
-        if not path.exists():
-            raise InputError(
-                f"shard {i + 1} of {count} is missing",
-                path=path,
-                found="no such file",
-                expected=path.name,
-                hint="download all shards into one folder",
-            )
-        shard = given if path == given.path else read_header(path)
-        for key, expected in (("split.no", i), ("split.count", count)):
-            found = _split_value(shard, key, 0, MAX_SHARDS)
-            if found != expected:
-                raise InputError(
-                    f"wrong {key}: a shard repeated or of another model",
-                    path=path,
-                    offset=shard.value_offsets[key],
-                    found=found,
-                    expected=expected,
-                )
-        for name, tensor in shard.tensors.items():
-            if name in tensors:
-                raise InputError(
-                    f"tensor {name!a} is in two shards",
-                    path=path,
-                    offset=tensor.header_offset,
-                    found=f"also in {tensors[name].path.name}",
-                    expected="each tensor once",
-                )
-            tensors[name] = tensor
-        shards.append(shard)
-    first = shards[0]
-    if "split.tensors.count" in first.metadata:
-        expected = _split_value(first, "split.tensors.count", 0, 1 << 31)
-        if expected != len(tensors):
-            raise InputError(
-                "the shards do not hold all tensors",
-                path=first.path,
-                offset=first.value_offsets["split.tensors.count"],
-                found=f"{len(tensors)} tensors",
-                expected=f"{expected}",
-            )
+    names = [f"{match[1]}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    shards = [_read_shard(given, given.path.with_name(names[i]), i, count) for i in range(count)]
+    first, tensors = shards[0], _join_tensors(shards)
     return GGUFFile(
         path=first.path,
         paths=tuple(shard.path for shard in shards),
@@ -145,6 +103,58 @@ def _read_shards(given: GGUFFile, count: int) -> GGUFFile:
         warnings=tuple(w for shard in shards for w in shard.warnings),
         value_offsets=first.value_offsets,
     )
+
+
+def _read_shard(given: GGUFFile, path: Path, number: int, count: int) -> GGUFFile:
+    """Read shard `number` of `count`, counted from 0, unless it is the given one."""
+    if not path.exists():
+        raise InputError(
+            f"shard {number + 1} of {count} is missing",
+            path=path,
+            found="no such file",
+            expected=path.name,
+            hint="download all shards into one folder",
+        )
+    shard = given if path == given.path else read_header(path)
+    for key, expected in (("split.no", number), ("split.count", count)):
+        found = _split_value(shard, key, 0, MAX_SHARDS)
+        if found != expected:
+            raise InputError(
+                f"wrong {key}: a shard repeated or of another model",
+                path=path,
+                offset=shard.value_offsets[key],
+                found=found,
+                expected=expected,
+            )
+    return shard
+
+
+def _join_tensors(shards: list[GGUFFile]) -> dict[str, TensorInfo]:
+    """Return the tensors of all shards, each of which must be in one only."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in tensors:
+                raise InputError(
+                    f"tensor {name!a} is in two shards",
+                    path=shard.path,
+                    offset=tensor.header_offset,
+                    found=f"also in {tensors[name].path.name}",
+                    expected="each tensor once",
+                )
+            tensors[name] = tensor
+    first = shards[0]
+    if "split.tensors.count" in first.metadata:
+        expected = _split_value(first, "split.tensors.count", 0, 1 << 31)
+        if expected != len(tensors):
+            raise InputError(
+                "the shards do not hold all tensors",
+                path=first.path,
+                offset=first.value_offsets["split.tensors.count"],
+                found=f"{len(tensors)} tensors",
+                expected=f"{expected}",
+            )
+    return tensors
 
 
 def read_array(

@@ -189,7 +189,7 @@ def _add_adapter(result: ModelDescription, file: GGUFFile) -> None:
         ("base model", "general.base_model.0.name"),
         ("base SHA-256", "ggft.base_sha256"),
         ("prompt template", "ggft.template"),
-        ("trained by", "ggft.version"),
+        ("ggft version", "ggft.version"),
     ):
         result.add(label, key, _text(file.get(key)))
 

@@ -163,33 +163,8 @@ def _join(parts: list[LegacyPart]) -> LegacyFile:
     """Join the tensors of all parts and check them against the hyper-parameters."""
     first = parts[0]
     hparams = first.hparams
-    expected = dict(_MODEL_TENSORS)
-    for i in range(hparams.n_layer):
-        for name, (new_name, letters) in _BLOCK_TENSORS.items():
-            expected[f"layers.{i}.{name}"] = (f"blk.{i}.{new_name}", letters)
-    joined: dict[str, JoinedTensor] = {}
-    for name, tensor in first.tensors.items():
-        if name in expected:
-            pieces = tuple(part.tensors[name] for part in parts)
-            joined[name] = _join_pieces(expected[name][0], pieces)
-        elif not _IGNORED.search(name):
-            raise InputError(
-                "a tensor that a llama does not have",
-                path=first.path,
-                offset=tensor.header_offset,
-                found=ascii(name),
-                expected=f"the tensors of {hparams.n_layer} blocks",
-                hint=HINT_FAMILY,
-            )
-    missing = next((name for name in expected if name not in joined), None)
-    if missing is not None:
-        raise InputError(
-            f"tensor {missing} is missing",
-            path=first.path,
-            found=f"{len(joined)} tensors",
-            expected=f"{len(expected)} for n_layer {hparams.n_layer}",
-            hint="the file is cut off or damaged; download it again",
-        )
+    expected = _expected_tensors(hparams.n_layer)
+    joined = _join_tensors(parts, expected)
     n_kv = joined["layers.0.attention.wk.weight"].shape[-1]
     n_ff = joined["layers.0.feed_forward.w1.weight"].shape[-1]
     n_vocab = joined["tok_embeddings.weight"].shape[-1]
@@ -224,6 +199,47 @@ def _join(parts: list[LegacyPart]) -> LegacyFile:
         n_head_kv=n_head_kv,
         n_ff=n_ff,
     )
+
+
+def _expected_tensors(n_layer: int) -> dict[str, tuple[str, str]]:
+    """Return the new name and the letters of the shape of every tensor that there must be."""
+    expected = dict(_MODEL_TENSORS)
+    for i in range(n_layer):
+        for name, (new_name, letters) in _BLOCK_TENSORS.items():
+            expected[f"layers.{i}.{name}"] = (f"blk.{i}.{new_name}", letters)
+    return expected
+
+
+def _join_tensors(
+    parts: list[LegacyPart], expected: dict[str, tuple[str, str]]
+) -> dict[str, JoinedTensor]:
+    """Join the pieces of all tensors; no more and no fewer than expected."""
+    first = parts[0]
+    n_layer = first.hparams.n_layer
+    joined: dict[str, JoinedTensor] = {}
+    for name, tensor in first.tensors.items():
+        if name in expected:
+            pieces = tuple(part.tensors[name] for part in parts)
+            joined[name] = _join_pieces(expected[name][0], pieces)
+        elif not _IGNORED.search(name):
+            raise InputError(
+                "a tensor that a llama does not have",
+                path=first.path,
+                offset=tensor.header_offset,
+                found=ascii(name),
+                expected=f"the tensors of {n_layer} blocks",
+                hint=HINT_FAMILY,
+            )
+    missing = next((name for name in expected if name not in joined), None)
+    if missing is not None:
+        raise InputError(
+            f"tensor {missing} is missing",
+            path=first.path,
+            found=f"{len(joined)} tensors",
+            expected=f"{len(expected)} for n_layer {n_layer}",
+            hint="the file is cut off or damaged; download it again",
+        )
+    return joined
 
 
 def _join_pieces(new_name: str, pieces: tuple[LegacyTensor, ...]) -> JoinedTensor:

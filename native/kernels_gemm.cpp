@@ -11,6 +11,7 @@
 #include "kernels_dropout.h"
 #include "kernels_micro.h"
 #include "kernels_product.h"
+#include "kernels_turns.h"
 
 namespace ggft {
 namespace {
@@ -163,13 +164,13 @@ void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t
     }
 }
 
-/// What one thread does of a product: a range of columns for a range of tokens.
+/// A thread's share of a product: a range of columns for a range of tokens.
 struct Part {
     const Product & p;
     Scratch & s;
     Range tokens, columns;
     int64_t kc_full;
-    bool is_first; // of the threads
+    bool is_first; // whether the first thread computes it
 
     int64_t tiles() const {
         const int64_t mr = tile_rows(p.format);
@@ -257,28 +258,46 @@ struct Part {
         }
     }
 
-    void run() const {
-        s.hold();
-        const int64_t width = columns.last - columns.first, unit = p.column_unit();
+    /// Of `left` columns, those of the next piece: half, so that threads end together, but no more
+    /// than a group.
+    int64_t piece_width(int64_t left) const {
+        const int64_t unit = p.column_unit();
         const int64_t most = GROUP_WORDS / panel_steps(p.format, kc_full) / unit * unit;
-        const int64_t groups = (width + most - 1) / most;
-        const int64_t blocks = (p.depth + kc_full - 1) / kc_full;
-        for (int64_t i = 0; i < groups * blocks; i++) {
-            const int64_t group = i / blocks, k0 = i % blocks * kc_full;
-            // Groups are of even size, so that none is tiny.
-            const Range part = split_range(width, unit, (int)group, (int)groups);
-            run_group(columns.first + part.first, part.last - part.first, k0);
-        }
+        const int64_t half = left < 2 * SMALLEST_PIECE ? left : round_up((left + 1) / 2, unit);
+        return std::min({left, most, half});
+    }
+    int64_t pieces() const {
+        int64_t n = 0;
+        for (int64_t left = columns.last - columns.first; left > 0; n++)
+            left -= piece_width(left);
+        return tokens.first < tokens.last ? n : 0;
+    }
+    void run_piece(int64_t piece) const {
+        int64_t c0 = columns.first;
+        while (piece-- > 0)
+            c0 += piece_width(columns.last - c0);
+        const int64_t nc = piece_width(columns.last - c0);
+        for (int64_t k0 = 0; k0 < p.depth; k0 += kc_full)
+            run_group(c0, nc, k0);
     }
 };
 
-void run_product(const Product & p, int ith, int nth) {
+void run_product(const Product & p, Turns * turns, int ith, int nth) {
     static thread_local Scratch scratch;
-    Range tokens, columns;
-    choose_part(p, ith, nth, tokens, columns);
-    if (tokens.first >= tokens.last)
-        return;
-    Part{p, scratch, tokens, columns, p.chunk(), ith == 0}.run();
+    scratch.hold();
+    const bool help = turns && nth <= turns->n_threads();
+    for (int i = 0; i < (help ? nth : 1); i++) {
+        const int owner = (ith + i) % nth;
+        Range tokens, columns;
+        choose_part(p, owner, nth, tokens, columns);
+        const Part part = {p, scratch, tokens, columns, p.chunk(), ith == 0};
+        const int64_t n = part.pieces();
+        const auto after = [&](int64_t piece) {
+            return help ? turns->take(owner, n, nth) : piece + 1 < n ? piece + 1 : -1;
+        };
+        for (int64_t piece = after(-1); piece >= 0; piece = after(piece))
+            part.run_piece(piece);
+    }
 }
 
 } // namespace
@@ -317,17 +336,17 @@ RowPacking packing_nn(Precision precision, const Weight & w) {
 }
 
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
-               int64_t n_tokens, int ith, int nth) {
+               int64_t n_tokens, Turns * turns, int ith, int nth) {
     Product p = Product::forward(precision, w);
     p.x = x, p.low = low_rank, p.y = y, p.n_tokens = n_tokens;
-    run_product(p, ith, nth);
+    run_product(p, turns, ith, nth);
 }
 
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
-               int64_t n_tokens, int ith, int nth) {
+               int64_t n_tokens, Turns * turns, int ith, int nth) {
     Product p = Product::backward(precision, w);
     p.x = dy, p.low = low_rank, p.y = dx, p.n_tokens = n_tokens;
-    run_product(p, ith, nth);
+    run_product(p, turns, ith, nth);
 }
 
 } // namespace ggft

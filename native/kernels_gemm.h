@@ -42,6 +42,8 @@ const char * fast_format();
 void time_panels(bool on);
 double panel_seconds();
 
+class Turns;
+
 struct Weight {
     ggml_type type;
     int64_t n_rows, n_cols;
@@ -96,9 +98,11 @@ RowPacking packing_nn(Precision precision, const Weight & w);
 void pack_tokens(const RowPacking & packing, Rows x, int64_t n_tokens, void * out, int ith,
                  int nth);
 
+/// Threads that are done help the others if there are `turns`, which may be null; the result is the
+/// same to the bit.
 void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
-               int64_t n_tokens, int ith, int nth);
+               int64_t n_tokens, Turns * turns, int ith, int nth);
 void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
-               int64_t n_tokens, int ith, int nth);
+               int64_t n_tokens, Turns * turns, int ith, int nth);
 
 } // namespace ggft

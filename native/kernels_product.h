@@ -13,7 +13,8 @@ inline constexpr int64_t GROUP_WORDS = 192 << 10;
 #else
 inline constexpr int64_t GROUP_WORDS = 96 << 10;
 #endif
-inline constexpr int64_t PACKED_TILES = 32; // tiles of packed rows that are there beside them
+inline constexpr int64_t SMALLEST_PIECE = 2 * NR; // columns that a thread takes at least
+inline constexpr int64_t PACKED_TILES = 32;       // tiles of packed rows that are there beside them
 
 /// A product out = x * panels, in one direction.
 struct Product {

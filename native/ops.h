@@ -131,6 +131,6 @@ public:
 // quantized_forward: multiply quantized weights directly (GPUs keep the activations in floating
 // point).
 std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Mode mode, bool quantized_forward);
-std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout);
+std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads);
 
 } // namespace ggft

@@ -7,6 +7,7 @@
 #include "kernels_gemm.h"
 #include "kernels_loss.h"
 #include "kernels_lowrank.h"
+#include "kernels_turns.h"
 #include "ops.h"
 
 namespace ggft {
@@ -27,8 +28,9 @@ float * floats(Tensor t) {
 
 class FusedOps : public Ops {
 public:
-    FusedOps(Mode mode, float dropout)
-        : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout) {}
+    FusedOps(Mode mode, float dropout, int n_threads)
+        : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout),
+          turns_(n_threads) {}
 
     const char * name() const override { return "fused"; }
 
@@ -116,6 +118,7 @@ public:
         const Precision precision = precision_;
         const LoraPair pair = lora;
         const int64_t at = lora ? row_of(in, lora) : 0;
+        Turns * turns = &turns_;
         Tensor x = in.packed;
         std::vector<Tensor> args = {W, x};
         if (u != nullptr) {
@@ -129,7 +132,7 @@ public:
                                            (int)pair.b->ne[0], pair.scale};
                                 }
                                 matmul_nt(precision, weight_of(W), rows_of(x), u ? &low : nullptr,
-                                          {floats(y), y->ne[0]}, y->ne[1], ith, nth);
+                                          {floats(y), y->ne[0]}, y->ne[1], turns, ith, nth);
                             });
         if (w.bias != nullptr) {
             y = ggml_add(g.ctx(), y, w.bias);
@@ -150,14 +153,14 @@ public:
         if (du != nullptr) {
             args.push_back(du);
         }
-        auto kernel = [=, precision = precision_, p = in.dropout,
+        auto kernel = [=, turns = &turns_, precision = precision_, p = in.dropout,
                        seed = in.seed](Tensor dx, int ith, int nth) {
             LowRank low{};
             if (du != nullptr) {
                 low = {floats(du), du->ne[0], floats(pair.a), (int)du->ne[0], 1.0f, p, seed};
             }
             matmul_nn(precision, weight_of(W), rows_of(dy), du ? &low : nullptr,
-                      {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], ith, nth);
+                      {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], turns, ith, nth);
         };
         return acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
                               : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], N}, args, kernel);
@@ -250,9 +253,9 @@ public:
         Tensor dz = packed(g, "loss_rows", packing_nn(precision_, weight_of(W)), z, nats);
         Tensor dn =
             g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, dz},
-                     [=, precision = precision_](Tensor dn, int ith, int nth) {
+                     [=, turns = &turns_, precision = precision_](Tensor dn, int ith, int nth) {
                          matmul_nn(precision, weight_of(W), {dz->data, bf16, bf16 ? 2 * V : V},
-                                   nullptr, {floats(dn), dn->ne[0]}, M, ith, nth);
+                                   nullptr, {floats(dn), dn->ne[0]}, M, turns, ith, nth);
                      });
         return {nats, dn};
     }
@@ -340,12 +343,13 @@ private:
 
     Precision precision_;
     float dropout_;
+    Turns turns_; // nodes are computed one after the other
 };
 
 } // namespace
 
-std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout) {
-    return std::make_unique<FusedOps>(mode, dropout);
+std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads) {
+    return std::make_unique<FusedOps>(mode, dropout, n_threads);
 }
 
 } // namespace ggft

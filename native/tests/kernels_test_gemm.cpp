@@ -3,6 +3,7 @@
 
 #include "../kernels_dequant.h"
 #include "../kernels_dropout.h"
+#include "../kernels_turns.h"
 #include "kernels_test.h"
 
 namespace ggft_test {
@@ -58,17 +59,29 @@ std::vector<double> naive(const Case & c, const Inputs & in, bool nt) {
     return y;
 }
 
+/// With `turns`, twice: threads one after the other, so that the first does all the work, and then
+/// at once.
 std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision precision, int nth,
-                       const Weight & w, Rows x) {
+                       const Weight & w, Rows x, Turns * turns = nullptr) {
     const int64_t width = nt ? c.n_rows : c.n_cols;
     std::vector<float> y = in.y0;
     const LowRank * low = c.rank ? &in.low : nullptr;
     std::vector<uint32_t> words;
     x = rows_for(precision, nt, w, x, c.n_tokens, nth, words);
-    parallel(nth, [&](int ith, int n) {
+    const auto product = [&](int ith, int n) {
         (nt ? matmul_nt : matmul_nn)(precision, w, x, low, {y.data(), width, c.add}, c.n_tokens,
-                                     ith, n);
-    });
+                                     turns, ith, n);
+    };
+    if (turns) {
+        for (int i = 0; i < nth; i++)
+            product(i, nth);
+        const std::vector<float> alone = y;
+        y = in.y0;
+        parallel(nth, product);
+        expect_same("one thread for all", y, alone);
+        return y;
+    }
+    parallel(nth, product);
     return y;
 }
 
@@ -94,6 +107,11 @@ void check(const Case & c, bool nt) {
                      2e-5);
         const std::vector<float> y = run(c, in, nt, Precision::fast, nth, in.w.weight, x);
         expect_close(label + " fast", y, want, fast_limit());
+        for (const int n_turns : {nth, 1}) {
+            Turns turns(n_turns); // for fewer threads than there are: nobody helps
+            expect_same(label + " with turns", y,
+                        run(c, in, nt, Precision::fast, nth, in.w.weight, x, &turns));
+        }
 
         const std::vector<uint16_t> converted = to_bf16_bits(in.x);
         const Rows x_bf16 = {converted.data(), true, depth};
@@ -221,6 +239,7 @@ void bench_gemm(int nth) {
                 std::printf(" %27s", "-");
                 continue;
             }
+            Turns turns(nth);
             const TestWeight w = random_weight(type, s.n_rows, s.n_cols);
             const int64_t wide = std::max(s.n_rows, s.n_cols);
             const std::vector<float> x = random_floats(n_tokens * wide);
@@ -234,7 +253,7 @@ void bench_gemm(int nth) {
                                                n_tokens, nth, words);
                     const double seconds = bench_seconds(nth, [&](int ith, int n) {
                         (nt ? matmul_nt : matmul_nn)(precision, w.weight, rows, nullptr,
-                                                     {y.data(), out}, n_tokens, ith, n);
+                                                     {y.data(), out}, n_tokens, &turns, ith, n);
                     });
                     std::printf(" %5.0f",
                                 2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);

@@ -336,7 +336,7 @@ void bench_rows(int nth) {
         std::vector<uint32_t> words;
         const Rows packed = rows_for(Precision::fast, true, w.weight, xr, T, nth, words);
         const double gemm = bench_seconds(nth, [&](int i, int n) {
-            matmul_nt(Precision::fast, w.weight, packed, nullptr, {y.data(), N}, T, i, n);
+            matmul_nt(Precision::fast, w.weight, packed, nullptr, {y.data(), N}, T, nullptr, i, n);
         });
         const double seconds[] = {
             bench_seconds(nth, [&](int i, int n) { lora_down(xr, {}, C, T, &l, 1, i, n); }),

@@ -1,0 +1,38 @@
+// How threads that are done help the others. The work of a node is cut into pieces, each thread
+// begins with its own, and who has none left takes the next one of another thread: cores differ in
+// speed, and other programs run on them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace ggft {
+
+/// Which pieces are taken, for one node at a time.
+class Turns {
+public:
+    explicit Turns(int n_threads) : next_((size_t)n_threads) {}
+
+    int n_threads() const { return (int)next_.size(); }
+
+    /// The number of the next of `owner`'s `n` pieces, or -1 if all are taken. Each of nth threads
+    /// asks for each owner's until it gets -1; the last that does makes all ready for another node.
+    int64_t take(int owner, int64_t n, int nth) {
+        std::atomic<int64_t> & next = next_[(size_t)owner].piece;
+        const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
+        if (piece < n)
+            return piece;
+        if (piece == n + nth - 1)
+            next.store(0, std::memory_order_relaxed);
+        return -1;
+    }
+
+private:
+    struct alignas(64) Counter {
+        std::atomic<int64_t> piece = 0;
+    };
+    std::vector<Counter> next_;
+};
+
+} // namespace ggft
