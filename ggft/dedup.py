@@ -28,6 +28,7 @@ BAND_WIDTH = 5
 NEAR = 0.8
 SHINGLE = 5
 _MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)  # of MurmurHash3's finalizer
+PIECE = 256  # shingles that are hashed at a time: 64 KB
 MAX_CHARS = 20_000  # of a row's text that are compared
 MAX_BUCKET = 64  # rows that are compared with one another when more share a band
 
@@ -55,8 +56,9 @@ class Fingerprints:
         import numpy as np
 
         rng = np.random.default_rng(20240726)  # any fixed seed
-        self._mul = rng.integers(1, 2**63, N_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self._add = rng.integers(0, 2**63, N_HASHES, dtype=np.uint64)
+        self._mul = rng.integers(0, 2**31, N_HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        self._add = rng.integers(0, 2**32, N_HASHES, dtype=np.uint32)
+        self._hashes = np.empty((PIECE, N_HASHES), np.uint32)
         self._powers = np.array(
             [pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(SHINGLE)], np.uint64
         )
@@ -87,17 +89,20 @@ class Fingerprints:
         if len(points) < SHINGLE:
             points = np.pad(points, (0, SHINGLE - len(points)))
         n = len(points) - SHINGLE + 1
-        shingles = np.zeros(n, np.uint64)
-        for i in range(SHINGLE):
+        shingles = points[:n] * self._powers[0]
+        for i in range(1, SHINGLE):
             shingles += points[i : i + n] * self._powers[i]
         for factor in _MIX:  # similar shingles must have unlike hashes
             shingles = (shingles ^ (shingles >> np.uint64(33))) * np.uint64(factor)
-        shingles ^= shingles >> np.uint64(33)
-        least = np.full(N_HASHES, 2**64 - 1, np.uint64)
-        for at in range(0, n, 512):  # in pieces that fit the cache
-            hashes = shingles[at : at + 512, None] * self._mul + self._add
+        mixed = (shingles >> np.uint64(32)).astype(np.uint32)
+        least = np.full(N_HASHES, 2**32 - 1, np.uint32)
+        for at in range(0, n, PIECE):
+            hashes = self._hashes[: min(PIECE, n - at)]
+            np.multiply(mixed[at : at + PIECE, None], self._mul, out=hashes)
+            hashes += self._add
             np.minimum(least, hashes.min(axis=0), out=least)
-        return (least >> np.uint64(24) & np.uint64(0xFFFF)).tolist()  # type: ignore[no-any-return]
+        # The least of many hashes has small upper bits.
+        return (least & np.uint32(0xFFFF)).tolist()  # type: ignore[no-any-return]
 
     def duplicates(self) -> Duplicates:
         """Compare all rows."""
