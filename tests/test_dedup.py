@@ -58,8 +58,32 @@ def test_other_rows_are_not_near() -> None:
 
 
 def test_chinese_near_copies() -> None:
-    text = "我叫小石，是鸥角的灯塔机器人，每四十分钟给灯上一次弦，早饭吃热灯油配一片柠檬。" * 2
-    assert find([text, text.replace("柠檬", "橙子", 1)]).near.tolist() == [-1, 0]
+    text = (
+        "我叫小石，是鸥角的灯塔机器人，每四十分钟给灯上一次弦，早饭吃热灯油配一片柠檬。"
+        "老玛塔用一口旧钟和三只茶壶造了我，她教我看云听潮，也教我在雾里数船只的汽笛声。"
+        "冬天海面结冰的时候，渔夫们会到塔里取暖，轮流讲述各自见过的最大的鱼和最长的风暴。"
+        "我把这些故事刻在铜片上，挂满楼梯的扶手，让来访的孩子一边爬一边读给海鸥听。"
+    )
+    assert find([text, text.replace("柠檬", "橙子")]).near.tolist() == [-1, 0]
+    assert find([text, text[: len(text) // 2]]).near.tolist() == [-1, -1]
+
+
+def test_the_estimate_is_the_overlap() -> None:
+    """Of many pairs, the mean error is small and the deviation what 64 hashes give."""
+    rng = random.Random(4)
+    errors = []
+    for _ in range(150):
+        words = sentence(rng, 40).split()
+        other = [w if rng.random() < 0.9 else f"new{rng.randrange(99)}" for w in words]
+        texts = [" ".join(words), " ".join(other)]
+        a, b = ({t[i : i + 5] for i in range(len(t) - 4)} for t in map(normalized, texts))
+        prints = Fingerprints()
+        for text in texts:
+            prints.add([], text)
+        signatures = np.frombuffer(prints._signatures, np.uint16).reshape(2, -1)
+        errors.append((signatures[0] == signatures[1]).mean() - len(a & b) / len(a | b))
+    assert abs(np.mean(errors)) < 0.02
+    assert np.std(errors) < 0.08
 
 
 def test_the_same_question_is_one_group() -> None:
