@@ -88,9 +88,9 @@ def _read_shards(given: GGUFFile, count: int) -> GGUFFile:
             expected=f"NAME-00001-of-{count:05}.gguf",
             hint="give the shards their original names",
         )
-    names = [f"{match[1]}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
-    shards = [_read_shard(given, given.path.with_name(names[i]), i, count) for i in range(count)]
-    first, tensors = shards[0], _join_tensors(shards)
+    names = (f"{match[1]}-{i + 1:05}-of-{count:05}.gguf" for i in range(count))
+    shards = [_read_shard(given, name, i, count) for i, name in enumerate(names)]
+    first = shards[0]
     return GGUFFile(
         path=first.path,
         paths=tuple(shard.path for shard in shards),
@@ -98,15 +98,16 @@ def _read_shards(given: GGUFFile, count: int) -> GGUFFile:
         alignment=first.alignment,
         metadata=first.metadata,
         types=first.types,
-        tensors=tensors,
+        tensors=_join_tensors(shards),
         data_offset=first.data_offset,
         warnings=tuple(w for shard in shards for w in shard.warnings),
         value_offsets=first.value_offsets,
     )
 
 
-def _read_shard(given: GGUFFile, path: Path, number: int, count: int) -> GGUFFile:
+def _read_shard(given: GGUFFile, name: str, number: int, count: int) -> GGUFFile:
     """Read shard `number` of `count`, counted from 0, unless it is the given one."""
+    path = given.path.with_name(name)
     if not path.exists():
         raise InputError(
             f"shard {number + 1} of {count} is missing",
