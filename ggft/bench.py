@@ -163,6 +163,7 @@ def open_engine(config: BenchConfig, file: GGUFFile, shape: Shape, plan: Plan) -
         kernels=config.kernels,
         threads=config.threads or physical_cores(),
         keep=plan.keep,
+        prepacked_bytes=plan.prepacked_bytes,
         n_rows=plan.n_rows,
         n_tokens=plan.n_tokens,
     )

@@ -35,7 +35,8 @@ class EngineSettings:
     """What the engine is opened with.
 
     `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps the internals of blocks instead
-    of recomputing them. `n_rows` and `n_tokens` bound a micro-batch.
+    of recomputing them. `prepacked_bytes` bounds the weights that the CPU's kernels keep as their
+    products read them. `n_rows` and `n_tokens` bound a micro-batch.
     """
 
     paths: list[str]
@@ -50,6 +51,7 @@ class EngineSettings:
     kernels: str = "auto"
     threads: int = 1
     keep: bool = False
+    prepacked_bytes: int = 0
     n_rows: int = 1
     n_tokens: int = 512
     weight_decay: float = 0.0

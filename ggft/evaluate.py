@@ -142,6 +142,7 @@ def engine_settings(
         precision=config.precision,
         device=config.device,
         threads=config.threads or physical_cores(),
+        prepacked_bytes=plan.prepacked_bytes,
         n_rows=plan.n_rows,
         n_tokens=plan.n_tokens,
     )

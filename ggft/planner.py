@@ -7,6 +7,7 @@ those of the supported decoder, float32 unless said otherwise.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,17 +26,26 @@ LOGIT_BYTES = 96 * 2**20
 # The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
 RUNTIME_BYTES = 90 * 2**20
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
-# matrix, mostly), in tokens. On two of a Zen 4: passes over the block, forward being one.
-MICRO_BATCH_TOKENS = 25.0
+# matrix, mostly), in tokens, and with prepacked weights; and how much more tokens cost, as they
+# leave the caches, in micro-batches twice as large. On two of a Zen 4: passes over the block,
+# forward being one.
+MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_PREPACKED = 40.0, 8.0
+SMALL_TOKENS, MORE_PER_DOUBLING = 512, 0.01
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # Values of a row that are packed together, and their bytes, padding included; see RowPacking in
 # native/kernels_rows.cpp.
 PACKED_VALUES, PACKED_BYTES = 512, 1120
+# Bytes of a prepacked weight, for both directions, and of the largest direction that the engine
+# keeps; see native/kernels_prepacked.h.
+PREPACKED_BYTES, PREPACKED_MOST = 4.1, 128 * 2**20
+# Shares of the weights that are prepacked. These take no more than this, and than all else does.
+PREPACKED_SHARES, PREPACKED_LIMIT = (0.0, 0.25, 0.5, 0.75, 1.0), 768 * 2**20
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
-NEARLY_BEST = 1.02
+NEARLY_BEST = 1.01
 # Share of the free memory that a run takes unless told otherwise.
 SAFE_SHARE = 0.8
 WEIGHTS = "weights (mapped)"
+PREPACKED = "prepacked weights"
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,15 @@ class Plan:
     n_rows: int
     n_tokens: int
     keep: bool
+    prepacked: float
     limits: Limits
     parts: Mapping[str, int]
     n_trained: int
+
+    @property
+    def prepacked_bytes(self) -> int:
+        """Bytes of weights that are kept as the products read them."""
+        return self.parts.get(PREPACKED, 0)
 
     @property
     def total_bytes(self) -> int:
@@ -70,6 +86,7 @@ class Plan:
             "micro_batch_rows": self.n_rows,
             "row_tokens": self.n_tokens,
             "keep": self.keep,
+            "prepacked": self.prepacked,
             "trained_parameters": self.n_trained,
             "budget_bytes": self.limits.budget_bytes,
             "free_bytes": self.limits.free_bytes,
@@ -136,9 +153,21 @@ class Shape:
         per_block = sum(widths[name] for name in self.targets)
         return (self.layer_last - self.layer_first) * per_block * self.rank
 
+    def prepacked_bytes(self) -> int:
+        """Return the bytes of all weights that can be prepacked."""
+        if not self.fused:
+            return 0
+        m = self.model
+        block = (self.q, self.kv, self.kv, self.q, m.n_ff, m.n_ff, m.n_ff)
+        matrices = [width * m.n_embd for width in block] * m.n_layer + [m.n_vocab * m.n_embd]
+        kept = (n * PREPACKED_BYTES for n in matrices)
+        return sum(int(n) for n in kept if n / 2 <= PREPACKED_MOST)
 
-def predict(shape: Shape, n_rows: int, n_tokens: int, *, keep: bool) -> dict[str, int]:
-    """Return the predicted bytes by part."""
+
+def predict(
+    shape: Shape, n_rows: int, n_tokens: int, *, keep: bool, prepacked: float = 0.0
+) -> dict[str, int]:
+    """Return the predicted bytes by part; `prepacked` is the share of the weights that are."""
     m, n = shape.model, n_rows * n_tokens
     # Queries, keys, values, attention with a number per head, x between, gate and up.
     internals = 2 * shape.q + 2 * shape.kv + m.n_head + m.n_embd + 2 * m.n_ff
@@ -146,13 +175,16 @@ def predict(shape: Shape, n_rows: int, n_tokens: int, *, keep: bool) -> dict[str
     saved = (shape.n_blocks + 2) * n * m.n_embd * F32
     if keep:
         saved += shape.n_blocks * n * internals * F32
-    return {
+    parts = {
         WEIGHTS: shape.weights_bytes,
         "LoRA, gradients, moments": 4 * F32 * shape.n_trained(),
         "saved for the backward pass": saved,
         "scratch": _scratch(shape, n_rows, n_tokens, 0 if keep else internals),
         "program": RUNTIME_BYTES,
     }
+    if prepacked:
+        parts[PREPACKED] = int(prepacked * shape.prepacked_bytes())
+    return parts
 
 
 def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
@@ -258,11 +290,16 @@ def make_plan(
     """
     step_tokens = joined_tokens or max_rows * n_tokens
     sizes = [size] if size else _sizes(n_tokens, step_tokens, joined_tokens is not None)
-    plans = []
-    for rows, tokens in sizes:
-        for keeps in (True, False) if keep is None else (keep,):
-            parts = predict(shape, rows, tokens, keep=keeps)
-            plans.append(Plan(rows, tokens, keeps, limits, parts, shape.n_trained()))
+    plans = [
+        Plan(
+            rows, tokens, keeps, share, limits,
+            predict(shape, rows, tokens, keep=keeps, prepacked=share), shape.n_trained(),
+        )
+        for rows, tokens in sizes
+        for keeps in ((True, False) if keep is None else (keep,))
+        for share in (PREPACKED_SHARES if shape.prepacked_bytes() else (0.0,))
+    ]  # fmt: skip
+    plans = [p for p in plans if p.prepacked_bytes <= min(PREPACKED_LIMIT, p.total_bytes / 2)]
     fitting = [plan for plan in plans if limits.hold(plan.parts)]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -284,9 +321,12 @@ def _sizes(n_tokens: int, step_tokens: int, joined: bool) -> list[tuple[int, int
 
 def _cost(plan: Plan, step_tokens: int) -> float:
     """Return the relative time of a step."""
-    micro_batches = -(-step_tokens // (plan.n_rows * plan.n_tokens))
+    tokens = plan.n_rows * plan.n_tokens
     passes = PASSES_KEPT if plan.keep else PASSES_RECOMPUTED
-    return passes * (step_tokens + MICRO_BATCH_TOKENS * micro_batches)
+    token = 1 + MORE_PER_DOUBLING * math.log2(max(tokens / SMALL_TOKENS, 1))
+    saved = plan.prepacked * (MICRO_BATCH_TOKENS - MICRO_BATCH_TOKENS_PREPACKED)
+    micro_batches = -(-step_tokens // tokens)
+    return passes * (token * step_tokens + (MICRO_BATCH_TOKENS - saved) * micro_batches)
 
 
 def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:

@@ -25,6 +25,7 @@ _BUFFERS = {
     "weights (mapped)": ("weights",),
     "LoRA, gradients, moments": ("lora",),
     "saved for the backward pass": ("saved",),
+    "prepacked weights": ("prepacked",),
     "scratch": ("compute", "inputs"),
 }
 # The account of the rows, in words.

@@ -280,6 +280,7 @@ def open_engine(
         kernels=config.kernels,
         threads=config.threads,
         keep=plan.keep,
+        prepacked_bytes=plan.prepacked_bytes,
         n_rows=plan.n_rows,
         n_tokens=plan.n_tokens,
         weight_decay=config.weight_decay,

@@ -92,13 +92,12 @@ static Mode mode_of(const std::string & name) {
     return Mode::f32;
 }
 
-static Engine * open_engine(const std::vector<std::string> & paths,
-                            const std::vector<std::string> & targets, int layer_first,
-                            int layer_last, int rank, float alpha, float dropout,
-                            const std::string & precision, const std::string & device,
-                            const std::string & kernels, int threads, bool keep, int64_t n_rows,
-                            int64_t n_tokens, float weight_decay, float beta1, float beta2,
-                            float eps, float max_grad_norm) {
+static Engine *
+open_engine(const std::vector<std::string> & paths, const std::vector<std::string> & targets,
+            int layer_first, int layer_last, int rank, float alpha, float dropout,
+            const std::string & precision, const std::string & device, const std::string & kernels,
+            int threads, bool keep, size_t prepacked_bytes, int64_t n_rows, int64_t n_tokens,
+            float weight_decay, float beta1, float beta2, float eps, float max_grad_norm) {
     EngineConfig c;
     c.paths = paths;
     c.mode = mode_of(precision);
@@ -123,6 +122,7 @@ static Engine * open_engine(const std::vector<std::string> & paths,
     c.kernels = kernels;
     c.threads = threads;
     c.keep = keep;
+    c.prepacked_bytes = prepacked_bytes;
     c.n_rows = n_rows;
     c.n_tokens = n_tokens;
     nb::gil_scoped_release release;
@@ -372,8 +372,8 @@ NB_MODULE(_native, m) {
     nb::class_<Engine>(m, "Engine")
         .def(nb::new_(&open_engine), "paths"_a, nb::kw_only(), "targets"_a, "layer_first"_a,
              "layer_last"_a, "rank"_a, "alpha"_a, "dropout"_a, "precision"_a, "device"_a,
-             "kernels"_a, "threads"_a, "keep"_a, "n_rows"_a, "n_tokens"_a, "weight_decay"_a,
-             "beta1"_a, "beta2"_a, "eps"_a, "max_grad_norm"_a)
+             "kernels"_a, "threads"_a, "keep"_a, "prepacked_bytes"_a, "n_rows"_a, "n_tokens"_a,
+             "weight_decay"_a, "beta1"_a, "beta2"_a, "eps"_a, "max_grad_norm"_a)
         .def("forward_backward", &forward_backward, "tokens"_a, "positions"_a, "segments"_a,
              "targets"_a, "seed"_a)
         .def("evaluate", &evaluate, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)

@@ -29,7 +29,8 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
             "fused kernels exist for the CPU only");
     fused_ = cpu && config.kernels != "ggml";
     if (fused_) {
-        ops_ = make_fused_ops(config.mode, config.lora.dropout, config.threads);
+        ops_ = make_fused_ops(config.mode, config.lora.dropout, config.threads,
+                              config.prepacked_bytes);
     } else {
         ops_ = make_ggml_ops(in_, config.mode, /*quantized_forward=*/!cpu);
     }

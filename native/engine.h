@@ -23,6 +23,7 @@ struct EngineConfig {
     std::string kernels = "auto"; // "fused", "ggml" or "auto"
     int threads = 1;
     bool keep = false;                  // keep block internals instead of recomputing them
+    size_t prepacked_bytes = 0;         // of weights to keep as the products read them, at most
     int64_t n_rows = 1, n_tokens = 512; // largest micro-batch
 };
 

@@ -91,6 +91,7 @@ std::map<std::string, size_t> Engine::buffer_bytes() const {
             {"lora", lora_->bytes()},
             {"inputs", inputs_->bytes()},
             {"saved", saved_buffer_->bytes()},
+            {"prepacked", ops_->prepacked_bytes()},
             {"compute", ggml_gallocr_get_buffer_size(alloc_.get(), 0)}};
 }
 

@@ -10,6 +10,7 @@
 
 #include "kernels_dropout.h"
 #include "kernels_micro.h"
+#include "kernels_prepacked.h"
 #include "kernels_product.h"
 #include "kernels_turns.h"
 
@@ -129,16 +130,15 @@ struct TileJob {
     Lines next;
 };
 
-/// One row tile past one panel: columns [c, c+NR) of the group that begins at c0, `panel_words`
-/// each.
+/// One row tile past one panel: columns [c, c+NR) of the group that begins at c0.
 void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t c,
-              int64_t panel_words) {
+              const uint32_t * panel) {
     TileArgs & g = job.args;
     const int64_t t0 = job.tokens.first, width = std::min<int64_t>(NR, p.n_cols - c0 - c);
     const int rows = (int)(job.tokens.last - t0);
     const bool add = g.add;
     float * y = p.y.data + t0 * p.y.stride + c0 + c;
-    g.panel = s.panels + c / NR * panel_words;
+    g.panel = panel;
     g.y = y;
     if (g.low_steps) {
         g.low_panel = s.low_panels.data() + c * g.low_steps;
@@ -224,19 +224,33 @@ struct Part {
                 p.x.stride * size, depth_at(k0) * size};
     }
 
+    /// The panels of columns [c0, c0+nc) for a chunk of the reduction: those that are kept, or new.
+    const uint32_t * panels_of(int64_t c0, int64_t nc, int64_t k0) const {
+        Prepacked * kept = p.w.prepacked;
+        uint32_t * panels = s.panels;
+        if (kept && kept->made(p, c0, nc, k0))
+            return kept->panels(p, c0, k0);
+        // Where tokens are split, too, other threads need the same panels at the same time.
+        const bool keep = kept && tokens.last - tokens.first == p.n_tokens;
+        if (keep)
+            panels = kept->panels(p, c0, k0);
+        const PanelTimer timer(is_first);
+        if (p.nt)
+            pack_panels_nt(p.format, p.w, c0, nc, k0, depth_at(k0), panels);
+        else
+            pack_panels_nn(p.format, p.w, c0, nc, k0, depth_at(k0), s.work, panels);
+        if (keep)
+            kept->set_made(p, c0, nc, k0);
+        return panels;
+    }
+
     /// Columns [c0, c0+nc), a group, for a chunk of the reduction.
     void run_group(int64_t c0, int64_t nc, int64_t k0) const {
-        const int64_t kc = depth_at(k0), panels = (nc + NR - 1) / NR;
-        const int64_t panel_words = panel_steps(p.format, kc) * NR;
+        const int64_t n_panels = (nc + NR - 1) / NR;
+        const int64_t panel_words = panel_steps(p.format, depth_at(k0)) * NR;
         if (p.low && k0 == 0)
             pack_low_rank(p, c0, nc, s.low_panels);
-        {
-            const PanelTimer timer(is_first);
-            if (p.nt)
-                pack_panels_nt(p.format, p.w, c0, nc, k0, kc, s.panels);
-            else
-                pack_panels_nn(p.format, p.w, c0, nc, k0, kc, s.work, s.panels);
-        }
+        const uint32_t * panels = panels_of(c0, nc, k0);
         // Packed rows stay in the L2 cache, panel by panel; others are made, and stay in the L1.
         const int64_t together = p.packed() ? PACKED_TILES : 1;
         TileJob jobs[PACKED_TILES];
@@ -246,13 +260,13 @@ struct Part {
                 jobs[i] = job(first + i, k0);
             for (int64_t c = 0; c < nc; c += NR) {
                 for (int64_t i = 0; i < n; i++) {
-                    prefetch_rows(jobs[i].next, c / NR, panels);
+                    prefetch_rows(jobs[i].next, c / NR, n_panels);
                     // The next tile's output, in this panel or the next.
                     if (i + 1 < n)
                         prefetch_output(p.y, jobs[i + 1].tokens, c0 + c);
                     else if (c + NR < nc)
                         prefetch_output(p.y, jobs[0].tokens, c0 + c + NR);
-                    run_tile(p, s, jobs[i], c0, c, panel_words);
+                    run_tile(p, s, jobs[i], c0, c, panels + c / NR * panel_words);
                 }
             }
         }

@@ -10,7 +10,8 @@
 // dequantizes a block of weights into panels that stay in its L2 cache, and runs every token past
 // them, MR rows at a time, through the register tile of kernels_micro.h, kernels_i16.h or
 // kernels_winograd.h. Each weight is dequantized once per call, whatever T, save when there are too
-// few columns for the threads, which then also split the tokens.
+// few columns for the threads, which then also split the tokens; and once in all with panels that
+// are kept (kernels_prepacked.h).
 //
 // Products of 16-bit integers take their rows packed, so that no thread packs what another has.
 //
@@ -43,12 +44,14 @@ void time_panels(bool on);
 double panel_seconds();
 
 class Turns;
+class Prepacked;
 
 struct Weight {
     ggml_type type;
     int64_t n_rows, n_cols;
     const void * data;
     size_t row_bytes;
+    Prepacked * prepacked = nullptr; // its panels in the direction of the product, or none
 };
 
 /// T token rows of F32 or BF16, `stride` elements apart; or packed ones (RowPacking), which need no

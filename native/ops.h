@@ -126,11 +126,15 @@ public:
                       bool need_dn) = 0;
 
     virtual const char * name() const = 0;
+    // Bytes of weights that are kept as the products read them.
+    virtual size_t prepacked_bytes() const { return 0; }
 };
 
 // quantized_forward: multiply quantized weights directly (GPUs keep the activations in floating
 // point).
 std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Mode mode, bool quantized_forward);
-std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads);
+// prepacked_bytes: of weights to keep as the products read them, at most.
+std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads,
+                                    size_t prepacked_bytes);
 
 } // namespace ggft

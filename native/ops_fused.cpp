@@ -7,6 +7,7 @@
 #include "kernels_gemm.h"
 #include "kernels_loss.h"
 #include "kernels_lowrank.h"
+#include "kernels_prepacked.h"
 #include "kernels_turns.h"
 #include "ops.h"
 
@@ -28,11 +29,13 @@ float * floats(Tensor t) {
 
 class FusedOps : public Ops {
 public:
-    FusedOps(Mode mode, float dropout, int n_threads)
+    FusedOps(Mode mode, float dropout, int n_threads, size_t prepacked_bytes)
         : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout),
-          turns_(n_threads) {}
+          turns_(n_threads), prepacked_(prepacked_bytes) {}
 
     const char * name() const override { return "fused"; }
+
+    size_t prepacked_bytes() const override { return prepacked_.bytes(); }
 
     Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override {
         const ggml_type type = for_linear ? linear_type() : GGML_TYPE_F32;
@@ -115,6 +118,7 @@ public:
     Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in,
                   Tensor residual) override {
         Tensor W = w.weight, u = lora ? in.u : nullptr;
+        const Weight weight = prepacked_.with_panels(precision_, weight_of(W), true);
         const Precision precision = precision_;
         const LoraPair pair = lora;
         const int64_t at = lora ? row_of(in, lora) : 0;
@@ -131,7 +135,7 @@ public:
                                     low = {floats(u) + at, u->ne[0], floats(pair.b),
                                            (int)pair.b->ne[0], pair.scale};
                                 }
-                                matmul_nt(precision, weight_of(W), rows_of(x), u ? &low : nullptr,
+                                matmul_nt(precision, weight, rows_of(x), u ? &low : nullptr,
                                           {floats(y), y->ne[0]}, y->ne[1], turns, ith, nth);
                             });
         if (w.bias != nullptr) {
@@ -148,7 +152,8 @@ public:
             return acc;
         }
         const int64_t N = dy->ne[1];
-        dy = packed(g, "matmul_rows", packing_nn(precision_, weight_of(W)), dy);
+        const Weight weight = prepacked_.with_panels(precision_, weight_of(W), false);
+        dy = packed(g, "matmul_rows", packing_nn(precision_, weight), dy);
         std::vector<Tensor> args = {W, dy};
         if (du != nullptr) {
             args.push_back(du);
@@ -159,7 +164,7 @@ public:
             if (du != nullptr) {
                 low = {floats(du), du->ne[0], floats(pair.a), (int)du->ne[0], 1.0f, p, seed};
             }
-            matmul_nn(precision, weight_of(W), rows_of(dy), du ? &low : nullptr,
+            matmul_nn(precision, weight, rows_of(dy), du ? &low : nullptr,
                       {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], turns, ith, nth);
         };
         return acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
@@ -250,12 +255,13 @@ public:
             return {nats, nullptr};
         }
         Tensor W = w.weight;
-        Tensor dz = packed(g, "loss_rows", packing_nn(precision_, weight_of(W)), z, nats);
+        const Weight weight = prepacked_.with_panels(precision_, weight_of(W), false);
+        Tensor dz = packed(g, "loss_rows", packing_nn(precision_, weight), z, nats);
         Tensor dn =
             g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, dz},
                      [=, turns = &turns_, precision = precision_](Tensor dn, int ith, int nth) {
-                         matmul_nn(precision, weight_of(W), {dz->data, bf16, bf16 ? 2 * V : V},
-                                   nullptr, {floats(dn), dn->ne[0]}, M, turns, ith, nth);
+                         matmul_nn(precision, weight, {dz->data, bf16, bf16 ? 2 * V : V}, nullptr,
+                                   {floats(dn), dn->ne[0]}, M, turns, ith, nth);
                      });
         return {nats, dn};
     }
@@ -344,12 +350,14 @@ private:
     Precision precision_;
     float dropout_;
     Turns turns_; // nodes are computed one after the other
+    PrepackedWeights prepacked_;
 };
 
 } // namespace
 
-std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads) {
-    return std::make_unique<FusedOps>(mode, dropout, n_threads);
+std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads,
+                                    size_t prepacked_bytes) {
+    return std::make_unique<FusedOps>(mode, dropout, n_threads, prepacked_bytes);
 }
 
 } // namespace ggft

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ggft import planner
 from ggft.config import TARGETS
 from ggft.engine import Engine, EngineSettings
 from ggft.errors import ResourceError
@@ -125,8 +127,9 @@ def test_rows_of_a_micro_batch(shape: Shape) -> None:
     assert (given.n_rows, given.n_tokens) == (3, 48)
 
 
-def test_rows_that_may_be_joined_are_one(shape: Shape) -> None:
+def test_rows_that_may_be_joined_are_one(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the step where memory allows, shorter where it does not, never below a row."""
+    monkeypatch.setattr(planner, "PREPACKED_SHARES", (0.0,))
     whole = make_plan(shape, limits(), n_tokens=512, max_rows=4, joined_tokens=904)
     assert (whole.n_rows, whole.n_tokens) == (1, 904)
     floor = sum(predict(shape, 1, 512, keep=False).values())
@@ -137,6 +140,42 @@ def test_rows_that_may_be_joined_are_one(shape: Shape) -> None:
     long = make_plan(shape, limits(), n_tokens=512, max_rows=64, joined_tokens=64 * 512)
     assert long.n_rows == 1
     assert long.n_tokens <= MAX_TOKENS
+
+
+LARGE = Spec(n_layer=3, n_embd=512, head_size=128, n_ff=1024)
+
+
+def test_weights_are_prepacked_where_memory_allows(tmp_path: Path) -> None:
+    shape = shape_of(tmp_path, LARGE)
+    bare = make_plan(shape, limits(), n_tokens=64, max_rows=1, size=(1, 64), keep=True)
+    assert bare.prepacked_bytes > 0
+    need = bare.total_bytes - bare.prepacked_bytes
+    tight = make_plan(shape, limits(need), n_tokens=64, max_rows=1, size=(1, 64), keep=True)
+    assert tight.prepacked_bytes == 0
+    assert tight.total_bytes == need
+    portable = Shape(**{**shape.__dict__, "fused": False})
+    assert make_plan(portable, limits(), n_tokens=64, max_rows=1).prepacked_bytes == 0
+
+
+def test_prepacked_weights_take_no_more_than_all_else(tmp_path: Path) -> None:
+    plain = shape_of(tmp_path, LARGE)
+    for n_layer, limit in ((3, planner.PREPACKED_LIMIT), (300, 200 << 20), (3000, 1 << 20)):
+        model = replace(plain.model, n_layer=n_layer)
+        shape = replace(plain, model=model, layer_first=n_layer - 1, layer_last=n_layer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planner, "PREPACKED_LIMIT", limit)
+            plan = make_plan(shape, limits(), n_tokens=64, max_rows=1)
+        assert plan.prepacked_bytes <= min(limit, plan.total_bytes / 2)
+
+
+def test_large_output_matrices_are_not_prepacked(tmp_path: Path) -> None:
+    plain = shape_of(tmp_path, LARGE)
+    shapes = [
+        replace(plain, model=replace(plain.model, n_vocab=n)) for n in (1000, 100_000, 200_000)
+    ]
+    small, large, larger = (shape.prepacked_bytes() for shape in shapes)
+    assert large > small + 100_000 * 512 * 2
+    assert larger < large
 
 
 def test_every_plan_keeps_to_its_budget(shape: Shape) -> None:
@@ -175,9 +214,12 @@ def test_what_is_predicted_is_what_the_engine_takes(
             layer_last=spec.n_layer, rank=4, alpha=8.0, dropout=0.1, device="cpu",
             kernels=kernels, keep=keep, n_rows=n_rows, n_tokens=n_tokens,
         )  # fmt: skip
-        with Engine(settings) as engine:
+        with Engine(replace(settings, prepacked_bytes=64 << 20)) as engine:
             buffers = engine.info()["buffers"]
-        parts = predict(shape, n_rows, n_tokens, keep=keep)
+        parts = predict(shape, n_rows, n_tokens, keep=keep, prepacked=1.0)
+        prepacked = parts.get("prepacked weights", 0)
+        # Panels of the smallest matrices are filled up with zeros.
+        assert 0.9 * buffers["prepacked"] <= prepacked <= 1.1 * buffers["prepacked"]
         saved, lora = parts["saved for the backward pass"], parts["LoRA, gradients, moments"]
         assert saved == pytest.approx(buffers["saved"], rel=0.02)
         assert lora == pytest.approx(buffers["lora"], rel=0.02, abs=1 << 14)

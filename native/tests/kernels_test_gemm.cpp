@@ -3,6 +3,7 @@
 
 #include "../kernels_dequant.h"
 #include "../kernels_dropout.h"
+#include "../kernels_prepacked.h"
 #include "../kernels_turns.h"
 #include "kernels_test.h"
 
@@ -93,6 +94,21 @@ double fast_limit() {
     return fast_format() == std::string("F32") ? 2e-5 : 0.004;
 }
 
+/// Panels that are kept give the same to the bit: those that an earlier call made, and new ones,
+/// which threads make at the same time.
+void check_prepacked(const std::string & label, const Case & c, const Inputs & in, bool nt, int nth,
+                     Precision precision, Rows x, const std::vector<float> & want,
+                     PrepackedWeights & kept) {
+    const Weight w = kept.with_panels(precision, in.w.weight, nt);
+    expect_same(label + " prepacked", want, run(c, in, nt, precision, nth, w, x));
+    PrepackedWeights made(64u << 20);
+    Turns turns(nth);
+    const Weight own = made.with_panels(precision, in.w.weight, nt);
+    for (int i = 0; i < 2; i++)
+        expect_same(label + " prepacked anew", want,
+                    run(c, in, nt, precision, nth, own, x, &turns));
+}
+
 void check(const Case & c, bool nt) {
     const Inputs in = make_inputs(c, nt);
     const std::vector<double> want = naive(c, in, nt);
@@ -101,12 +117,15 @@ void check(const Case & c, bool nt) {
     char name[128];
     std::snprintf(name, sizeof name, "%s %s %dx%d T%d R%d", nt ? "nt" : "nn",
                   ggml_type_name(c.type), (int)c.n_rows, (int)c.n_cols, (int)c.n_tokens, c.rank);
+    PrepackedWeights kept(64u << 20), kept_f32(64u << 20); // made by one thread, read by more
     for (int nth = 1; nth <= 3; nth++) {
         const std::string label = std::string(name) + " threads " + std::to_string(nth);
-        expect_close(label + " f32", run(c, in, nt, Precision::f32, nth, in.w.weight, x), want,
-                     2e-5);
+        const std::vector<float> exact = run(c, in, nt, Precision::f32, nth, in.w.weight, x);
+        expect_close(label + " f32", exact, want, 2e-5);
         const std::vector<float> y = run(c, in, nt, Precision::fast, nth, in.w.weight, x);
         expect_close(label + " fast", y, want, fast_limit());
+        check_prepacked(label, c, in, nt, nth, Precision::fast, x, y, kept);
+        check_prepacked(label + " f32", c, in, nt, nth, Precision::f32, x, exact, kept_f32);
         for (const int n_turns : {nth, 1}) {
             Turns turns(n_turns); // for fewer threads than there are: nobody helps
             expect_same(label + " with turns", y,
