@@ -159,9 +159,9 @@ class Shape:
             return 0
         m = self.model
         block = (self.q, self.kv, self.kv, self.q, m.n_ff, m.n_ff, m.n_ff)
-        matrices = [width * m.n_embd for width in block] * m.n_layer + [m.n_vocab * m.n_embd]
-        kept = (n * PREPACKED_BYTES for n in matrices)
-        return sum(int(n) for n in kept if n / 2 <= PREPACKED_MOST)
+        sizes = [(width * m.n_embd * PREPACKED_BYTES, m.n_layer) for width in block]
+        sizes.append((m.n_vocab * m.n_embd * PREPACKED_BYTES, 1))
+        return sum(int(size) * n for size, n in sizes if size / 2 <= PREPACKED_MOST)
 
 
 def predict(

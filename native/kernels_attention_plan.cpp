@@ -1,9 +1,8 @@
 #include "kernels_attention_plan.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "kernels_memory.h"
 
 namespace ggft::attention_detail {
 namespace {
@@ -195,17 +194,12 @@ void pack_depth(Format format, const HeadRows & x, int64_t n_rows, uint32_t * ou
 }
 
 uint32_t * scratch(size_t words) {
-    struct Free {
-        void operator()(uint32_t * p) const { std::free(p); }
-    };
-    static thread_local std::unique_ptr<uint32_t, Free> memory;
+    static thread_local Words memory;
     static thread_local size_t size = 0;
     if (words > size) {
         memory.reset();
         size = 0;
-        memory.reset((uint32_t *)std::aligned_alloc(64, (size_t)round_up((int64_t)words * 4, 64)));
-        if (!memory)
-            throw std::bad_alloc();
+        memory = ggft::words(words);
         size = words;
     }
     return memory.get();

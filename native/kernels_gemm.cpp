@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels_dropout.h"
+#include "kernels_memory.h"
 #include "kernels_micro.h"
 #include "kernels_prepacked.h"
 #include "kernels_product.h"
@@ -17,13 +15,9 @@
 namespace ggft {
 namespace {
 
-struct FreeDeleter {
-    void operator()(void * p) const { std::free(p); }
-};
-
 /// Working memory of one thread.
 struct Scratch {
-    std::unique_ptr<uint32_t, FreeDeleter> memory;
+    Words memory;
     uint32_t * panels;
     uint32_t * rows; // [MR][TILE_STRIDE]
     float * spill;   // [MR][NR], a tile at the right edge
@@ -35,10 +29,7 @@ struct Scratch {
         constexpr int64_t TILE_WORDS = round_up(MR * NR, 16);
         if (memory)
             return;
-        const size_t words = GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK;
-        memory.reset((uint32_t *)std::aligned_alloc(64, round_up(words * 4, 64)));
-        if (!memory)
-            throw std::bad_alloc();
+        memory = words(GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK);
         panels = memory.get();
         rows = panels + GROUP_WORDS;
         spill = (float *)rows + MR * TILE_STRIDE;

@@ -49,14 +49,16 @@ void Prepacked::set_made(const Product & p, int64_t c0, int64_t nc, int64_t k0) 
 
 PrepackedWeights::PrepackedWeights(size_t limit) {
     constexpr size_t LARGE_PAGE = 2u << 20; // panels are read from end to end
-    const size_t unit = limit < LARGE_PAGE ? 64 : LARGE_PAGE, bytes = limit / unit * unit;
+    const bool large = limit >= LARGE_PAGE;
+    const size_t unit = large ? LARGE_PAGE : CACHE_LINE, bytes = limit / unit * unit;
     if (bytes == 0)
         return;
-    memory_.reset((uint32_t *)std::aligned_alloc(unit, bytes));
+    memory_ = try_words(bytes / 4, unit);
     if (!memory_)
         return;
 #if defined(__linux__)
-    madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+    if (large)
+        madvise(memory_.get(), bytes, MADV_HUGEPAGE);
 #endif
     words_ = bytes / 4;
 }

@@ -5,14 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <map>
-#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "kernels_gemm.h"
+#include "kernels_memory.h"
 
 namespace ggft {
 
@@ -50,10 +49,7 @@ public:
     size_t bytes() const { return used_ * 4; }
 
 private:
-    struct Free {
-        void operator()(void * p) const { std::free(p); }
-    };
-    std::unique_ptr<uint32_t, Free> memory_;
+    Words memory_;
     size_t words_ = 0, used_ = 0;
     std::map<std::pair<const void *, bool>, std::optional<Prepacked>> weights_;
 };
