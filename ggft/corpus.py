@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .chat_template import Message, UnstableError
 from .datasets import Example, check_format, read_examples
-from .dedup import Duplicates, Fingerprints, split
+from .dedup import Duplicates, Fingerprints, Prints, fingerprint, split
 from .errors import InputError
 from .formats import DataFiles, find_files
 from .recipe import choose_max_length, held_out_rows
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     BoolArray = npt.NDArray[np.bool_]
 
 TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
+N_THREADS = min(4, os.cpu_count() or 1)
+BATCH_ROWS = 64
 N_SHOWN = 3  # places named in a warning
 
 
@@ -249,7 +254,6 @@ class _Loader:
             self.check()
             row = len(self.table)
             self.table.add(number, example.line)
-            self.prints.add(example.messages, example.text)
             for tokens in encoded:
                 self.store.add(tokens.ids, tokens.trained)
                 self.row_of.append(row)
@@ -265,12 +269,7 @@ class _Loader:
 
     def _encoded(self, path: Path) -> Iterator[tuple[Example, list[Tokens]]]:
         """Yield the rows of a file, each with the examples that it makes."""
-        examples, queue = itertools.tee(read_examples(path, self.options.format_name))
-        encoded = self.template.encode_examples(
-            (e.messages if e.text is None else e.text for e in examples),
-            train_on_prompt=self.options.train_on_prompt,
-        )
-        for tokens, example in zip(encoded, queue, strict=False):
+        for example, tokens in self._worked(read_examples(path, self.options.format_name)):
             try:
                 if isinstance(tokens, UnstableError):
                     yield example, self._turn_by_turn(example.messages)
@@ -289,6 +288,29 @@ class _Loader:
                     expected=error.expected,
                     hint=error.hint or "correct or remove this row, or choose another --template",
                 ) from None
+
+    def _worked(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Tokens | InputError]]:
+        """Yield examples with their tokens, and keep their fingerprints; threads work ahead."""
+
+        def work(batch: list[Example]) -> tuple[list[Tokens | InputError], Prints]:
+            tokens = self.template.encode_all(
+                [e.messages if e.text is None else e.text for e in batch],
+                train_on_prompt=self.options.train_on_prompt,
+            )
+            return tokens, fingerprint((e.messages, e.text) for e in batch)
+
+        with ThreadPoolExecutor(N_THREADS) as pool:
+            ahead: deque[tuple[list[Example], Future[tuple[list[Tokens | InputError], Prints]]]]
+            ahead = deque()
+            while (batch := list(itertools.islice(examples, BATCH_ROWS))) or ahead:
+                if batch:
+                    ahead.append((batch, pool.submit(work, batch)))
+                    if len(ahead) <= N_THREADS:
+                        continue
+                done, future = ahead.popleft()
+                tokens, prints = future.result()
+                self.prints.extend(prints)
+                yield from zip(done, tokens, strict=True)
 
     def _turn_by_turn(self, messages: list[Message]) -> list[Tokens]:
         """Encode each answer of a conversation as an example with what is before it as context."""

@@ -12,8 +12,9 @@ import hashlib
 import re
 import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from .chat_template import Message
@@ -28,8 +29,9 @@ BAND_WIDTH = 5
 NEAR = 0.8
 SHINGLE = 5
 _MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)  # of MurmurHash3's finalizer
-PIECE = 256  # shingles that are hashed at a time: 64 KB
+PIECE = 1 << 15  # shingles that are hashed at a time, or one row's: 8 MB
 MAX_CHARS = 20_000  # of a row's text that are compared
+_ASCII_WORDS = {i: chr(i).lower() if chr(i).isalnum() else " " for i in range(128)}
 MAX_BUCKET = 64  # rows that are compared with one another when more share a band
 
 
@@ -49,19 +51,84 @@ class Duplicates:
     group: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Prints:
+    """Fingerprints of some rows: hashes of all that is said and of what is asked, and signatures.
+
+    Attributes:
+        whole: Hash of roles and texts; (N,).
+        asked: Hash of the normalized questions; (N,).
+        signatures: MinHash signatures of the normalized texts; (N, N_HASHES).
+    """
+
+    whole: npt.NDArray[np.uint64]
+    asked: npt.NDArray[np.uint64]
+    signatures: npt.NDArray[np.uint16]
+
+
+def fingerprint(rows: Iterable[tuple[Sequence[Message], str | None]]) -> Prints:
+    """Return the fingerprints of rows: conversations, or plain texts."""
+    import numpy as np
+
+    whole, asked, texts = array("Q"), array("Q"), list[str]()
+    for messages, text in rows:
+        said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in messages]
+        all_said = "\x1e".join(f"{role}\x1f{words}" for role, words in said)
+        all_said = all_said if said else text or ""
+        words = " ".join(words for _, words in said) if said else all_said
+        question = " ".join(words for role, words in said if role != "assistant")
+        whole.append(_hash(all_said))
+        asked.append(_hash(normalized(question if said else all_said)))
+        texts.append(normalized(words[:MAX_CHARS]))
+    return Prints(np.array(whole, np.uint64), np.array(asked, np.uint64), _signatures(texts))
+
+
+def _signatures(texts: Sequence[str]) -> npt.NDArray[np.uint16]:
+    """Return the MinHash signatures of texts' shingles, (N, N_HASHES)."""
+    import numpy as np
+
+    factors, powers = _hash_functions()
+    padded = [text.ljust(SHINGLE, "\0") for text in texts]
+    data = "".join(padded).encode("utf-32-le", "surrogatepass")
+    points = np.frombuffer(data, np.uint32).astype(np.uint64)
+    shingles = np.zeros_like(points)
+    for i in range(SHINGLE):  # the last four of each text reach into the next and are not used
+        shingles[: len(points) - i] += points[i:] * powers[i]
+    for factor in _MIX:  # similar shingles must have unlike hashes
+        shingles = (shingles ^ (shingles >> np.uint64(33))) * np.uint64(factor)
+    mixed = (shingles >> np.uint64(32)).astype(np.uint32)
+    ends = np.cumsum([len(text) for text in padded], dtype=np.int64)
+    starts = ends - [len(text) for text in padded]
+    bounds = np.stack([starts, ends - (SHINGLE - 1)], axis=1)
+    signatures = np.empty((len(texts), N_HASHES), np.uint16)
+    first = 0
+    while first < len(texts):
+        start = bounds[first, 0]
+        last = max(first + 1, int(np.searchsorted(ends, start + PIECE, "right")))
+        hashes = mixed[start : ends[last - 1]] * factors
+        least = np.minimum.reduceat(hashes, (bounds[first:last] - start).ravel(), axis=1)[:, ::2]
+        # The least of many hashes has small upper bits.
+        signatures[first:last] = least.T & np.uint32(0xFFFF)
+        first = last
+    return signatures
+
+
+@cache
+def _hash_functions() -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]:
+    """Return the factors of the hash functions, (N_HASHES, 1), and a shingle's, (SHINGLE,)."""
+    import numpy as np
+
+    rng = np.random.default_rng(20240726)  # any fixed seed
+    # Odd, so that each is a permutation of the 32-bit numbers.
+    factors = rng.integers(0, 2**31, (N_HASHES, 1), np.uint32) * np.uint32(2) + np.uint32(1)
+    powers = np.array([pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(SHINGLE)], np.uint64)
+    return factors, powers
+
+
 class Fingerprints:
-    """Fingerprints of rows, one after the other."""
+    """Fingerprints of all rows, one batch after the other."""
 
     def __init__(self) -> None:
-        import numpy as np
-
-        rng = np.random.default_rng(20240726)  # any fixed seed
-        self._mul = rng.integers(0, 2**31, N_HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-        self._add = rng.integers(0, 2**32, N_HASHES, dtype=np.uint32)
-        self._hashes = np.empty((PIECE, N_HASHES), np.uint32)
-        self._powers = np.array(
-            [pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(SHINGLE)], np.uint64
-        )
         self._whole = array("Q")
         self._asked = array("Q")
         self._signatures = array("H")
@@ -70,39 +137,11 @@ class Fingerprints:
         """Return the number of rows."""
         return len(self._whole)
 
-    def add(self, messages: Sequence[Message], text: str | None) -> None:
-        """Take in a row: a conversation, or plain text."""
-        said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in messages]
-        whole = "\x1e".join(f"{role}\x1f{words}" for role, words in said) if said else text or ""
-        words = " ".join(words for _, words in said) if said else whole
-        asked = " ".join(words for role, words in said if role != "assistant") if said else whole
-        self._whole.append(_hash(whole))
-        self._asked.append(_hash(normalized(asked)))
-        self._signatures.extend(self._signature(normalized(words[:MAX_CHARS])))
-
-    def _signature(self, text: str) -> list[int]:
-        """Return the MinHash signature of a text's shingles."""
-        import numpy as np
-
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        points = points.astype(np.uint64)
-        if len(points) < SHINGLE:
-            points = np.pad(points, (0, SHINGLE - len(points)))
-        n = len(points) - SHINGLE + 1
-        shingles = points[:n] * self._powers[0]
-        for i in range(1, SHINGLE):
-            shingles += points[i : i + n] * self._powers[i]
-        for factor in _MIX:  # similar shingles must have unlike hashes
-            shingles = (shingles ^ (shingles >> np.uint64(33))) * np.uint64(factor)
-        mixed = (shingles >> np.uint64(32)).astype(np.uint32)
-        least = np.full(N_HASHES, 2**32 - 1, np.uint32)
-        for at in range(0, n, PIECE):
-            hashes = self._hashes[: min(PIECE, n - at)]
-            np.multiply(mixed[at : at + PIECE, None], self._mul, out=hashes)
-            hashes += self._add
-            np.minimum(least, hashes.min(axis=0), out=least)
-        # The least of many hashes has small upper bits.
-        return (least & np.uint32(0xFFFF)).tolist()  # type: ignore[no-any-return]
+    def extend(self, prints: Prints) -> None:
+        """Take in the next rows."""
+        self._whole.frombytes(prints.whole.tobytes())
+        self._asked.frombytes(prints.asked.tobytes())
+        self._signatures.frombytes(prints.signatures.tobytes())
 
     def duplicates(self) -> Duplicates:
         """Compare all rows."""
@@ -201,6 +240,8 @@ def _hash(text: str) -> int:
 
 def normalized(text: str) -> str:
     """Return a text without case, width, punctuation and differences of blanks."""
+    if text.isascii():
+        return " ".join(text.translate(_ASCII_WORDS).split())
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[\W_]+", " ", folded).strip()
 

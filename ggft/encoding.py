@@ -6,13 +6,15 @@ one piece, whoever wrote it, except at the border between prompt and answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .chat_template import Side
 from .errors import InputError
 
+STAND_IN = "\x02"  # for text before; a control character merges with nothing
 _BLANKS = " \t\n\r\v\f"  # what C's isspace calls so
 
 
@@ -40,10 +42,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """An example as token ids; `trained[i]`: the model learns to produce token i."""
+    """An example as token ids; `trained[i]` is 1 where the model learns to produce token i."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: array[int]
+    trained: bytes
 
     @property
     def n_trained(self) -> int:
@@ -61,29 +63,39 @@ class SpecialToken:
     strips_right: bool
 
 
-class Run:
-    """Collects text between special tokens and tokenizes it in one piece.
+class Segment(NamedTuple):
+    """Text that is tokenized in one piece, or a token that stands for itself.
 
-    Args:
-        tokenizer: The tokenizer.
-        space_prefix: Whether it puts a space before text that follows a special token.
-        literal_ids: Ids of fixed texts met before, shared between runs.
+    Attributes:
+        what: The text, not empty, or the token's id.
+        learn: Whether the model learns to produce it.
+        fixed: Whether all of the text is the template's own.
+        goes_on: Whether it goes on after other text and a space must not be put before it; the
+            text then begins with `STAND_IN`, whose tokens are taken away again.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, space_prefix: bool, literal_ids: dict[str, list[int]]
-    ) -> None:
-        self._tokenizer = tokenizer
+    what: str | int
+    learn: bool
+    fixed: bool = False
+    goes_on: bool = False
+
+
+class Run:
+    """Collects text between special tokens into segments.
+
+    Args:
+        space_prefix: Whether the tokenizer puts a space before text that follows a special token.
+    """
+
+    def __init__(self, space_prefix: bool) -> None:
         self._space_prefix = space_prefix
-        self._literal_ids = literal_ids
         self._text: list[str] = []
         self._content = False  # whether a message's content is in the text
         self._side = Side.PROMPT
         self._learn = False
         self._fresh = True  # whether the text begins at the start or after a special token
         self._strip = False
-        self.ids: list[int] = []
-        self.trained: list[bool] = []
+        self.segments: list[Segment] = []
 
     def unit(self, unit: str | SpecialToken, side: Side, learn: bool) -> None:
         """Append fixed text or a special token."""
@@ -97,12 +109,11 @@ class Run:
     def token(self, token: int, learn: bool) -> None:
         """Append a token that stands for itself."""
         self.flush()
-        self.ids.append(token)
-        self.trained.append(learn)
+        self.segments.append(Segment(token, learn))
         self._fresh = True
 
     def text(self, text: str, side: Side, learn: bool, *, content: bool) -> None:
-        """Append text; where the side changes, the text before is tokenized by itself."""
+        """Append text; where the side changes, the text before is a segment by itself."""
         if side is not self._side or learn != self._learn:
             self.flush()
             self._side, self._learn = side, learn
@@ -110,9 +121,11 @@ class Run:
         self._content = self._content or content
 
     def flush(self, *, strip_right: bool = False) -> None:
-        """Tokenize what was collected."""
+        """Make a segment of what was collected."""
+        if not self._text:
+            return
         text = "".join(self._text)
-        literal = not self._content
+        fixed = not self._content
         self._text.clear()
         self._content = False
         if self._strip:
@@ -121,29 +134,59 @@ class Run:
             text = text.rstrip(_BLANKS)
         if not text:
             return
-        if not (self._fresh or not self._space_prefix):
-            ids = encode_continuation(self._tokenizer, text)
-        elif literal and text in self._literal_ids:
-            ids = self._literal_ids[text]
-        else:
-            ids = self._tokenizer.encode(text, special=False)
-            if literal:
-                self._literal_ids[text] = ids
+        goes_on = self._space_prefix and not self._fresh
+        text = STAND_IN + text if goes_on else text
+        self.segments.append(Segment(text, self._learn, fixed, goes_on))
         self._fresh = self._strip = False
-        self.ids += ids
-        self.trained += [self._learn] * len(ids)
 
 
-def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokenize text that goes on after other text, for a tokenizer that begins with a space.
+class Encoder:
+    """Turns segments into tokens; a template's own text is tokenized once.
 
-    A control character stands in for the text before: it merges with nothing.
+    Args:
+        encode_all: Returns the token ids of plain texts, without BOS.
     """
-    before = tokenizer.encode("\x02", special=False)
-    ids = tokenizer.encode("\x02" + text, special=False)
-    if ids[: len(before)] != before:
-        raise InputError("this vocabulary merges control characters with text")
-    return ids[len(before) :]
+
+    def __init__(self, encode_all: Callable[[Sequence[str]], list[array[int]]]) -> None:
+        self._encode_all = encode_all
+        self._fixed: dict[str, array[int]] = {}
+
+    def tokens(self, examples: Sequence[Sequence[Segment]]) -> list[Tokens]:
+        """Return the tokens of examples, each given as segments.
+
+        Raises:
+            InputError: A text cannot be tokenized.
+        """
+        fixed = {
+            segment.what: segment.fixed
+            for segments in examples
+            for segment in segments
+            if isinstance(segment.what, str) and segment.what not in self._fixed
+        }
+        new = dict(zip(fixed, self._encode_all(list(fixed)), strict=True))
+        self._fixed.update((text, ids) for text, ids in new.items() if fixed[text])
+        return [self._join(segments, new) for segments in examples]
+
+    def _join(self, segments: Sequence[Segment], new: Mapping[str, array[int]]) -> Tokens:
+        ids = array("i")
+        trained = bytearray()
+        for what, learn, _, goes_on in segments:
+            if isinstance(what, int):
+                ids.append(what)
+                trained.append(learn)
+                continue
+            more = self._fixed[what] if what in self._fixed else new[what]
+            more = self._continued(more) if goes_on else more
+            ids += more
+            trained += bytes((learn,)) * len(more)
+        return Tokens(ids, bytes(trained))
+
+    def _continued(self, ids: array[int]) -> array[int]:
+        """Return ids without those of `STAND_IN`, with which they begin."""
+        before = self._encode_all([STAND_IN])[0]
+        if ids[: len(before)] != before:
+            raise InputError("this vocabulary merges control characters with text")
+        return ids[len(before) :]
 
 
 def find_special(tokenizer: Tokenizer, token: int) -> SpecialToken | None:

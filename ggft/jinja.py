@@ -174,7 +174,7 @@ def render_here(source: str, bos: str, eos: str) -> Callable[[Sequence[Request]]
 
 
 class JinjaProcess:
-    """A process that renders one template; calling it is a `RenderAll`.
+    """A process that renders one template; calling it, from any thread, is a `RenderAll`.
 
     Args:
         source: The template.
@@ -188,6 +188,7 @@ class JinjaProcess:
 
     def __init__(self, source: str, bos: str, eos: str, *, cpu_s: int = MAX_CPU_S) -> None:
         self._cpu_s = cpu_s
+        self._lock = threading.Lock()
         package = Path(__file__).parent
         code = f"import sys; sys.path.insert(0, sys.argv[1]); from {__package__}.jinja import serve"
         self._process = subprocess.Popen(
@@ -210,16 +211,17 @@ class JinjaProcess:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(MAX_WAIT_S, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            _send(process.stdin, message)
-            answer = _receive(process.stdout)
-        except (OSError, ValueError):
-            answer = None
-        finally:
-            timer.cancel()
+        with self._lock:
+            timer = threading.Timer(MAX_WAIT_S, process.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                _send(process.stdin, message)
+                answer = _receive(process.stdout)
+            except (OSError, ValueError):
+                answer = None
+            finally:
+                timer.cancel()
         if not isinstance(answer, list):
             process.kill()
             code = process.wait()

@@ -74,12 +74,14 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
     """
     from ggft.corpus import CorpusOptions, load_corpus
     from ggft.gguf import read_gguf
+    from ggft.gguf_vocab import check_special_ids, check_vocabulary
     from ggft.llamacpp import LlamaTokenizer
     from ggft.progress import Progress
     from ggft.templates import make_template
 
     progress = progress or Progress("json" if config.json else "auto")
-    model = read_gguf(config.model)
+    model = read_gguf(config.model)  # may be a vocabulary without weights
+    check_special_ids(model, check_vocabulary(model))
     n_ctx = model.get(f"{model.architecture}.context_length")
     template = make_template(config.template, model.metadata, LlamaTokenizer(model.path))
     corpus = load_corpus(

@@ -8,11 +8,7 @@ inference; and what stands in the contents is never read as a special token.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .builtin_templates import BUILTIN, KNOW_INPUT
@@ -26,14 +22,13 @@ from .chat_template import (
     Splitter,
     joined,
 )
-from .encoding import Run, SpecialToken, Tokenizer, Tokens, find_special
+from .encoding import Encoder, Run, Segment, SpecialToken, Tokenizer, Tokens, find_special
 from .errors import InputError
 from .jinja import JinjaProcess, render_here
+from .word_cache import WordCache
 
 __all__ = ["Message", "Template", "Tokenizer", "Tokens", "make_template"]
 
-TOKENIZER_THREADS = min(4, os.cpu_count() or 1)
-RENDER_BATCH = 64
 MAX_SOURCE_BYTES = 1 << 20
 
 
@@ -43,9 +38,9 @@ class Template:
     Args:
         name: What the user called it.
         source: The Jinja source.
+        metadata: The model's key-value pairs.
         tokenizer: The model's tokenizer; its `encode` is called from several threads.
-        render: Renders conversations by the source.
-        space_prefix: Whether the tokenizer puts a space before text that follows a special token.
+        render: Renders conversations by the source, from several threads.
 
     Attributes:
         source_hash: SHA-256 of the source, written into adapters.
@@ -56,7 +51,12 @@ class Template:
     """
 
     def __init__(
-        self, name: str, source: str, tokenizer: Tokenizer, render: RenderAll, *, space_prefix: bool
+        self,
+        name: str,
+        source: str,
+        metadata: Mapping[str, object],
+        tokenizer: Tokenizer,
+        render: RenderAll,
     ) -> None:
         self.name = name
         self.source = source
@@ -65,10 +65,14 @@ class Template:
         self.added_end: int | None = None
         self.notes: list[str] = []
         self._splitter = Splitter(render)
-        self._space_prefix = space_prefix
+        # Whether the tokenizer puts a space before text that follows a special token.
+        self._space_prefix = metadata.get("tokenizer.ggml.model") == "llama" and bool(
+            metadata.get("tokenizer.ggml.add_space_prefix", True)
+        )
+        words = WordCache(tokenizer, metadata, space_prefix=self._space_prefix)
+        self._encoder = Encoder(words.encode_all)
         self._knows_input = source in KNOW_INPUT
         self._literals: dict[str, list[str | SpecialToken]] = {}
-        self._literal_ids: dict[str, list[int]] = {}
         self._specials: dict[int, SpecialToken | None] = {}
         self._end_text = ""
         self._learn_end()
@@ -121,7 +125,8 @@ class Template:
         if not n:
             raise InputError("the conversation has no answer to learn")
         parts = self._splitter.split(self._prepared(messages[:n]), prompt=False)
-        return self._encode(parts, closed=True, learn_all=train_on_prompt)
+        segments = self._segments(parts, closed=True, learn_all=train_on_prompt)
+        return self._encoder.tokens([segments])[0]
 
     def encode_turns(
         self, messages: Sequence[Message], *, train_on_prompt: bool = False
@@ -139,37 +144,30 @@ class Template:
                 )
         return examples
 
-    def encode_examples(
-        self, examples: Iterable[Sequence[Message] | str], *, train_on_prompt: bool = False
-    ) -> Iterator[Tokens | InputError]:
-        """Encode many conversations or plain texts, in order, rendering while threads tokenize.
+    def encode_all(
+        self, examples: Sequence[Sequence[Message] | str], *, train_on_prompt: bool = False
+    ) -> list[Tokens | InputError]:
+        """Encode conversations and plain texts in one go; several threads may call it.
 
         One that cannot be encoded gives its error, one without an answer no tokens.
         """
-
-        def encode(parts: list[Part] | str | InputError) -> Tokens | InputError:
-            if isinstance(parts, InputError):
-                return parts
+        segments: list[list[Segment] | InputError] = []
+        for parts in self._split_all(examples):
             try:
+                if isinstance(parts, InputError):
+                    raise parts
                 if isinstance(parts, str):
-                    return self.encode_text(parts)
-                return self._encode(parts, closed=True, learn_all=train_on_prompt)
+                    segments.append(self._text_segments(parts))
+                else:
+                    segments.append(self._segments(parts, closed=True, learn_all=train_on_prompt))
             except InputError as error:
-                return error
-
-        source = iter(examples)
-        with ThreadPoolExecutor(TOKENIZER_THREADS) as pool:
-            waiting: deque[Iterator[Tokens | InputError]] = deque()
-            while batch := list(itertools.islice(source, RENDER_BATCH)):
-                waiting.append(pool.map(encode, self._split_examples(batch), chunksize=4))
-                if len(waiting) > 2:
-                    yield from waiting.popleft()
-            for results in waiting:
-                yield from results
+                segments.append(error)
+        return self._tokens(segments)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the model's next answer begins."""
-        return self._encode(self.prompt_parts(messages)).ids
+        segments = self._segments(self.prompt_parts(messages))
+        return self._encoder.tokens([segments])[0].ids.tolist()
 
     def prompt_parts(self, messages: Sequence[Message]) -> list[Part]:
         """Return fixed texts and contents of a prompt, as `encode_prompt` tokenizes them."""
@@ -177,18 +175,13 @@ class Template:
 
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
-        ids = self.tokenizer.encode(text, special=False)
-        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None:
-            ids = [self.tokenizer.bos_id, *ids]
-        if self.tokenizer.eos_id is not None:
-            ids.append(self.tokenizer.eos_id)
-        return Tokens(ids, [True] * len(ids))
+        return self._encoder.tokens([self._text_segments(text)])[0]
 
     def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
         return messages if self._knows_input else joined(messages)
 
-    def _split_examples(
-        self, examples: list[Sequence[Message] | str]
+    def _split_all(
+        self, examples: Sequence[Sequence[Message] | str]
     ) -> list[list[Part] | str | InputError]:
         """Split conversations up to their last answers; plain texts stay as they are."""
         usable: list[Sequence[Message]] = []
@@ -201,13 +194,35 @@ class Template:
             for e in examples
         ]
 
-    def _encode(
+    def _tokens(self, examples: Sequence[list[Segment] | InputError]) -> list[Tokens | InputError]:
+        """Tokenize examples; where one cannot be, only that one gives its error."""
+        try:
+            tokens = iter(
+                self._encoder.tokens([e for e in examples if not isinstance(e, InputError)])
+            )
+        except InputError as error:
+            if len(examples) == 1:
+                return [error]
+            return [self._tokens([e])[0] for e in examples]
+        return [e if isinstance(e, InputError) else next(tokens) for e in examples]
+
+    def _text_segments(self, text: str) -> list[Segment]:
+        """Return the segments of plain text, all of which is learned."""
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        segments = [Segment(text, learn=True)] if text else []
+        if self.tokenizer.add_bos and bos is not None:
+            segments.insert(0, Segment(bos, learn=True))
+        if eos is not None:
+            segments.append(Segment(eos, learn=True))
+        return segments
+
+    def _segments(
         self, parts: list[Part], *, closed: bool = False, learn_all: bool = False
-    ) -> Tokens:
-        """Tokenize parts; `closed`: the last part is the tail of the last answer."""
+    ) -> list[Segment]:
+        """Return the segments of parts; `closed`: the last part is the tail of the last answer."""
         if not parts:
-            return Tokens([], [])
-        run = Run(self.tokenizer, self._space_prefix, self._literal_ids)
+            return []
+        run = Run(self._space_prefix)
         for n, part in enumerate(parts):
             learn = part.learn
             if part.is_content:
@@ -216,19 +231,22 @@ class Template:
                 if answer and self.added_end is not None:
                     run.token(self.added_end, learn)
             elif part.side is Side.TAIL:
-                self._encode_tail(run, part, last=closed and n == len(parts) - 1)
+                self._add_tail(run, part, last=closed and n == len(parts) - 1)
             else:
                 for unit in self._units(part.text):
                     run.unit(unit, part.side, learn and part.side is Side.ANSWER)
         run.flush()
-        bos = self.tokenizer.bos_id
-        if self.tokenizer.add_bos and bos is not None and run.ids[:1] != [bos]:
-            run.ids.insert(0, bos)
-            run.trained.insert(0, False)
-        return Tokens(run.ids, [True] * len(run.ids) if learn_all else run.trained)
+        segments, bos = run.segments, self.tokenizer.bos_id
+        if (
+            self.tokenizer.add_bos
+            and bos is not None
+            and not (segments and segments[0].what == bos)
+        ):
+            segments.insert(0, Segment(bos, learn=False))
+        return [s._replace(learn=True) for s in segments] if learn_all else segments
 
-    def _encode_tail(self, run: Run, part: Part, *, last: bool) -> None:
-        """Tokenize the fixed text after an answer: the end token is learned, the rest not."""
+    def _add_tail(self, run: Run, part: Part, *, last: bool) -> None:
+        """Append the fixed text after an answer: the end token is learned, the rest not."""
         if not part.text.startswith(self._end_text):
             raise InputError(
                 "the chat template ends this answer otherwise than a last one",
@@ -294,13 +312,12 @@ def make_template(name: str, metadata: Mapping[str, object], tokenizer: Tokenize
 
     trusted = BUILTIN.get(name) == source
     start = render_here if trusted else JinjaProcess
-    spm = metadata.get("tokenizer.ggml.model") == "llama"
     template = Template(
         name,
         source,
+        metadata,
         tokenizer,
         start(source, text(tokenizer.bos_id), text(tokenizer.eos_id)),
-        space_prefix=spm and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
     )
     if trusted and name != "alpaca":
         template.notes = [note for note in template.notes if "of its own" not in note]

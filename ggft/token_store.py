@@ -39,8 +39,8 @@ class TokenStore:
         self._filed = 0  # tokens in the file
         self._map: IntArray | None = None
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
-        """Append an example; `trained[i]`: token i is learned."""
+    def add(self, ids: Sequence[int], trained: Sequence[int]) -> None:
+        """Append an example; `trained[i]` is 1 if token i is learned, else 0."""
         if self._keep:
             self._ids.extend(ids)
             if len(self._ids) > self._memory_tokens:

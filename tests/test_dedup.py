@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.chat_template import Message
-from ggft.dedup import Duplicates, Fingerprints, normalized, split
+from ggft.dedup import Duplicates, Fingerprints, fingerprint, normalized, split
 
 WORDS = ("lamp", "tide", "sea", "robot", "copper", "window", "stair", "tea", "fog", "whale")
 
@@ -20,8 +20,7 @@ def sentence(rng: random.Random, n: int = 40) -> str:
 
 def find(texts: list[str]) -> Duplicates:
     prints = Fingerprints()
-    for text in texts:
-        prints.add([], text)
+    prints.extend(fingerprint(([], text) for text in texts))
     return prints.duplicates()
 
 
@@ -77,10 +76,7 @@ def test_the_estimate_is_the_overlap() -> None:
         other = [w if rng.random() < 0.9 else f"new{rng.randrange(99)}" for w in words]
         texts = [" ".join(words), " ".join(other)]
         a, b = ({t[i : i + 5] for i in range(len(t) - 4)} for t in map(normalized, texts))
-        prints = Fingerprints()
-        for text in texts:
-            prints.add([], text)
-        signatures = np.frombuffer(prints._signatures, np.uint16).reshape(2, -1)
+        signatures = fingerprint(([], text) for text in texts).signatures
         errors.append((signatures[0] == signatures[1]).mean() - len(a & b) / len(a | b))
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.08
@@ -97,7 +93,7 @@ def test_the_same_question_is_one_group() -> None:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        prints.add(chat, None)
+        prints.extend(fingerprint([(chat, None)]))
     found = prints.duplicates()
     assert found.copy_of.tolist() == [0, 1, 2]
     assert found.group.tolist() == [0, 0, 2]

@@ -56,7 +56,7 @@ def test_the_prompt_is_the_one_of_training(tiny: Tiny, fake: FakeTokens) -> None
     template = make_template("auto", file.metadata, LlamaTokenizer(tiny.path))
     example = template.encode_example([QUESTION, {"role": "assistant", "content": "hen"}])
     n_prompt = example.trained.index(True)
-    assert fake.prompts == [example.ids[:n_prompt]]
+    assert fake.prompts == [example.ids[:n_prompt].tolist()]
     assert example.ids[-1] in fake.settings[0]["stop_ids"]  # the trained end token ends it
 
 

@@ -18,7 +18,7 @@ from ggft.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.datasets import load_examples
 from ggft.llamacpp import LlamaTokenizer
 from ggft.templates import Template, make_template
-from tests.models import CHATML, Spec, write_model
+from tests.models import CHATML, Spec, model_metadata, write_gguf, write_model
 
 PERSONA = Path(ggft.__file__).parent / "data" / "persona.json"
 # More files of instruction, input and output, on machines that have some.
@@ -141,7 +141,7 @@ def test_long_text_is_cut_into_pieces_and_none_is_lost(template: Template, tmp_p
     corpus = load(path, template, max_length=64)
     ids = [int(t) for i in range(len(corpus.train)) for t in corpus.train.get(i)[0]]
     expected = template.encode_text(("tide " * 100).rstrip("\n")).ids
-    assert ids == expected + template.encode_text("short").ids
+    assert ids == [*expected, *template.encode_text("short").ids]
     assert corpus.account.n_rows == 2
 
 
@@ -239,7 +239,19 @@ def test_the_output_reads_back_and_suits_mlx_lm(
 
 
 def _tokens(template: Template, path: Path) -> list[Any]:
-    return list(template.encode_examples(e.messages for e in load_examples([path])))
+    return template.encode_all([e.messages for e in load_examples([path])])
+
+
+def test_a_vocabulary_that_llama_cpp_would_abort_at_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = model_metadata(Spec())
+    tokens = metadata["tokenizer.ggml.tokens"]
+    metadata["tokenizer.ggml.tokens"] = [*tokens[:-1], tokens[0]]
+    write_gguf(tmp_path / "twice.gguf", metadata, [])
+    path = save(tmp_path / "x.jsonl", [row("a", "b")])
+    assert run(cli, ["prepare", "-m", str(tmp_path / "twice.gguf"), "-d", str(path)]) == 2
+    assert "two tokens have the same text" in capsys.readouterr().err
 
 
 def test_the_preview_shows_what_is_trained_without_colour(

@@ -84,7 +84,7 @@ def test_exactly_the_answers_and_their_ends_are_trained(
     model = models[family]
     template = template_of(model, family, name)
     tokens = template.encode_example(CHAT)
-    assert tokens.ids == whole(model, template, CHAT)[: len(tokens.ids)]
+    assert tokens.ids.tolist() == whole(model, template, CHAT)[: len(tokens.ids)]
     trained: list[list[int]] = []
     for at, (token, learned) in enumerate(zip(tokens.ids, tokens.trained, strict=True)):
         if learned and (at == 0 or not tokens.trained[at - 1]):
@@ -113,7 +113,7 @@ def test_a_prompt_has_the_same_ids_in_training_and_inference(
         if message["role"] != "assistant":
             continue
         prompt = template.encode_prompt(CHAT[:n])
-        assert tokens.ids[: len(prompt)] == prompt
+        assert tokens.ids[: len(prompt)].tolist() == prompt
         assert tokens.trained[len(prompt)]
         assert not tokens.trained[len(prompt) - 1]
 
@@ -141,7 +141,10 @@ def test_special_tokens_in_content_stay_text(
     assert f"say {name_of_end}{bos} X" in text
 
 
-texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30)
+# Without names of special tokens, which llama.cpp would find in the whole rendering.
+texts = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<["), max_size=30
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -165,7 +168,7 @@ def test_any_conversation_is_as_llama_cpp_python_renders_it(
         chat.append({"role": "assistant", "content": answer})
     tokens = template.encode_example(chat)
     prompt = template.encode_prompt(chat[:-1])
-    assert tokens.ids[: len(prompt)] == prompt
+    assert tokens.ids[: len(prompt)].tolist() == prompt
     assert all(tokens.trained[len(prompt) :])
     decode = template.tokenizer.decode
     rendered = decode(whole(model, template, chat)).decode()
@@ -218,7 +221,7 @@ def test_an_answer_that_is_only_context_is_not_trained(models: dict[str, Model])
     trained = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
     assert template.tokenizer.decode(trained) == b"right<|im_end|>"
     prompt = template.encode_prompt(chat[:3])
-    assert tokens.ids[: len(prompt)] == prompt
+    assert tokens.ids[: len(prompt)].tolist() == prompt
 
 
 def test_turns_after_the_last_answer_are_left_out(models: dict[str, Model]) -> None:
@@ -236,11 +239,11 @@ def test_many_are_encoded_as_one_by_one(models: dict[str, Model]) -> None:
         for i in range(300)
     ]
     mixed: list[Sequence[Message] | str] = [*chats[:150], "plain text", CHAT[:1], *chats[150:]]
-    got = list(template.encode_examples(mixed))
+    got = template.encode_all(mixed)
     expected = [template.encode_example(c) for c in chats]
     assert got[:150] + got[152:] == expected
     assert got[150] == template.encode_text("plain text")
-    assert got[151].ids == []  # type: ignore[union-attr]
+    assert not got[151].ids  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
