@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ggft.block_scales import check_values
 from ggft.corpus import Account, CorpusOptions, load_corpus
+from ggft.crew import Crew
 from ggft.gguf import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.llamacpp import LlamaTokenizer
 from ggft.templates import Template, make_template
@@ -89,5 +91,8 @@ def load_data(
         keep_duplicates=keep_duplicates,
         seed=seed,
     )
-    corpus = load_corpus(paths, base.template, options, check)
+    helpers = partial(
+        Crew, base.file.path, base.template.name, train_on_prompt=options.train_on_prompt
+    )
+    corpus = load_corpus(paths, base.template, options, check, helpers)
     return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length)

@@ -9,12 +9,14 @@ import itertools
 import os
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .chat_template import Message, UnstableError
 from .datasets import Example, check_format, read_examples
@@ -35,7 +37,19 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
 N_THREADS = min(4, os.cpu_count() or 1)
 BATCH_ROWS = 64
+BAR_DELAY_S = 2.0
+LARGE_BYTES = 8 << 20  # of files that are worth a second to start helpers
 N_SHOWN = 3  # places named in a warning
+
+
+Texts = Sequence[Sequence[Message] | str]  # conversations and plain texts
+Encoded = tuple[list[Tokens | InputError], Prints]
+Encode = Callable[[Texts], Encoded]
+
+
+def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> Encoded:
+    """Return the tokens of rows, or what is wrong with one, and their fingerprints."""
+    return template.encode_all(batch, train_on_prompt=train_on_prompt), fingerprint(batch)
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,7 @@ def load_corpus(
     template: Template,
     options: CorpusOptions,
     check: Callable[[], None] = lambda: None,
+    helpers: Callable[[], AbstractContextManager[Encode]] | None = None,
 ) -> Corpus:
     """Read, check, tokenize, deduplicate, cut and split data.
 
@@ -169,12 +184,37 @@ def load_corpus(
         template: Renders and tokenizes conversations.
         options: How data is read.
         check: Called for every row; may raise to stop.
+        helpers: Makes what encodes the rows of large data in this function's stead, in several
+            threads at a time, and with the same result.
 
     Raises:
         InputError: A file cannot be read, a row is not an example, or nothing is left.
     """
+    from tqdm import tqdm
+
     check_format(options.format_name)
-    return _Loader(find_files(paths), template, options, check).load()
+    files = find_files(paths)
+
+    def encode(batch: Texts) -> Encoded:
+        return encode_with(template, batch, train_on_prompt=options.train_on_prompt)
+
+    n_bytes = sum(path.stat().st_size for path in (*files.train, *files.valid))
+    with (
+        helpers() if helpers and n_bytes > LARGE_BYTES else nullcontext(encode) as encoding,
+        tqdm(
+            desc="reading data", total=n_bytes, unit="B", unit_scale=True, disable=None,
+            leave=False, delay=BAR_DELAY_S,
+        ) as bar,
+    ):  # fmt: skip
+        loader = _Loader(files, template, options, check, encoding)
+        for number, path in enumerate(loader.table.paths):
+            loader.read(number, path, partial(_advance, bar, bar.n))
+    return loader.finish()
+
+
+def _advance(bar: Any, first: float, n: int) -> None:
+    """Move a bar that was at `first` to `n` beyond it."""
+    bar.update(first + n - bar.n)
 
 
 class _Loader:
@@ -186,23 +226,23 @@ class _Loader:
         template: Template,
         options: CorpusOptions,
         check: Callable[[], None],
+        encode: Encode,
     ) -> None:
         self.files = files
         self.template = template
         self.options = options
         self.check = check
+        self.encode = encode
         self.account = Account()
         self.table = RowTable([*files.train, *files.valid])
         self.prints = Fingerprints()
         self.store = TokenStore(keep=options.keep_tokens)
         self.row_of = array("q")  # of each example; a long text is several
 
-    def load(self) -> Corpus:
-        """Return the corpus."""
+    def finish(self) -> Corpus:
+        """Return the corpus of all that was read."""
         import numpy as np
 
-        for number, path in enumerate(self.table.paths):
-            self._read(number, path)
         account, n = self.account, len(self.table)
         account.n_rows = n
         duplicates = self.prints.duplicates()
@@ -246,10 +286,10 @@ class _Loader:
         fate[copies] = Fate.DUPLICATE
         return Corpus(view[0], view[1], account, max_length, fate, duplicates, self.table)
 
-    def _read(self, number: int, path: Path) -> None:
-        """Read and tokenize one file."""
+    def read(self, number: int, path: Path, moved: Callable[[int], object]) -> None:
+        """Read and tokenize one file; `moved` is told now and then how many bytes are read."""
         empty = True
-        for example, encoded in self._encoded(path):
+        for example, encoded in self._encoded(path, moved):
             empty = False
             self.check()
             row = len(self.table)
@@ -267,9 +307,12 @@ class _Loader:
                 else "add rows, or leave this file out",
             )
 
-    def _encoded(self, path: Path) -> Iterator[tuple[Example, list[Tokens]]]:
+    def _encoded(
+        self, path: Path, moved: Callable[[int], object]
+    ) -> Iterator[tuple[Example, list[Tokens]]]:
         """Yield the rows of a file, each with the examples that it makes."""
-        for example, tokens in self._worked(read_examples(path, self.options.format_name)):
+        examples = read_examples(path, self.options.format_name, moved)
+        for example, tokens in self._worked(examples):
             try:
                 if isinstance(tokens, UnstableError):
                     yield example, self._turn_by_turn(example.messages)
@@ -291,20 +334,12 @@ class _Loader:
 
     def _worked(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Tokens | InputError]]:
         """Yield examples with their tokens, and keep their fingerprints; threads work ahead."""
-
-        def work(batch: list[Example]) -> tuple[list[Tokens | InputError], Prints]:
-            tokens = self.template.encode_all(
-                [e.messages if e.text is None else e.text for e in batch],
-                train_on_prompt=self.options.train_on_prompt,
-            )
-            return tokens, fingerprint((e.messages, e.text) for e in batch)
-
         with ThreadPoolExecutor(N_THREADS) as pool:
-            ahead: deque[tuple[list[Example], Future[tuple[list[Tokens | InputError], Prints]]]]
-            ahead = deque()
+            ahead: deque[tuple[list[Example], Future[Encoded]]] = deque()
             while (batch := list(itertools.islice(examples, BATCH_ROWS))) or ahead:
                 if batch:
-                    ahead.append((batch, pool.submit(work, batch)))
+                    texts = [e.messages if e.text is None else e.text for e in batch]
+                    ahead.append((batch, pool.submit(self.encode, texts)))
                     if len(ahead) <= N_THREADS:
                         continue
                 done, future = ahead.popleft()

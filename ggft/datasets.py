@@ -71,9 +71,11 @@ def load_examples(paths: Iterable[str | Path], format_name: str = "auto") -> Ite
         yield from read_examples(path, format_name)
 
 
-def read_examples(path: Path, format_name: str = "auto") -> Iterator[Example]:
-    """Yield the examples of one file."""
-    return (to_example(row, format_name) for row in read_rows(path))
+def read_examples(
+    path: Path, format_name: str = "auto", moved: Callable[[int], object] = lambda _: None
+) -> Iterator[Example]:
+    """Yield the examples of one file; `moved` is told now and then how many bytes are read."""
+    return (to_example(row, format_name) for row in read_rows(path, moved))
 
 
 def check_format(name: str) -> None:

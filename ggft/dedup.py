@@ -66,19 +66,21 @@ class Prints:
     signatures: npt.NDArray[np.uint16]
 
 
-def fingerprint(rows: Iterable[tuple[Sequence[Message], str | None]]) -> Prints:
+def fingerprint(rows: Iterable[Sequence[Message] | str]) -> Prints:
     """Return the fingerprints of rows: conversations, or plain texts."""
     import numpy as np
 
     whole, asked, texts = array("Q"), array("Q"), list[str]()
-    for messages, text in rows:
-        said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in messages]
-        all_said = "\x1e".join(f"{role}\x1f{words}" for role, words in said)
-        all_said = all_said if said else text or ""
-        words = " ".join(words for _, words in said) if said else all_said
-        question = " ".join(words for role, words in said if role != "assistant")
+    for row in rows:
+        if isinstance(row, str):
+            all_said = words = question = row
+        else:
+            said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in row]
+            all_said = "\x1e".join(f"{role}\x1f{text}" for role, text in said)
+            words = " ".join(text for _, text in said)
+            question = " ".join(text for role, text in said if role != "assistant")
         whole.append(_hash(all_said))
-        asked.append(_hash(normalized(question if said else all_said)))
+        asked.append(_hash(normalized(question)))
         texts.append(normalized(words[:MAX_CHARS]))
     return Prints(np.array(whole, np.uint64), np.array(asked, np.uint64), _signatures(texts))
 

@@ -12,7 +12,8 @@ import io
 import json
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -23,6 +24,7 @@ from .json_stream import JsonStream, parse_line
 _CONVERT = "give data as JSON, JSONL, CSV, TSV or text; export or convert it first"
 MAX_ROW_BYTES = 64 << 20  # one row; beyond it the file is not what it seems
 CHUNK_BYTES = 1 << 18
+MOVED_ROWS = 64  # between two looks at how far a file is read
 WRAPPER_KEYS = ("data", "train", "rows", "examples", "instances")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".md")
 TRAIN_NAMES = ("train", "training")
@@ -120,8 +122,12 @@ def _check_regular(path: Path) -> None:
         )
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, moved: Callable[[int], object] = lambda _: None) -> Iterator[Row]:
     """Yield the rows of a file.
+
+    Args:
+        path: The file.
+        moved: Called now and then with the number of bytes read so far.
 
     Raises:
         InputError: The file cannot be read, is of another kind, or is malformed; names the line.
@@ -131,11 +137,12 @@ def read_rows(path: Path) -> Iterator[Row]:
         with path.open("rb") as raw:
             start = raw.read(64)
             raw.seek(0)
-            if start[:2] == b"\x1f\x8b":
-                with gzip.open(raw) as unpacked:
-                    yield from _rows(path, unpacked)  # type: ignore[arg-type]
-            else:
-                yield from _rows(path, raw)
+            is_packed = start[:2] == b"\x1f\x8b"
+            with gzip.open(raw) if is_packed else nullcontext(raw) as plain:
+                for n, row in enumerate(_rows(path, plain)):  # type: ignore[arg-type]
+                    yield row
+                    if n % MOVED_ROWS == 0:
+                        moved(raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise InputError(
             f"damaged gzip file: {e}",

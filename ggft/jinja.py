@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from .chat_template import Message
+from .child import start_child, stop_child
 from .errors import InputError
 
 MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
 MAX_WAIT_S = 600.0  # the same, by the clock, for a machine that is busy or short of memory
 MAX_MEMORY_BYTES = 512 << 20  # beyond what the process has at its start
-_LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # Python itself may need them
 _TOO_LARGE = 77  # exit code of a process that outgrew its memory
 MAX_CHARS = 1 << 20  # of a rendering, beyond four times its contents
 FIXED_DATE = (
@@ -189,17 +188,8 @@ class JinjaProcess:
     def __init__(self, source: str, bos: str, eos: str, *, cpu_s: int = MAX_CPU_S) -> None:
         self._cpu_s = cpu_s
         self._lock = threading.Lock()
-        package = Path(__file__).parent
-        code = f"import sys; sys.path.insert(0, sys.argv[1]); from {__package__}.jinja import serve"
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", "-c", f"{code}; serve()", str(package.parent)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _LIBRARY_PATHS if name in os.environ},
-            close_fds=True,
-        )
-        self.close = weakref.finalize(self, _stop, self._process)
+        self._process = start_child("jinja:serve")
+        self.close = weakref.finalize(self, stop_child, self._process)
         self._exchange([source, bos, eos, cpu_s])
 
     def __call__(self, requests: Sequence[Request]) -> list[str | InputError]:
@@ -246,15 +236,6 @@ def _reason(code: int) -> str:
         return f"it ended with code {code}"
     name = signal.Signals(-code).name
     return {"SIGXCPU": "too much CPU time", "SIGKILL": "too much time or memory"}.get(name, name)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-    process.kill()
-    process.wait()
 
 
 def _send(pipe: IO[bytes], message: object) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         GgftError: a file, a row or the template does not serve; nothing is written then.
     """
     from ggft.corpus import CorpusOptions, load_corpus
+    from ggft.crew import Crew
     from ggft.gguf import read_gguf
     from ggft.gguf_vocab import check_special_ids, check_vocabulary
     from ggft.llamacpp import LlamaTokenizer
@@ -97,6 +99,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
             seed=config.seed,
             keep_tokens=False,
         ),
+        helpers=partial(Crew, model.path, config.template, train_on_prompt=config.train_on_prompt),
     )
     for text in (*template.notes, *corpus.account.notes):
         progress.note(text)

@@ -20,7 +20,7 @@ def sentence(rng: random.Random, n: int = 40) -> str:
 
 def find(texts: list[str]) -> Duplicates:
     prints = Fingerprints()
-    prints.extend(fingerprint(([], text) for text in texts))
+    prints.extend(fingerprint(texts))
     return prints.duplicates()
 
 
@@ -76,7 +76,7 @@ def test_the_estimate_is_the_overlap() -> None:
         other = [w if rng.random() < 0.9 else f"new{rng.randrange(99)}" for w in words]
         texts = [" ".join(words), " ".join(other)]
         a, b = ({t[i : i + 5] for i in range(len(t) - 4)} for t in map(normalized, texts))
-        signatures = fingerprint(([], text) for text in texts).signatures
+        signatures = fingerprint(texts).signatures
         errors.append((signatures[0] == signatures[1]).mean() - len(a & b) / len(a | b))
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.08
@@ -93,7 +93,7 @@ def test_the_same_question_is_one_group() -> None:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        prints.extend(fingerprint([(chat, None)]))
+        prints.extend(fingerprint([chat]))
     found = prints.duplicates()
     assert found.copy_of.tolist() == [0, 1, 2]
     assert found.group.tolist() == [0, 0, 2]

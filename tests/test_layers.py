@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
 # One line a layer; within a line, a module may import what stands before it. Verbs never import
 # one another.
 LAYERS = """
-errors terminal file_kinds options common_options config description progress interrupt supervise
+errors terminal file_kinds options common_options config description progress interrupt
+supervise child
 gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal
 safetensors matmul_peak machine
 chat_template jinja encoding word_cache builtin_templates templates ollama vocabulary
 json_stream formats datasets dedup recipe token_store batching corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
-llamacpp ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
+llamacpp crew ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
 base rundir chart report samples trainer
 evaluate train prepare convert inspect merge quantize export generate doctor bench
 command cli __main__
