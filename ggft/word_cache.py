@@ -1,8 +1,8 @@
 """Token ids of words met before, so that large data is not tokenized word for word anew.
 
 Text is cut where no token of the vocabulary reaches over: before a space, or after a line break,
-with a letter or the like on both sides. Neither side's ids then depend on the other: merges stay
-within tokens, and none of the patterns by which llama.cpp cuts text first looks over such a place.
+with a visible ASCII character on both sides. Neither side's ids then depend on the other: merges
+stay within tokens, and none of the patterns by which llama.cpp cuts text first looks over there.
 The new words of many texts go to the tokenizer as one text, for a call costs as much as a hundred
 words; the ids are told apart by the bytes that they stand for.
 """
@@ -25,8 +25,7 @@ MAX_JOINED_CHARS = 1 << 16
 # Texts tokenized without the cache before it is made: it costs a look at the whole vocabulary.
 N_DIRECT = 256
 _LETTERS = frozenset(string.ascii_letters)
-_BEFORE = _LETTERS.union(string.digits, ".,;:!?)'\"")
-_AFTER = _LETTERS.union(string.digits, "('\"")
+_EDGES = _LETTERS.union(string.digits, string.punctuation)  # of what text is cut between
 _MODELS = ("gpt2", "llama")  # vocabularies whose tokens are made by merges
 _USER_DEFINED = 4  # token type: found in text before all else, and may swallow blanks
 
@@ -121,9 +120,9 @@ def find_cuts(metadata: Mapping[str, object], *, space_prefix: bool) -> Cuts | N
         return None
     first, last = {t[0] for t in added}, {t[-1] for t in added}
     # Space and line break as vocabularies have them: byte-level, SentencePiece's, and plain.
-    before = _BEFORE - set(re.findall("(.)[\u0120\u2581 ]", vocabulary)) - last
-    after = _AFTER - first
-    line_start = _AFTER - set(re.findall("[\u010a\n](.)", vocabulary)) - first
+    before = _EDGES - set(re.findall("(.)[\u0120\u2581 ]", vocabulary)) - last
+    after = _EDGES - first
+    line_start = _EDGES - set(re.findall("[\u010a\n](.)", vocabulary)) - first
     if not (before >= _LETTERS and after >= _LETTERS):
         return None
     if space_prefix or "\n" in last or not line_start >= _LETTERS:
@@ -216,7 +215,9 @@ class WordCache:
         self, ids: list[int], pieces: list[tuple[str, str | None]]
     ) -> dict[str, list[int]] | None:
         """Divide a text's ids among its words; None where they stand for other bytes."""
-        sizes = [self._size(i) for i in ids]
+        n_bytes = self._n_bytes
+        n_bytes.update((i, len(self._tokenizer.decode([i]))) for i in set(ids).difference(n_bytes))
+        sizes = [n_bytes[i] for i in ids]
         result: dict[str, list[int]] = {}
         at = 0
         for piece, word in pieces:
@@ -229,10 +230,3 @@ class WordCache:
             if word is not None:
                 result[word] = ids[start:at]
         return result if at == len(ids) and 0 not in sizes else None
-
-    def _size(self, token: int) -> int:
-        """Return how many bytes a token stands for."""
-        size = self._n_bytes.get(token)
-        if size is None:
-            size = self._n_bytes[token] = len(self._tokenizer.decode([token]))
-        return size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import string
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ SAMPLES = [
     "\n",
     "",
 ]
-TRICKY = st.text(st.sampled_from(" \n\t.,:;!?'\"()<>-/abtheAZ07中é́👍\r▁Ġ"), max_size=40)
+TRICKY = st.text(st.sampled_from("  \n\t\rabtheAZ07中é́👍▁Ġ" + string.punctuation), max_size=40)
 
 
 def symbols(text: str) -> str:
