@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_template import Message, UnstableError
 from .datasets import Example, check_format, read_examples
-from .dedup import Duplicates, Fingerprints, Prints, fingerprint, split
+from .dedup import Duplicates, Fingerprints, split
 from .errors import InputError
 from .formats import DataFiles, find_files
 from .recipe import choose_max_length, held_out_rows
+from .row_encoding import Encode, Encoded, Texts, encode_ahead, encode_with
 from .templates import Template, Tokens
 from .token_store import StoreView, TokenStore
 
@@ -35,21 +32,9 @@ if TYPE_CHECKING:
     BoolArray = npt.NDArray[np.bool_]
 
 TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
-N_THREADS = min(4, os.cpu_count() or 1)
-BATCH_ROWS = 64
 BAR_DELAY_S = 2.0
 LARGE_BYTES = 8 << 20  # of files that are worth a second to start helpers
 N_SHOWN = 3  # places named in a warning
-
-
-Texts = Sequence[Sequence[Message] | str]  # conversations and plain texts
-Encoded = tuple[list[Tokens | InputError], Prints]
-Encode = Callable[[Texts], Encoded]
-
-
-def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> Encoded:
-    """Return the tokens of rows, or what is wrong with one, and their fingerprints."""
-    return template.encode_all(batch, train_on_prompt=train_on_prompt), fingerprint(batch)
 
 
 @dataclass(frozen=True)
@@ -333,19 +318,10 @@ class _Loader:
                 ) from None
 
     def _worked(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Tokens | InputError]]:
-        """Yield examples with their tokens, and keep their fingerprints; threads work ahead."""
-        with ThreadPoolExecutor(N_THREADS) as pool:
-            ahead: deque[tuple[list[Example], Future[Encoded]]] = deque()
-            while (batch := list(itertools.islice(examples, BATCH_ROWS))) or ahead:
-                if batch:
-                    texts = [e.messages if e.text is None else e.text for e in batch]
-                    ahead.append((batch, pool.submit(self.encode, texts)))
-                    if len(ahead) <= N_THREADS:
-                        continue
-                done, future = ahead.popleft()
-                tokens, prints = future.result()
-                self.prints.extend(prints)
-                yield from zip(done, tokens, strict=True)
+        """Yield examples with their tokens, and keep their fingerprints."""
+        for batch, (tokens, prints) in encode_ahead(examples, self.encode):
+            self.prints.extend(prints)
+            yield from zip(batch, tokens, strict=True)
 
     def _turn_by_turn(self, messages: list[Message]) -> list[Tokens]:
         """Encode each answer of a conversation as an example with what is before it as context."""

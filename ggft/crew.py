@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any
 
 from ggft.child import start_child, stop_child
-from ggft.corpus import Encode, Encoded, Texts, encode_with
 from ggft.errors import GgftError, ResourceError
 from ggft.gguf import read_gguf
 from ggft.llamacpp import LlamaTokenizer
+from ggft.row_encoding import Encode, Encoded, Texts, encode_with
 from ggft.templates import make_template
 
 N_PROCESSES = 2  # of about 100 MB each; with more, reading the rows is what takes time

@@ -13,11 +13,12 @@ import pytest
 
 from ggft import corpus
 from ggft.chat_template import Message
-from ggft.corpus import Corpus, CorpusOptions, encode_with, load_corpus
+from ggft.corpus import Corpus, CorpusOptions, load_corpus
 from ggft.crew import Crew
 from ggft.errors import InputError, ResourceError
 from ggft.gguf import read_gguf
 from ggft.llamacpp import LlamaTokenizer
+from ggft.row_encoding import encode_with
 from ggft.templates import Template, make_template
 from tests.models import CHATML, Spec, write_model
 from tests.test_prepare import NO_THOUGHTS, distinct, row, save
