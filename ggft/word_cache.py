@@ -1,8 +1,8 @@
 """Token ids of words met before, so that large data is not tokenized word for word anew.
 
 Text is cut where no token of the vocabulary reaches over: before a space, or after a line break,
-with a visible ASCII character on both sides. Neither side's ids then depend on the other: merges
-stay within tokens, and none of the patterns by which llama.cpp cuts text first looks over there.
+with a visible character on both sides. Neither side's ids then depend on the other: merges stay
+within tokens, and none of the patterns by which llama.cpp cuts text first looks over such a place.
 The new words of many texts go to the tokenizer as one text, for a call costs as much as a hundred
 words; the ids are told apart by the bytes that they stand for.
 """
@@ -13,8 +13,6 @@ import re
 import string
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 
 from .encoding import Tokenizer
@@ -25,12 +23,12 @@ MAX_JOINED_CHARS = 1 << 16
 # Texts tokenized without the cache before it is made: it costs a look at the whole vocabulary.
 N_DIRECT = 256
 _LETTERS = frozenset(string.ascii_letters)
-_EDGES = _LETTERS.union(string.digits, string.punctuation)  # of what text is cut between
 _MODELS = ("gpt2", "llama")  # vocabularies whose tokens are made by merges
+# What stands for a blank in vocabularies: byte-level (GPT-2's 33 + DEL) and SentencePiece's.
+_BLANK_SYMBOLS = {*map(chr, range(0x100, 0x122)), "\u2581"}
 _USER_DEFINED = 4  # token type: found in text before all else, and may swallow blanks
 
 
-@dataclass(frozen=True)
 class Cuts:
     """Where text is cut into words.
 
@@ -38,27 +36,23 @@ class Cuts:
     a line break instead, and a space within a word, where text cannot be cut, is a NUL. Where the
     tokenizer puts a space before a text, the first word is written like any other.
 
-    Attributes:
-        before: Characters that a space may follow where text is cut.
-        after: Characters that may follow that space.
-        line_start: Characters that may follow a line break where text is cut.
+    Args:
+        before: Matches a character that a space may follow where text is cut.
+        after: Matches a character that may follow that space.
+        line_start: Matches a character that may follow a line break where text is cut; None if
+            text is not cut there.
         space_prefix: Whether the tokenizer puts a space before a text.
     """
 
-    before: frozenset[str]
-    after: frozenset[str]
-    line_start: frozenset[str]
-    space_prefix: bool
-
-    @cached_property
-    def _no_cut(self) -> re.Pattern[str]:
-        """Spaces that text is not cut at."""
-        return re.compile(f" (?:(?!{_one_of(self.after)})|(?<!{_one_of(self.before)} ))")
-
-    @cached_property
-    def _line_break(self) -> re.Pattern[str]:
-        """Line breaks that text is cut after."""
-        return re.compile(f"\n(?={_one_of(self.line_start)})(?<={_one_of(self.before)}\n)")
+    def __init__(
+        self, before: str, after: str, line_start: str | None, *, space_prefix: bool
+    ) -> None:
+        self.space_prefix = space_prefix
+        self.before = re.compile(before)
+        self.after = re.compile(after)
+        self.line_start = re.compile(line_start) if line_start else None
+        self._no_cut = re.compile(f" (?:(?!{after})|(?<!{before} ))")
+        self._line_break = re.compile(f"\n(?={line_start})(?<={before}\n)")
 
     def words(self, text: str) -> list[str]:
         """Cut a text, which has no NUL, into words."""
@@ -78,9 +72,11 @@ class Cuts:
         """Return whether a word may stand between others."""
         starts = self.after
         if word[:1] == "\n" and not self.space_prefix:
+            if self.line_start is None:
+                return False
             word, starts = word[1:], self.line_start
         ends = word[:-1] if word[-1:] == "\n" and self.line_start else word
-        return word[:1] in starts and ends[-1:] in self.before
+        return bool(starts.match(word) and self.before.match(ends[-1:]))
 
     def join(self, words: Sequence[str]) -> list[tuple[str, str | None]]:
         """Return the pieces of a text that is cut into these words, each with its word.
@@ -120,18 +116,32 @@ def find_cuts(metadata: Mapping[str, object], *, space_prefix: bool) -> Cuts | N
         return None
     first, last = {t[0] for t in added}, {t[-1] for t in added}
     # Space and line break as vocabularies have them: byte-level, SentencePiece's, and plain.
-    before = _EDGES - set(re.findall("(.)[\u0120\u2581 ]", vocabulary)) - last
-    after = _EDGES - first
-    line_start = _EDGES - set(re.findall("[\u010a\n](.)", vocabulary)) - first
-    if not (before >= _LETTERS and after >= _LETTERS):
+    to_space = set(re.findall("(.)[\u0120\u2581 ]", vocabulary))
+    from_break = set(re.findall("[\u010a\n](.)", vocabulary))
+    if not _LETTERS.isdisjoint(to_space | first | last):
         return None
-    if space_prefix or "\n" in last or not line_start >= _LETTERS:
-        line_start = frozenset()
-    return Cuts(before, after, line_start, space_prefix)
+    cut_lines = not (space_prefix or "\n" in last or from_break & _LETTERS)
+    return Cuts(
+        _visible_but(to_space | last),
+        _visible_but(first),
+        _visible_but(from_break | first) if cut_lines else None,
+        space_prefix=space_prefix,
+    )
 
 
-def _one_of(chars: frozenset[str]) -> str:
-    return f"[{re.escape(''.join(sorted(chars)))}]"
+def _visible_but(chars: set[str]) -> str:
+    """Return a pattern of one visible character.
+
+    Args:
+        chars: Those left out, as a vocabulary has them. A character beyond ASCII, or the stand-in
+            for a byte of one, leaves out all of these.
+    """
+    left_out = "".join(c for c in chars if c <= "\x7f")
+    if any(c > "\x7f" and c not in _BLANK_SYMBOLS for c in chars):
+        beyond = "\\x80-\\U0010ffff"
+    else:
+        beyond = "\u2581"  # in a text, too, SentencePiece takes it for a space
+    return f"[^\\s\\x00-\\x1f\\x7f{beyond}{re.escape(left_out)}]"
 
 
 class WordCache:

@@ -41,7 +41,12 @@ SAMPLES = [
     "\n",
     "",
 ]
-TRICKY = st.text(st.sampled_from("  \n\t\rabtheAZ07中é́👍▁Ġ" + string.punctuation), max_size=40)
+TRICKY = st.text(
+    st.sampled_from(
+        "  \n\t\rabtheAZ07中文é́👍\u200d🏽▁Ġ\u3000\xa0，。、۱ß\x02" + string.punctuation
+    ),
+    max_size=40,
+)
 
 
 def symbols(text: str) -> str:
@@ -211,10 +216,22 @@ def test_tokens_that_reach_over_a_space_forbid_to_cut_there(
     assert cuts(spm, [" added"], 4) is None
     assert cuts(spm, ["added"], 4) is None
     assert cuts(spm, ["  ", "<b>"], 4) is not None
-    assert "," not in cuts(bpe, [",Ġ"]).before
-    assert not cuts(bpe, ["Ċx"]).line_start
-    assert cuts(bpe, []).line_start
-    assert not cuts(spm, []).line_start
+    for text, joined, cut in (
+        (", x", ",Ġ", False),
+        ("; x", ",Ġ", True),
+        ("。 x", "\u0124Ġ", False),  # a byte of a character beyond ASCII
+        ("。 x", ",Ġ", True),
+        ("a\nx", "Ċx", False),
+        ("a\nx", "Ċ-", True),
+        ("a\n-", "Ċ-", False),
+        ("a\n中", "Ċä", False),
+        ("a\n中", "Ċ-", True),
+        ("a\u3000 x", ",Ġ", False),
+    ):
+        assert (len(cuts(bpe, [joined]).words(text)) == 2) is cut, (text, joined)
+    assert len(cuts(spm, []).words("a\nx")) == 1
+    assert len(cuts(spm, []).words("。 x")) == 2
+    assert len(cuts(spm, ["。▁"]).words("。 x")) == 1
     assert find_cuts({"tokenizer.ggml.model": "t5"}, space_prefix=False) is None
     assert find_cuts({}, space_prefix=False) is None
 
