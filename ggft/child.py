@@ -15,6 +15,7 @@ def start_child(function: str) -> subprocess.Popen[bytes]:
     """Start a process that runs a function of this package, given as `module:name`.
 
     It has pipes for standard input and output, no environment, and the same folder and user.
+    Signals to this process's group, such as Ctrl-C, do not reach it: it ends with its input.
     """
     package = Path(__file__).parent
     module, _, name = function.partition(":")
@@ -29,6 +30,7 @@ def start_child(function: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         env={name: os.environ[name] for name in _LIBRARY_PATHS if name in os.environ},
         close_fds=True,
+        start_new_session=True,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import queue
-import signal
 import sys
 import weakref
 from pathlib import Path
@@ -116,7 +115,6 @@ class _Member:
 
 def serve() -> None:
     """Encode the batches that come on standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
 
     def send(message: object) -> None:

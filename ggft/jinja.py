@@ -256,9 +256,6 @@ def _receive(pipe: IO[bytes]) -> Any:
 
 def serve() -> None:
     """Answer requests on standard input until it ends."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
     source, bos, eos, cpu_s = _receive(pipe_in)
     _environment()  # import before the memory is limited
