@@ -20,7 +20,8 @@ from .dedup import Duplicates, Fingerprints, split
 from .errors import InputError
 from .formats import DataFiles, find_files
 from .recipe import choose_max_length, held_out_rows
-from .row_encoding import Encode, Encoded, Texts, encode_ahead, encode_with
+from .row_encoding import Encode, encode_ahead, encode_with
+from .row_table import RowTable
 from .templates import Template, Tokens
 from .token_store import StoreView, TokenStore
 
@@ -127,34 +128,6 @@ class Corpus:
     table: RowTable
 
 
-class RowTable:
-    """Where each row is, in 12 bytes a row."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self._file = array("i")
-        self._line = array("q")
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._file)
-
-    def add(self, file: int, line: int) -> None:
-        """Append a row of file number `file`."""
-        self._file.append(file)
-        self._line.append(line)
-
-    def files(self) -> npt.NDArray[np.int32]:
-        """Return the number of each row's file, (N,)."""
-        import numpy as np
-
-        return np.array(self._file, np.int32)
-
-    def where(self, row: int) -> str:
-        """Return `file:line` of a row."""
-        return f"{self.paths[self._file[row]].name}:{self._line[row]}"
-
-
 def load_corpus(
     paths: Iterable[str | Path],
     template: Template,
@@ -179,10 +152,7 @@ def load_corpus(
 
     check_format(options.format_name)
     files = find_files(paths)
-
-    def encode(batch: Texts) -> Encoded:
-        return encode_with(template, batch, train_on_prompt=options.train_on_prompt)
-
+    encode = partial(encode_with, template, train_on_prompt=options.train_on_prompt)
     n_bytes = sum(path.stat().st_size for path in (*files.train, *files.valid))
     with (
         helpers() if helpers and n_bytes > LARGE_BYTES else nullcontext(encode) as encoding,

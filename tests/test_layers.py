@@ -17,7 +17,8 @@ supervise child
 gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal
 safetensors matmul_peak machine
 chat_template jinja encoding word_cache builtin_templates templates ollama vocabulary
-json_stream formats datasets dedup recipe token_store batching row_encoding corpus schedule steps
+json_stream formats datasets dedup recipe token_store batching
+row_encoding row_table corpus schedule steps
 legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
 llamacpp crew ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
 base rundir chart report samples trainer
