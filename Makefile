@@ -25,10 +25,10 @@ BIN := $(VENV)/bin
 GGFT := $(BIN)/ggft
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
-NATIVE := $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
+NATIVE := native/CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h')
 comma := ,
 STUBGEN := $(BIN)/python -m nanobind.stubgen -q -m ggft._native -o
-CPP := $(wildcard native/*.cpp native/*.h native/tests/*.cpp native/tests/*.h)
+CPP := $(filter-out %.txt,$(NATIVE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 # Against the llama.cpp in this environment, in a build folder that only this environment uses.
@@ -69,7 +69,7 @@ test: dev model ## run the tests (set-up and the default model included)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 fuzz: dev ## give damaged model files to all readers: make fuzz MUTANTS=100000
-	@GGFT_MUTANTS=$(MUTANTS) $(BIN)/python -m pytest -s tests/test_fuzz_files.py $(PYTEST_ARGS)
+	@GGFT_MUTANTS=$(MUTANTS) $(BIN)/python -m pytest -s tests/gguf/test_mutants.py $(PYTEST_ARGS)
 
 # Vulkan stands for all GPUs: where there is none, Mesa's software Vulkan computes. Its compiled shaders are kept,
 # since compiling them takes longer than the tests.
@@ -97,7 +97,7 @@ fuzz-asan: dev ## the same with the native module under ASan and UBSan (nightly,
 	@cd $(SANITIZED)/run && LD_PRELOAD="$(foreach l,asan ubsan stdc++,$$($(or $(CXX),c++) -print-file-name=lib$(l).so))" \
 	    ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 UBSAN_OPTIONS=halt_on_error=1 \
 	    PYTHONPATH=".:$$($(abspath $(BIN))/python -c 'import sysconfig as s; print(s.get_paths()["purelib"])')" \
-	    $(abspath $(BIN))/python -S -m tests.mutants mutants 0 $(MUTANTS)
+	    $(abspath $(BIN))/python -S -m tests.support.mutants mutants 0 $(MUTANTS)
 
 check: dev ## formatting, lint, types, and whether the stub of the native module is current
 	@$(BIN)/ruff format --check -q .

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.chart import Bar, draw
 from bench.common import PEER_PYTHON, ROOT, SMOLLM2, run_json, run_peer, text_ids, whole_rows
-from ggft.bench import block_matrices
-from ggft.gguf import check_model, read_gguf
-from ggft.matmul_peak import measure_peak
+from ggft.engine.peak import measure_peak
+from ggft.gguf.read import check_model, read_gguf
+from ggft.recipes.bench import block_matrices
 
 GGFT = "from ggft.cli import main; main()"
 SHAPES = ((1, 512), (4, 512))

@@ -43,7 +43,7 @@ def real_text(data: Path | None) -> str:
 
 def text_ids(model: Path, data: Path | None, n_ids: int) -> list[int]:
     """Return `n_ids` tokens of real text; a short text is repeated."""
-    from ggft.llamacpp import LlamaTokenizer
+    from ggft.llama.model import LlamaTokenizer
 
     tokenizer = LlamaTokenizer(model)
     # A token has at most about six characters of English: no need to tokenize a whole book.
@@ -66,7 +66,7 @@ def whole_rows(ids: Sequence[int], n_steps: int, n_rows: int, n_tokens: int) -> 
 
 def packed_rows(model: Path, data: Path | None, n_steps: int, n_rows: int, n_tokens: int) -> Arrays:
     """Return (steps, B, T) batches of packed examples of which only the second half is trained."""
-    from ggft.batching import Batches, TokenStore
+    from ggft.data.batches import Batches, TokenStore
 
     ids = text_ids(model, data, 2 * n_steps * n_rows * n_tokens)
     rng, store, at = np.random.default_rng(0), TokenStore(), 0

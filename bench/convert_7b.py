@@ -17,9 +17,9 @@ from struct import pack
 
 import numpy as np
 
-from ggft.cursor import read_bytes
-from ggft.gguf import read_gguf
-from ggft.legacy import read_legacy
+from ggft.gguf.cursor import read_bytes
+from ggft.gguf.read import read_gguf
+from ggft.legacy.reader import read_legacy
 
 N_VOCAB, N_EMBD, N_FF, N_LAYER, N_HEAD = 32000, 4096, 11008, 32, 32
 POOL_BLOCKS = 1 << 20

@@ -41,7 +41,7 @@ def requantize(model: Path, type_name: str, out: Path) -> None:
 
 def llama_nats(model: Path, ids: list[int], n_tokens: int, threads: int) -> float:
     """Return the mean nats from llama.cpp, over rows of `n_tokens` that start afresh."""
-    from ggft.llamacpp import LlamaModel
+    from ggft.llama.model import LlamaModel
 
     total = 0.0
     with LlamaModel(model, n_ctx=n_tokens + 1, threads=threads, device="cpu") as llama:
@@ -54,7 +54,7 @@ def engine_nats(
     model: Path, ids: list[int], n_tokens: int, threads: int, precision: str, kernels: str
 ) -> float:
     """Return the mean nats from ggft's engine over the same rows."""
-    from ggft.engine import Engine, EngineSettings, mean_nats
+    from ggft.engine.engine import Engine, EngineSettings, mean_nats
 
     n_rows = (len(ids) - 1) // n_tokens
     batches = whole_rows(ids, n_rows, 1, n_tokens)

@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.blocks import TYPES, random_blocks
-from tests.models import ALIGNMENT, Spec, gguf_head, matrix_shapes, model_metadata
+from tests.support.blocks import TYPES, random_blocks
+from tests.support.models import ALIGNMENT, Spec, gguf_head, matrix_shapes, model_metadata
 
 CHUNK_VALUES = 1 << 24
 

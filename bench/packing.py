@@ -24,14 +24,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import SMOLLM2
-from ggft.base import Base, Data, load_data, open_base
-from ggft.config import FinetuneConfig
-from ggft.engine import Engine
-from ggft.interrupt import StopSignals
-from ggft.train import choose_settings, make_shape, open_engine, plan_run
+from ggft.engine.engine import Engine
+from ggft.settings.training import FinetuneConfig
+from ggft.setup.inputs import Base, Data, load_data, open_base
+from ggft.setup.open import choose_settings, make_shape, open_engine, plan_run
+from ggft.system.signals import StopSignals
 
 if TYPE_CHECKING:
-    from ggft.batching import Batch
+    from ggft.data.batches import Batch
 
 
 @dataclass

@@ -18,8 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import SMOLLM2, Arrays, packed_rows, run_peer
-from ggft.config import TARGETS
-from ggft.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine, EngineSettings
+from ggft.gguf.linears import TARGETS
 
 BARS = {"f32": 2e-3, "fast": 1e-2}
 RANK, ALPHA = 8, 32.0
@@ -27,7 +27,7 @@ RANK, ALPHA = 8, 32.0
 
 def open_engine(model: Path, batches: Arrays, precision: str, threads: int) -> Engine:
     """Open ggft's engine with the peer's settings."""
-    from ggft.gguf import check_model, read_gguf
+    from ggft.gguf.read import check_model, read_gguf
 
     _, rows, tokens = batches["tokens"].shape
     settings = EngineSettings(

@@ -18,19 +18,20 @@ from ggft import __version__
 from ggft.command import VerbGroup, debug_option, run, verb
 
 if TYPE_CHECKING:
-    from ggft.bench import BenchConfig
-    from ggft.config import EvalConfig, FinetuneConfig
-    from ggft.convert import ConvertConfig
-    from ggft.doctor import DoctorConfig
-    from ggft.export import ExportConfig
-    from ggft.generate import GenerateConfig
-    from ggft.hub import DownloadConfig
-    from ggft.inspect import InfoConfig
-    from ggft.merge import MergeConfig
-    from ggft.prepare import PrepareConfig
-    from ggft.quantize import QuantizeConfig
-    from ggft.registry import ModelsConfig
-    from ggft.report import ReportConfig
+    from ggft.settings.training import BenchConfig, EvalConfig, FinetuneConfig
+    from ggft.settings.verbs import (
+        ConvertConfig,
+        DoctorConfig,
+        DownloadConfig,
+        ExportConfig,
+        GenerateConfig,
+        InfoConfig,
+        MergeConfig,
+        ModelsConfig,
+        PrepareConfig,
+        QuantizeConfig,
+        ReportConfig,
+    )
 
 ConfigT = TypeVar("ConfigT")
 # Whether this process is `ggft` itself, which can be started again as a child, and not a test.
@@ -48,77 +49,77 @@ cli.params.append(debug_option())
 
 def _with_model(config: ConfigT) -> ConfigT:
     """Return the config with its model's name replaced by the path of the (downloaded) file."""
-    from ggft.hub import find_model
+    from ggft.hub.download import find_model
 
     return replace(config, model=str(find_model(config.model)))  # type: ignore[type-var,attr-defined]
 
 
-@verb(cli, "ggft.config:FinetuneConfig", config_file=True)
+@verb(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
 def finetune(config: FinetuneConfig) -> Any:
     """Train a LoRA adapter on a quantized model."""
     if _is_program and not config.dry_run:
-        from ggft.supervise import supervise
+        from ggft.system.processes import supervise
 
         code = supervise(Path(config.output))
         if code is not None:
             return code
-    from ggft.train import finetune as action
+    from ggft.recipes.finetune import finetune as action
 
     if not config.dry_run:
         return action(_with_model(config))
-    from ggft.outline import model_outline
+    from ggft.hub.header import model_outline
 
     with model_outline(config.model) as path:
         return action(replace(config, model=str(path)))
 
 
-@verb(cli, "ggft.config:FinetuneConfig", config_file=True)
+@verb(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
 def plan(config: FinetuneConfig) -> None:
     """Say what training would need, from the model's header alone."""
-    from ggft.outline import model_outline
-    from ggft.train import plan as action
+    from ggft.hub.header import model_outline
+    from ggft.recipes.finetune import plan as action
 
     with model_outline(config.model) as path:
         action(replace(config, model=str(path)))
 
 
-@verb(cli, "ggft.prepare:PrepareConfig")
+@verb(cli, "ggft.settings.verbs:PrepareConfig")
 def prepare(config: PrepareConfig) -> None:
     """Show what training would see of some data, and write it out cleaned."""
-    from ggft.prepare import prepare as action
+    from ggft.recipes.prepare import prepare as action
 
     action(_with_model(config))
 
 
-@verb(cli, "ggft.config:EvalConfig", name="eval", config_file=True)
+@verb(cli, "ggft.settings.training:EvalConfig", name="eval", config_file=True)
 def evaluate(config: EvalConfig) -> None:
     """Measure the loss of data under a model and an adapter."""
-    from ggft.evaluate import evaluate as action
+    from ggft.recipes.evaluate import evaluate as action
 
     action(_with_model(config))
 
 
-@verb(cli, "ggft.generate:GenerateConfig")
+@verb(cli, "ggft.settings.verbs:GenerateConfig")
 @click.argument("prompt", required=False)
 @click.option("--input", "extra", metavar="TEXT", help="The instruction's input, if it has one")
 def generate(config: GenerateConfig, prompt: str | None, extra: str | None) -> None:
     """Answer one PROMPT (or what is piped in) on stdout."""
-    from ggft.generate import generate as action
-    from ggft.generate import read_prompt
+    from ggft.recipes.generate import generate as action
+    from ggft.recipes.generate import read_prompt
 
     text = read_prompt(prompt)
     action(_with_model(config), text, extra)
 
 
-@verb(cli, "ggft.generate:GenerateConfig")
+@verb(cli, "ggft.settings.verbs:GenerateConfig")
 def chat(config: GenerateConfig) -> None:
     """Talk with a model, with or without an adapter."""
-    from ggft.generate import chat as action
+    from ggft.recipes.generate import chat as action
 
     action(_with_model(config))
 
 
-@verb(cli, "ggft.hub:DownloadConfig")
+@verb(cli, "ggft.settings.verbs:DownloadConfig")
 @click.argument("model", required=False)
 def download(config: DownloadConfig, model: str | None) -> None:
     """Download a model by name, checked by its SHA-256.
@@ -126,33 +127,33 @@ def download(config: DownloadConfig, model: str | None) -> None:
     MODEL is a name that `ggft models` lists (the default model if not given), or a file on the
     Hugging Face hub: owner/repository/file.gguf[@revision].
     """
-    from ggft.common_options import DEFAULT_MODEL
-    from ggft.hub import download as action
+    from ggft.hub.download import download as action
+    from ggft.settings.declared import DEFAULT_MODEL
 
     click.echo(action(DEFAULT_MODEL if model is None else model, config.folder, force=config.force))
 
 
-@verb(cli, "ggft.registry:ModelsConfig")
+@verb(cli, "ggft.settings.verbs:ModelsConfig")
 def models(config: ModelsConfig) -> None:
     """List the models known by name, and which fit."""
-    from ggft.registry import models_text
+    from ggft.hub.registry import models_text
 
     click.echo(models_text(config))
 
 
-@verb(cli, "ggft.inspect:InfoConfig")
+@verb(cli, "ggft.settings.verbs:InfoConfig")
 @click.argument("file")
 def info(config: InfoConfig, file: str) -> None:
     """Say what a model file is, and what ggft can do with it.
 
     FILE is a GGUF (model, adapter, vocabulary, any shard) or an old GGML file.
     """
-    from ggft.inspect import info as action
+    from ggft.recipes.info import info as action
 
     click.echo(action(file, config))
 
 
-@verb(cli, "ggft.convert:ConvertConfig")
+@verb(cli, "ggft.settings.verbs:ConvertConfig")
 @click.argument("old")
 @click.argument("new")
 def convert(config: ConvertConfig, old: str, new: str) -> None:
@@ -161,15 +162,15 @@ def convert(config: ConvertConfig, old: str, new: str) -> None:
     OLD is the file, the first part of several, or an adapter's folder (see --base); NEW is the
     GGUF to write.
     """
-    from ggft.convert import convert as action
-    from ggft.hub import find_model
+    from ggft.hub.download import find_model
+    from ggft.recipes.convert import convert as action
 
     if config.base is not None:
         config = replace(config, base=str(find_model(config.base)))
     click.echo(action(old, new, config))
 
 
-@verb(cli, "ggft.merge:MergeConfig")
+@verb(cli, "ggft.settings.verbs:MergeConfig")
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("output")
@@ -178,13 +179,13 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
 
     BASE is the model's GGUF or its name, ADAPTER the adapter's GGUF, OUTPUT the GGUF to write.
     """
-    from ggft.config import EvalConfig
-    from ggft.hub import find_model
-    from ggft.merge import merge_files as action
+    from ggft.hub.download import find_model
+    from ggft.recipes.merge import merge_files as action
+    from ggft.settings.training import EvalConfig
 
     def measure(model: str, tuned: str | None, template: str) -> float:
-        from ggft.evaluate import evaluate as eval_action
-        from ggft.progress import Progress
+        from ggft.recipes.evaluate import evaluate as eval_action
+        from ggft.system.progress import Progress
 
         data = EvalConfig(model=model, adapter=tuned, template=template, data=config.data)
         return float(eval_action(data, Progress("quiet"))["loss"])
@@ -192,19 +193,19 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
     click.echo(action(str(find_model(base)), adapter, output, config, measure))
 
 
-@verb(cli, "ggft.quantize:QuantizeConfig")
+@verb(cli, "ggft.settings.verbs:QuantizeConfig")
 @click.argument("model")
 @click.argument("output")
 @click.argument("type_name", metavar="TYPE")
 def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) -> None:
     """Write a model in another type, such as Q4_K_M."""
-    from ggft.hub import find_model
-    from ggft.quantize import quantize_file as action
+    from ggft.hub.download import find_model
+    from ggft.recipes.quantize import quantize_file as action
 
     click.echo(action(str(find_model(model)), output, type_name, config))
 
 
-@verb(cli, "ggft.export:ExportConfig")
+@verb(cli, "ggft.settings.verbs:ExportConfig")
 @click.argument("model")
 @click.argument("folder")
 def export(config: ExportConfig, model: str, folder: str) -> None:
@@ -212,36 +213,36 @@ def export(config: ExportConfig, model: str, folder: str) -> None:
 
     MODEL is the base model's GGUF or its name, or a merged model; FOLDER is made.
     """
-    from ggft.export import export as action
-    from ggft.hub import find_model
+    from ggft.hub.download import find_model
+    from ggft.recipes.export import export as action
 
     click.echo(action(str(find_model(model)), folder, config))
 
 
-@verb(cli, "ggft.report:ReportConfig")
+@verb(cli, "ggft.settings.verbs:ReportConfig")
 @click.argument("run", metavar="RUN")
 def report(config: ReportConfig, run: str) -> None:
     """Say what a training run came to.
 
     RUN is a run directory; its report.html is written anew.
     """
-    from ggft.report import report as action
+    from ggft.recipes.report import report as action
 
     click.echo(action(run, config))
 
 
-@verb(cli, "ggft.doctor:DoctorConfig")
+@verb(cli, "ggft.settings.verbs:DoctorConfig")
 def doctor(config: DoctorConfig) -> int:
     """Say what this machine can do, and what to mend."""
-    from ggft.doctor import doctor as action
+    from ggft.recipes.doctor import doctor as action
 
     return action(config)
 
 
-@verb(cli, "ggft.bench:BenchConfig")
+@verb(cli, "ggft.settings.training:BenchConfig")
 def bench(config: BenchConfig) -> None:
     """Measure a model's training speed and memory here."""
-    from ggft.bench import bench as action
+    from ggft.recipes.bench import bench as action
 
     action(_with_model(config))
 

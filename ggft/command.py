@@ -18,10 +18,17 @@ from typing import Any
 
 import click
 
-from ggft.errors import EXIT_OK, EXIT_SIGINT, GgftError, InputError, Interrupted, ResourceError
-from ggft.interrupt import silence_stdout
-from ggft.options import Option, make, options_of
-from ggft.terminal import printable
+from ggft.settings.option import Option, make, options_of
+from ggft.system.errors import (
+    EXIT_OK,
+    EXIT_SIGINT,
+    GgftError,
+    InputError,
+    Interrupted,
+    ResourceError,
+)
+from ggft.system.signals import silence_stdout
+from ggft.system.text import printable
 
 EXIT_BUG = 1
 _NO_ROOM = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.runs import Case
+    from tests.support.runs import Case
 
 # Set before anything imports huggingface_hub, which reads its folders at import. Child processes
 # inherit them: nothing listens on port 9, and pip asks no index.
@@ -59,10 +59,10 @@ def _isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Return a tiny model, data and a place for runs, on the fake engine."""
-    from tests.fakes import native_module
-    from tests.runs import Case
+    from tests.support.fakes import native_module
+    from tests.support.runs import Case
 
-    monkeypatch.setattr("ggft.engine.load_native", native_module)
+    monkeypatch.setattr("ggft.engine.engine.load_native", native_module)
     return Case(tmp_path)
 
 
@@ -78,7 +78,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def gpu() -> str:
     """Return the name of the device to test; fail where GGFT_TEST_DEVICE names one that is not."""
-    from ggft.engine import load_native
+    from ggft.engine.engine import load_native
 
     wanted = os.environ.get("GGFT_TEST_DEVICE")
     names = [d["name"] for d in load_native().devices() if d["type"] in ("gpu", "igpu")]

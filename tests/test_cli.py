@@ -14,8 +14,8 @@ import pytest
 
 from ggft.cli import cli
 from ggft.command import VerbGroup, run, verb
-from ggft.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
-from tests.models import CHATML, Spec, write_model
+from ggft.system.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
+from tests.support.models import CHATML, Spec, write_model
 
 GGFT = [sys.executable, "-c", "from ggft.cli import main; main()"]
 
@@ -86,7 +86,7 @@ def test_wrong_input_is_told_in_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ggft.fetch.WAIT_S", 0.0)
+    monkeypatch.setattr("ggft.hub.fetch.WAIT_S", 0.0)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "page.gguf").write_text("<!DOCTYPE html><html></html>")
@@ -149,7 +149,7 @@ def toy(action: object) -> VerbGroup:
     """Return a group whose one command, `act`, runs `action`."""
     group = VerbGroup(name="toy")
 
-    @verb(group, "ggft.hub:DownloadConfig")
+    @verb(group, "ggft.hub.download:DownloadConfig")
     def act(config: object) -> object:
         """Act."""
         if isinstance(action, BaseException):
@@ -233,8 +233,8 @@ def test_flags_win_over_the_config_file(tmp_path: Path, monkeypatch: pytest.Monk
     seen: list[Any] = []
     path = tmp_path / "config.yaml"
     path.write_text("rank: 4\nlearning-rate: 0.001\npacking: false\n")
-    monkeypatch.setattr("ggft.train.finetune", seen.append)
-    monkeypatch.setattr("ggft.hub.find_model", Path)
+    monkeypatch.setattr("ggft.recipes.finetune.finetune", seen.append)
+    monkeypatch.setattr("ggft.hub.download.find_model", Path)
     args = ["-d", "a,b.json", "-d", "c", "--rank", "2", "--target-modules", "attn_q,ffn_up"]
     assert run(cli, ["finetune", "--config", str(path), *args]) == 0
     (config,) = seen

@@ -1,82 +1,100 @@
-"""The import rule: a module imports only lower layers, or earlier names of its own."""
+"""The import rule: a module imports its own package and those to the left of it, never rightwards.
+
+ARCHITECTURE.md says what each package is for. Native code has a table of its own, held by its
+includes.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "ggft"
-
-# One line a layer; within a line, a module may import what stands before it. Verbs never import
-# one another.
-LAYERS = """
-errors terminal file_kinds options common_options config description progress interrupt
-supervise child
-gguf_types architectures cursor gguf_parse gguf_vocab gguf_check gguf gguf_write metal
-safetensors matmul_peak machine
-chat_template jinja encoding word_cache builtin_templates templates ollama vocabulary
-json_stream formats datasets dedup recipe token_store batching
-row_encoding row_table corpus schedule steps
-legacy_blocks legacy_parse legacy legacy_family legacy_vocab block_scales
-llamacpp crew ggml_quants receipt engine adapter peft checkpoint planner fetch registry hub outline
-base rundir chart report samples trainer
-evaluate train prepare convert inspect merge quantize export generate doctor bench
-command cli __main__
-"""
-ROWS = [line.split() for line in LAYERS.strip().splitlines()]
-VERBS = len(ROWS) - 2
-LEVEL = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "ggft"
+LAYERS = [
+    "system", "prompts", "gguf", "settings", "llama", "legacy", "hub", "data", "engine",
+    "adapters", "setup", "training", "recipes", "command", "cli", "__main__",
+]  # fmt: skip
+NATIVE_LAYERS = [
+    "base", "kernels", "trace", "model", "rules", "patterns", "segments", "engine", "bindings",
+]  # fmt: skip
+MOST_FILES = 15
 # Who alone may import what is heavy or foreign.
 ONLY = {
-    "llama_cpp": {"llamacpp"},
-    "_native": {"engine"},
+    "llama_cpp": {"llama.library"},
+    "ggft._native": {"engine.engine"},
     "click": {"command", "cli"},
-    "huggingface_hub": {"hub"},
-    "httpx2": {"fetch", "hub"},
-    "jinja2": {"jinja"},
+    "huggingface_hub": {"hub.download"},
+    "httpx2": {"hub.fetch", "hub.download"},
+    "jinja2": {"prompts.jinja"},
+    "yaml": {"settings.option"},
+    "tqdm": {"system.progress"},
 }
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+SOURCES = sorted(
+    path for path in (ROOT / "native").rglob("*") if path.suffix in (".cpp", ".h")
+    and path.parent.name != "tests"
+)  # fmt: skip
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Return the modules of ggft that a file imports anywhere in it, and the foreign packages."""
-    own, foreign = set(), set()
+def name_of(path: Path) -> str:
+    """Return a module's dotted name within the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module that a file imports anywhere in it, and every name imported from one."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["ggft" if node.level else "", node.module or ""]))
-            names = [f"{base}.{alias.name}" if base == "ggft" else base for alias in node.names]
-        else:
+            assert not node.level, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_left(path: Path) -> None:
+    name = name_of(path)
+    own = name.partition(".")[0]
+    assert own in LAYERS, "a new package: give it a place in LAYERS and in ARCHITECTURE.md"
+    for imported in imports(path):
+        top, _, rest = imported.partition(".")
+        package = rest.partition(".")[0]
+        if top != "ggft" or package not in LAYERS:
             continue
-        for name in names:
-            top, _, rest = name.partition(".")
-            if top == "ggft":
-                own.add(rest.partition(".")[0])
-            else:
-                foreign.add(top)
-    return own, foreign
+        assert LAYERS.index(package) <= LAYERS.index(own), f"{name} may not import {imported}"
+        if own == package == "recipes":
+            pytest.fail(f"recipes never import one another: {imported}")
 
 
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_go_down(path: Path) -> None:
-    assert path.stem in LEVEL, "a new module: give it a place in LAYERS"
-    own = LEVEL[path.stem]
-    for name in imports(path)[0] & LEVEL.keys():
-        assert LEVEL[name] < own, f"{path.stem} may not import {name}"
-        assert not (own[0] == VERBS == LEVEL[name][0]), f"verb {path.stem} imports verb {name}"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_foreign_modules_have_one_importer(path: Path) -> None:
-    own, foreign = imports(path)
-    for name in (own | foreign) & ONLY.keys():
-        assert path.stem in ONLY[name], f"{path.stem} imports {name}"
+    for imported in imports(path):
+        for foreign, importers in ONLY.items():
+            if imported == foreign or imported.startswith(foreign + "."):
+                assert name_of(path) in importers, f"{name_of(path)} imports {foreign}"
 
 
-def test_the_table_names_only_what_exists() -> None:
-    assert set(LEVEL) == {path.stem for path in MODULES}
+def test_every_folder_is_small_and_every_package_says_what_it_is() -> None:
+    for folder in {path.parent for path in (*MODULES, *SOURCES)}:
+        n_files = len([p for p in folder.iterdir() if p.is_file()])
+        assert n_files <= MOST_FILES, f"{folder.relative_to(ROOT)} has {n_files} files"
+    for package in {path.parent for path in MODULES}:
+        tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), f"{package.name}/__init__.py has no docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "native")))
+def test_includes_go_left(path: Path) -> None:
+    own = path.relative_to(ROOT / "native").parts[0]
+    for included in re.findall(r'#include "([\w./]+)"', path.read_text(encoding="utf-8")):
+        folder = included.partition("/")[0]
+        if "/" in included and folder in NATIVE_LAYERS:
+            assert NATIVE_LAYERS.index(folder) <= NATIVE_LAYERS.index(own), (
+                f"{own} may not include {included}"
+            )

@@ -10,9 +10,9 @@
 #include <thread>
 #include <vector>
 
-#include "../kernels_gemm.h"
-#include "../kernels_simd.h"
 #include "ggml.h"
+#include "kernels/gemm/gemm.h"
+#include "kernels/isa/vector.h"
 
 namespace ggft_test {
 

@@ -1,5 +1,5 @@
 // Attention against the textbook loops in double: packing, padding, grouping, head sizes; speed.
-#include "../kernels_attention.h"
+#include "kernels/attention/attention.h"
 
 #include <algorithm>
 

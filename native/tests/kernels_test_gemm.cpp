@@ -1,10 +1,10 @@
 // Matrix products: every weight type, odd shapes, threads, low-rank term; speed.
 #include <cstring>
 
-#include "../kernels_dequant.h"
-#include "../kernels_dropout.h"
-#include "../kernels_prepacked.h"
-#include "../kernels_turns.h"
+#include "kernels/dequant/dequant.h"
+#include "kernels/gemm/prepacked.h"
+#include "kernels/isa/work_stealing.h"
+#include "kernels/rowwise/dropout.h"
 #include "kernels_test.h"
 
 namespace ggft_test {

@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../kernels_dropout.h"
-#include "../kernels_elementwise.h"
-#include "../kernels_loss.h"
-#include "../kernels_simd.h"
+#include "kernels/isa/vector.h"
+#include "kernels/rowwise/cross_entropy.h"
+#include "kernels/rowwise/dropout.h"
+#include "kernels/rowwise/rowwise.h"
 #include "kernels_test.h"
 
 namespace ggft_test {

@@ -1,0 +1,1 @@
+"""LoRA adapters: GGUF, PEFT, and merging into the base model."""

@@ -1,0 +1,270 @@
+"""LoRA adapters as GGUF files: written as llama.cpp reads them, read with every check.
+
+A pair `<tensor>.lora_a` (R, C_in) and `<tensor>.lora_b` (C_out, R) adds
+`alpha / R * lora_b @ lora_a` to the base tensor (C_out, C_in); shapes here are NumPy's, a file's
+`ne` is the reverse. Beside llama.cpp's keys, ours under `ggft.*` say which base file the adapter
+belongs to and with which prompt template it was trained.
+
+Source: the adapter loader in llama.cpp's src/llama-adapter.cpp.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ggft import __version__
+from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, dequantize, read_gguf
+from ggft.gguf.write import TensorSource, write_gguf
+from ggft.system.errors import InputError
+
+if TYPE_CHECKING:
+    from ggft.engine.engine import FloatArray
+
+A_SUFFIX, B_SUFFIX = ".lora_a", ".lora_b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMeta:
+    """What an adapter file says about itself; None where it does not say."""
+
+    architecture: str
+    rank: int
+    alpha: float
+    dropout: float | None = None
+    base_sha256: str | None = None
+    base_name: str | None = None
+    template: str | None = None
+    template_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter file; `tensors` has every lora_a and lora_b by full name."""
+
+    path: Path
+    meta: AdapterMeta
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Names of the base tensors that the adapter changes."""
+        return tuple(n.removesuffix(A_SUFFIX) for n in self.tensors if n.endswith(A_SUFFIX))
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Read all matrices as float32: lora_a (R, C_in), lora_b (C_out, R)."""
+        return {
+            name: dequantize(tensor).reshape(-1, tensor.shape[0])
+            for name, tensor in self.tensors.items()
+        }
+
+
+def matrix_source(name: str, shape: tuple[int, int], get: Callable[[], FloatArray]) -> TensorSource:
+    """Return a float32 matrix (rows, columns) for the GGUF writer, fetched when its turn comes."""
+
+    def chunks() -> list[memoryview]:
+        import numpy as np
+
+        return [np.ascontiguousarray(get(), dtype="<f4").data.cast("B")]
+
+    return TensorSource(name, GGMLType.F32, shape[::-1], chunks)
+
+
+def write_adapter(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    get: Callable[[str], FloatArray],
+    meta: AdapterMeta,
+    inputs: Sequence[Path] = (),
+) -> None:
+    """Write an adapter whole or not at all; `get` gives each matrix of `shapes` by name.
+
+    `inputs` are files that are read meanwhile; the adapter must be none of them.
+
+    Raises:
+        InputError: the path cannot be used.
+        ResourceError: it cannot be written; an older file at `path` is untouched.
+    """
+    metadata: dict[str, Value] = {
+        "general.type": "adapter",
+        "general.architecture": meta.architecture,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(meta.alpha),
+        "ggft.version": __version__,
+        "ggft.rank": meta.rank,
+    }
+    optional = {
+        "general.base_model.0.name": meta.base_name,
+        "ggft.base_sha256": meta.base_sha256,
+        "ggft.template": meta.template,
+        "ggft.template_sha256": meta.template_sha256,
+        "ggft.dropout": meta.dropout,
+    }
+    if meta.base_name is not None:
+        metadata["general.base_model.count"] = 1
+    for key, value in optional.items():
+        if value is not None:
+            metadata[key] = value
+    sources = [
+        matrix_source(name, shape, functools.partial(get, name)) for name, shape in shapes.items()
+    ]
+    write_gguf(path, metadata, sources, inputs=inputs)
+
+
+def read_adapter(
+    path: str | Path, base: GGUFFile | None = None, *, check_hash: bool = True
+) -> Adapter:
+    """Read an adapter and check it, against its base model if that is given.
+
+    `check_hash=False` accepts a base with the right shapes but another SHA-256.
+
+    Raises:
+        InputError: not an adapter, no usable alpha or rank, matrices that do not fit each other or
+            the base, values that are not finite, or trained on another base.
+    """
+    file = read_gguf(path)
+    _check_kind(file)
+    alpha = _alpha(file)
+    ranks = _check_pairs(file, base)
+    if base is not None:
+        _check_base(file, base, check_hash)
+    _check_finite(file)
+    rank = file.get("ggft.rank", max(ranks))
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError("ggft.rank is not a rank", path=file.path, found=repr(rank))
+    dropout = file.get("ggft.dropout")
+    meta = AdapterMeta(
+        architecture=file.architecture,
+        rank=rank,
+        alpha=alpha,
+        dropout=float(dropout) if isinstance(dropout, int | float) else None,
+        base_sha256=_text(file, "ggft.base_sha256"),
+        base_name=_text(file, "general.base_model.0.name"),
+        template=_text(file, "ggft.template"),
+        template_sha256=_text(file, "ggft.template_sha256"),
+    )
+    return Adapter(path=file.path, meta=meta, tensors=dict(file.tensors))
+
+
+def _text(file: GGUFFile, key: str) -> str | None:
+    value = file.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _check_kind(file: GGUFFile) -> None:
+    kind, form = file.get("general.type"), file.get("adapter.type")
+    if kind != "adapter" or form != "lora":
+        raise InputError(
+            "not a LoRA adapter",
+            path=file.path,
+            found=f"general.type {kind!r}, adapter.type {form!r}",
+            expected="'adapter' and 'lora'",
+            hint="a model goes to --model, an adapter to --adapter",
+        )
+
+
+def _alpha(file: GGUFFile) -> float:
+    alpha = file.get("adapter.lora.alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise InputError("adapter.lora.alpha is missing", path=file.path, expected="a number")
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise InputError(
+            "adapter.lora.alpha is not usable",
+            path=file.path,
+            offset=file.value_offsets.get("adapter.lora.alpha"),
+            found=alpha,
+            expected="a finite number above 0",
+        )
+    return float(alpha)
+
+
+def _check_pairs(file: GGUFFile, base: GGUFFile | None) -> list[int]:
+    """Check that matrices come in pairs that fit each other and the base; return the ranks."""
+    ranks = []
+    for name, tensor in file.tensors.items():
+        stem, dot, suffix = name.rpartition(".")
+        if suffix not in ("lora_a", "lora_b") or not dot:
+            raise _bad(
+                tensor, "is not part of a LoRA pair", name, "names ending in .lora_a, .lora_b"
+            )
+        other = stem + (B_SUFFIX if suffix == "lora_a" else A_SUFFIX)
+        if other not in file.tensors:
+            raise _bad(tensor, "has no counterpart", "only this one", f"{other} beside it")
+        shape = _matrix_shape(tensor)
+        if suffix == "lora_b":
+            continue
+        rank, b_shape = shape[1], _matrix_shape(file.tensors[other])
+        if rank < 1 or b_shape[0] != rank:
+            raise _bad(
+                tensor,
+                "has another rank than its counterpart",
+                f"{rank} and {b_shape[0]}",
+                "one rank",
+            )
+        ranks.append(rank)
+        if base is None:
+            continue
+        target = base.tensors.get(stem)
+        if target is None:
+            raise _bad(tensor, "is for a tensor that the base model lacks", stem, "a base tensor")
+        wanted = tuple(target.shape[:2])
+        if (shape[0], b_shape[1]) != wanted:
+            raise _bad(
+                tensor, "does not fit the base tensor", f"{(shape[0], b_shape[1])}", f"{wanted}"
+            )
+    if not ranks:
+        raise InputError("the adapter holds no matrices", path=file.path)
+    return ranks
+
+
+def _matrix_shape(tensor: TensorInfo) -> tuple[int, int]:
+    """Return ne[0], ne[1] of a matrix."""
+    shape = (*tensor.shape, 1, 1)
+    if len(tensor.shape) > 4 or any(n != 1 for n in shape[2:]) or 0 in shape:
+        raise _bad(tensor, "is not a matrix", f"{tuple(tensor.shape)}", "two dimensions above 0")
+    return shape[0], shape[1]
+
+
+def _check_base(file: GGUFFile, base: GGUFFile, check_hash: bool) -> None:
+    if file.architecture != base.architecture:
+        raise InputError(
+            "the adapter is for another architecture",
+            path=file.path,
+            found=file.architecture,
+            expected=f"{base.architecture}, as {base.path}",
+        )
+    wanted = _text(file, "ggft.base_sha256")
+    if check_hash and wanted is not None and wanted != base.sha256():
+        name = _text(file, "general.base_model.0.name")
+        raise InputError(
+            "the adapter was trained on another base model",
+            path=file.path,
+            found=f"{base.path} with SHA-256 {base.sha256()[:16]}…",
+            expected=f"{name or 'the file'} with SHA-256 {wanted[:16]}…",
+            hint="give the GGUF that it was trained on to --model",
+        )
+
+
+def _check_finite(file: GGUFFile) -> None:
+    import numpy as np
+
+    for tensor in file.tensors.values():
+        values = dequantize(tensor).reshape(-1, tensor.shape[0])
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            found = f"{values[row, column]} at row {row}, column {column}"
+            raise _bad(tensor, "holds a value that is not finite", found, "finite numbers")
+
+
+def _bad(tensor: TensorInfo, what: str, found: str, expected: str) -> InputError:
+    return InputError(
+        f"adapter tensor `{tensor.name}` {what}",
+        path=tensor.path,
+        offset=tensor.header_offset,
+        found=found,
+        expected=expected,
+    )

@@ -1,0 +1,1 @@
+"""Data files to tokenized examples, steps and micro-batches."""

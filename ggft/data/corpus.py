@@ -1,0 +1,374 @@
+"""From data files to tokenized training and validation examples, with an account of every row.
+
+`ggft finetune` and `ggft prepare` both stand on this, so that they drop, cut and split alike.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ggft.data.advice import choose_max_length, held_out_rows
+from ggft.data.duplicates import Duplicates, Fingerprints, split
+from ggft.data.encode import Encode, encode_ahead, encode_with
+from ggft.data.examples import Example, check_format, read_examples
+from ggft.data.files import DataFiles, find_files
+from ggft.data.store import RowTable, StoreView, TokenStore
+from ggft.prompts.assistant_mask import Message, UnstableError
+from ggft.prompts.template import Template, Tokens
+from ggft.system.errors import InputError
+from ggft.system.progress import BAR_DELAY_S, ByteBar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    IntArray = npt.NDArray[np.int64]
+    BoolArray = npt.NDArray[np.bool_]
+
+TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
+LARGE_BYTES = 8 << 20  # of files that are worth a second to start helpers
+N_SHOWN = 3  # places named in a warning
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How data is read.
+
+    Attributes:
+        format_name: One of `datasets.FORMATS`.
+        n_ctx: The model's context in tokens.
+        max_length: Longest example in tokens; None: chosen from the data.
+        val_split: Share of rows to hold out; None: chosen from the number of rows.
+        train_on_prompt: Whether prompts are learned, too.
+        keep_duplicates: Whether equal rows are all kept.
+        seed: Seed of the choice of held-out rows.
+        keep_tokens: Whether token ids are kept; without, everything is only counted.
+    """
+
+    format_name: str = "auto"
+    n_ctx: int = 1 << 30
+    max_length: int | None = None
+    val_split: float | None = None
+    train_on_prompt: bool = False
+    keep_duplicates: bool = False
+    seed: int = 42
+    keep_tokens: bool = True
+
+
+@dataclass
+class Account:
+    """What became of the rows.
+
+    Attributes:
+        n_rows: Rows read, of training and validation files.
+        n_kept: Examples kept for training.
+        n_held_out: Examples kept for validation.
+        n_duplicates: Rows dropped because they equal an earlier one.
+        n_near: Rows kept that nearly equal an earlier one.
+        n_truncated: Examples kept that were longer than the limit and lose their end.
+        n_untrainable: Rows dropped because they have no token to learn.
+        n_tokens: Training tokens.
+        n_trained: Training tokens that the loss counts.
+        val_share: Share of the rows that was to be held out.
+        notes: What was chosen from the data, a sentence each.
+        warnings: What a user should look at, a sentence each.
+    """
+
+    n_rows: int = 0
+    n_kept: int = 0
+    n_held_out: int = 0
+    n_duplicates: int = 0
+    n_near: int = 0
+    n_truncated: int = 0
+    n_untrainable: int = 0
+    n_tokens: int = 0
+    n_trained: int = 0
+    val_share: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Fate(IntEnum):
+    """What becomes of a row."""
+
+    TRAIN = 0
+    VALID = 1
+    DUPLICATE = 2  # equal to an earlier row, dropped
+    SILENT = 3  # no token to learn, dropped
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized data.
+
+    Attributes:
+        train: Training examples.
+        validation: Held-out examples; empty when nothing is held out.
+        account: What became of the rows.
+        max_length: Where examples were cut.
+        fate: A `Fate` for each row, in the order of the files; (N,).
+        duplicates: What rows have to do with one another.
+        table: Where the rows are.
+    """
+
+    train: StoreView
+    validation: StoreView
+    account: Account
+    max_length: int
+    fate: npt.NDArray[np.uint8]
+    duplicates: Duplicates
+    table: RowTable
+
+
+def load_corpus(
+    paths: Iterable[str | Path],
+    template: Template,
+    options: CorpusOptions,
+    check: Callable[[], None] = lambda: None,
+    helpers: Callable[[], AbstractContextManager[Encode]] | None = None,
+) -> Corpus:
+    """Read, check, tokenize, deduplicate, cut and split data.
+
+    Args:
+        paths: Files and folders.
+        template: Renders and tokenizes conversations.
+        options: How data is read.
+        check: Called for every row; may raise to stop.
+        helpers: Makes what encodes the rows of large data in this function's stead, in several
+            threads at a time, and with the same result.
+
+    Raises:
+        InputError: A file cannot be read, a row is not an example, or nothing is left.
+    """
+    check_format(options.format_name)
+    files = find_files(paths)
+    encode = partial(encode_with, template, train_on_prompt=options.train_on_prompt)
+    n_bytes = sum(path.stat().st_size for path in (*files.train, *files.valid))
+    with (
+        helpers() if helpers and n_bytes > LARGE_BYTES else nullcontext(encode) as encoding,
+        ByteBar("reading data", n_bytes, delay_s=BAR_DELAY_S) as bar,
+    ):
+        loader = _Loader(files, template, options, check, encoding)
+        before = 0
+        for number, path in enumerate(loader.table.paths):
+            loader.read(number, path, partial(_move, bar, before))
+            before += path.stat().st_size
+    return loader.finish()
+
+
+def _move(bar: ByteBar, before: int, n: int) -> None:
+    """Show that `n` bytes of a file are read, with `before` of those before it."""
+    bar.move_to(before + n)
+
+
+class _Loader:
+    """The work of `load_corpus`: read everything once, then decide row by row."""
+
+    def __init__(
+        self,
+        files: DataFiles,
+        template: Template,
+        options: CorpusOptions,
+        check: Callable[[], None],
+        encode: Encode,
+    ) -> None:
+        self.files = files
+        self.template = template
+        self.options = options
+        self.check = check
+        self.encode = encode
+        self.account = Account()
+        self.table = RowTable([*files.train, *files.valid])
+        self.prints = Fingerprints()
+        self.store = TokenStore(keep=options.keep_tokens)
+        self.row_of = array("q")  # of each example; a long text is several
+
+    def finish(self) -> Corpus:
+        """Return the corpus of all that was read."""
+        import numpy as np
+
+        account, n = self.account, len(self.table)
+        account.n_rows = n
+        duplicates = self.prints.duplicates()
+        row_of = np.array(self.row_of, np.int64)
+        max_length = self._max_length()
+        counts = (self.store.n_trained(i, max_length) for i in range(len(self.store)))
+        n_trained = np.fromiter(counts, np.int64, len(self.store))
+        trainable = n_trained > 0
+        learns = np.zeros(n, np.bool_)
+        learns[row_of[trainable]] = True
+        given = self.table.files() >= len(self.files.train)
+        copies = (duplicates.copy_of != np.arange(n)) & (given[duplicates.copy_of] == given)
+        if self.options.keep_duplicates:
+            copies[:] = False
+        usable = learns & ~copies
+        valid = usable & (given if self.files.valid else self._hold_out(duplicates, usable))
+        self._account(duplicates, learns, copies, valid, given)
+        view = [
+            StoreView(self.store, np.flatnonzero(trainable & side[row_of]), max_length)
+            for side in (usable & ~valid, valid)
+        ]
+        account.n_kept, account.n_held_out = len(view[0]), len(view[1])
+        account.n_tokens = int(view[0].lengths.sum(dtype=np.int64))
+        account.n_trained = int(n_trained[trainable & (usable & ~valid)[row_of]].sum())
+        cut = trainable & usable[row_of] & (self.store.lengths > max_length)
+        account.n_truncated = int(cut.sum())
+        if account.n_truncated:
+            account.warnings.append(
+                f"{account.n_truncated} examples are longer than {max_length} tokens and lose their"
+                " end (--max-length)"
+            )
+        if not len(view[0]):
+            raise InputError(
+                "the data holds nothing to train on",
+                path=self.table.paths[0],
+                found=f"{n} rows, {account.n_untrainable} without a token to learn",
+                hint="each row needs an answer that is not empty and not beyond --max-length",
+            )
+        fate = np.where(valid, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
+        fate[~learns] = Fate.SILENT
+        fate[copies] = Fate.DUPLICATE
+        return Corpus(view[0], view[1], account, max_length, fate, duplicates, self.table)
+
+    def read(self, number: int, path: Path, moved: Callable[[int], object]) -> None:
+        """Read and tokenize one file; `moved` is told now and then how many bytes are read."""
+        empty = True
+        for example, encoded in self._encoded(path, moved):
+            empty = False
+            self.check()
+            row = len(self.table)
+            self.table.add(number, example.line)
+            for tokens in encoded:
+                self.store.add(tokens.ids, tokens.trained)
+                self.row_of.append(row)
+        if empty:
+            raise InputError(
+                "the file has no rows",
+                path=path,
+                expected="at least one example",
+                hint="a table needs a header and rows below it"
+                if path.suffix in (".csv", ".tsv")
+                else "add rows, or leave this file out",
+            )
+
+    def _encoded(
+        self, path: Path, moved: Callable[[int], object]
+    ) -> Iterator[tuple[Example, list[Tokens]]]:
+        """Yield the rows of a file, each with the examples that it makes."""
+        examples = read_examples(path, self.options.format_name, moved)
+        for example, tokens in self._worked(examples):
+            try:
+                if isinstance(tokens, UnstableError):
+                    yield example, self._turn_by_turn(example.messages)
+                elif isinstance(tokens, InputError):
+                    raise tokens
+                elif example.text is None:
+                    yield example, [tokens]
+                else:
+                    yield example, self._pieces(tokens)
+            except InputError as error:
+                raise InputError(
+                    error.message,
+                    path=example.path,
+                    line=example.line,
+                    found=error.found,
+                    expected=error.expected,
+                    hint=error.hint or "correct or remove this row, or choose another --template",
+                ) from None
+
+    def _worked(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Tokens | InputError]]:
+        """Yield examples with their tokens, and keep their fingerprints."""
+        for batch, (tokens, prints) in encode_ahead(examples, self.encode):
+            self.prints.extend(prints)
+            yield from zip(batch, tokens, strict=True)
+
+    def _turn_by_turn(self, messages: list[Message]) -> list[Tokens]:
+        """Encode each answer of a conversation as an example with what is before it as context."""
+        note = "the template rewrites earlier turns, so each answer is an example of its own"
+        if note not in self.account.notes:
+            self.account.notes.append(note)
+        return self.template.encode_turns(messages, train_on_prompt=self.options.train_on_prompt)
+
+    def _pieces(self, tokens: Tokens) -> list[Tokens]:
+        """Cut plain text into pieces that fit."""
+        n = min(self.options.max_length or TEXT_TOKENS, self.options.n_ctx)
+        return [
+            Tokens(tokens.ids[at : at + n], tokens.trained[at : at + n])
+            for at in range(0, len(tokens.ids), n)
+        ]
+
+    def _max_length(self) -> int:
+        """Return where examples are cut."""
+        import numpy as np
+
+        asked, n_ctx = self.options.max_length, self.options.n_ctx
+        if asked is None:
+            lengths = np.sort(self.store.lengths)
+            chosen = choose_max_length(
+                int(lengths[-1]), int(lengths[len(lengths) * 99 // 100]), n_ctx
+            )
+            self.account.notes.append(f"examples of up to {chosen} tokens (--max-length)")
+            return chosen
+        if asked > n_ctx:
+            self.account.warnings.append(
+                f"--max-length {asked} is beyond the model's context of {n_ctx} tokens"
+            )
+        return min(asked, n_ctx)
+
+    def _hold_out(self, duplicates: Duplicates, usable: BoolArray) -> BoolArray:
+        """Return which rows to hold out."""
+        n, why = held_out_rows(int(usable.sum()), self.options.val_split)
+        self.account.val_share = n / max(1, int(usable.sum()))
+        held_out = split(duplicates.group, usable, n, self.options.seed)
+        if n and not held_out.any():
+            why = "no validation: the rows are too much alike to hold some of them out"
+        self.account.notes.append(why)
+        return held_out
+
+    def _account(
+        self,
+        duplicates: Duplicates,
+        learns: BoolArray,
+        copies: BoolArray,
+        valid: BoolArray,
+        given: BoolArray,
+    ) -> None:
+        """Count what is dropped and warn of what a user should look at."""
+        import numpy as np
+
+        account = self.account
+        account.n_untrainable = int((~learns).sum())
+        account.n_duplicates = int(copies.sum())
+        near = (duplicates.near >= 0) & ~copies
+        account.n_near = int(near.sum())
+        for rows, what in (
+            (~learns, "without an answer to learn, left out"),
+            (copies, "equal to an earlier row, left out"),
+            (near, "nearly equal to an earlier row; a split keeps them together"),
+        ):
+            if rows.any():
+                account.warnings.append(f"{int(rows.sum())} rows {what} ({self._places(rows)})")
+        if given.any():
+            seen = np.isin(duplicates.group[valid], duplicates.group[~given])
+            if seen.any():
+                rows = np.zeros(len(valid), np.bool_)
+                rows[np.flatnonzero(valid)[seen]] = True
+                account.warnings.append(
+                    f"{int(seen.sum())} of {int(valid.sum())} validation rows are (nearly) in the"
+                    f" training data; their loss says little ({self._places(rows)})"
+                )
+
+    def _places(self, rows: BoolArray) -> str:
+        """Name the first few of some rows."""
+        import numpy as np
+
+        found = np.flatnonzero(rows)
+        names = ", ".join(self.table.where(int(i)) for i in found[:N_SHOWN])
+        return names + (", …" if len(found) > N_SHOWN else "")

@@ -1,0 +1,173 @@
+"""Processes that encode large data beside this one: Python's threads take turns, they do not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import queue
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ggft.data.duplicates import Prints, fingerprint
+from ggft.data.examples import Example
+from ggft.gguf.read import read_gguf
+from ggft.llama.model import LlamaTokenizer
+from ggft.prompts.assistant_mask import Message
+from ggft.prompts.template import Template, Tokens, make_template
+from ggft.system.errors import GgftError, InputError, ResourceError
+from ggft.system.processes import start_child, stop_child
+
+N_PROCESSES = 2  # of about 100 MB each; with more, reading the rows is what takes time
+
+
+class Crew:
+    """Encodes batches in processes of its own; several threads may call it, one for each.
+
+    A context manager, which ends the processes.
+
+    Args:
+        model: The GGUF file whose tokenizer is used.
+        template: Name of the template, as for `make_template`.
+        train_on_prompt: Whether prompts are learned, too.
+        n: Number of processes.
+    """
+
+    def __init__(
+        self, model: Path, template: str, *, train_on_prompt: bool, n: int = N_PROCESSES
+    ) -> None:
+        setup = (str(model), template, train_on_prompt)
+        self._idle: queue.SimpleQueue[_Member] = queue.SimpleQueue()
+        self._members = [_Member(setup) for _ in range(n)]
+        for member in self._members:
+            self._idle.put(member)
+
+    def __enter__(self) -> Encode:
+        return self.encode
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for member in self._members:
+            member.close()
+
+    def encode(self, batch: Texts) -> Encoded:
+        """Encode a batch in the next idle process.
+
+        Raises:
+            ResourceError: The process ended early.
+        """
+        member = self._idle.get()
+        try:
+            return member.encode(batch)
+        finally:
+            self._idle.put(member)
+
+
+class _Member:
+    """One process. It sets itself up while nobody waits for it.
+
+    Args:
+        setup: Model, template and whether prompts are learned.
+    """
+
+    def __init__(self, setup: tuple[str, str, bool]) -> None:
+        self._process = start_child("data.encode:serve")
+        self.close = weakref.finalize(self, stop_child, self._process)
+        self._is_ready = False
+        self._send(setup)
+
+    def encode(self, batch: Texts) -> Encoded:
+        if not self._is_ready:
+            error = self._receive()
+            if isinstance(error, GgftError):
+                raise error
+            self._is_ready = True
+        self._send(batch)
+        encoded: Encoded = self._receive()
+        return encoded
+
+    def _send(self, message: object) -> None:
+        assert self._process.stdin is not None
+        try:
+            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except OSError:
+            raise self._ended() from None
+
+    def _receive(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            return pickle.load(self._process.stdout)
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError):
+            raise self._ended() from None
+
+    def _ended(self) -> ResourceError:
+        self._process.kill()
+        return ResourceError(
+            "a process that tokenizes data ended early",
+            found=f"exit code {self._process.wait()}",
+            hint="close other programs; if it happens again, give the data in smaller files",
+        )
+
+
+def serve() -> None:
+    """Encode the batches that come on standard input until it ends."""
+    pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+
+    def send(message: object) -> None:
+        pickle.dump(message, pipe_out, pickle.HIGHEST_PROTOCOL)
+        pipe_out.flush()
+
+    model, template_name, train_on_prompt = pickle.load(pipe_in)
+    try:
+        metadata = read_gguf(model).metadata
+        template = make_template(template_name, metadata, LlamaTokenizer(model))
+    except GgftError as error:
+        send(error)
+        return
+    send(None)
+    while True:
+        try:
+            batch = pickle.load(pipe_in)
+        except EOFError:
+            return
+        send(encode_with(template, batch, train_on_prompt=train_on_prompt))
+
+
+N_THREADS = min(4, os.cpu_count() or 1)
+BATCH_ROWS = 64
+
+Texts = Sequence[Sequence[Message] | str]  # conversations and plain texts
+Encoded = tuple[list[Tokens | InputError], Prints]
+Encode = Callable[[Texts], Encoded]
+
+
+def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> Encoded:
+    """Return the tokens of rows, or what is wrong with one, and their fingerprints."""
+    return template.encode_all(batch, train_on_prompt=train_on_prompt), fingerprint(batch)
+
+
+def encode_ahead(
+    examples: Iterator[Example], encode: Encode
+) -> Iterator[tuple[list[Example], Encoded]]:
+    """Yield batches of examples in order, each with what `encode` makes of it in a thread."""
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        ahead: deque[tuple[list[Example], Future[Encoded]]] = deque()
+        while (batch := list(itertools.islice(examples, BATCH_ROWS))) or ahead:
+            if batch:
+                texts = [e.messages if e.text is None else e.text for e in batch]
+                ahead.append((batch, pool.submit(encode, texts)))
+                if len(ahead) <= N_THREADS:
+                    continue
+            done, future = ahead.popleft()
+            yield done, future.result()

@@ -1,0 +1,363 @@
+"""Read the containers that training data comes in, row by row, with the line each row begins at.
+
+JSON arrays, `{"data": […]}`, JSONL, CSV, TSV and plain text, each also gzipped, in UTF-8 with or
+without a byte order mark. A file is read once, in pieces; memory follows the largest row.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from ggft.data.json_stream import JsonStream, parse_line
+from ggft.system.errors import InputError
+
+_CONVERT = "give data as JSON, JSONL, CSV, TSV or text; export or convert it first"
+MAX_ROW_BYTES = 64 << 20  # one row; beyond it the file is not what it seems
+CHUNK_BYTES = 1 << 18
+MOVED_ROWS = 64  # between two looks at how far a file is read
+WRAPPER_KEYS = ("data", "train", "rows", "examples", "instances")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".md")
+TRAIN_NAMES = ("train", "training")
+VALID_NAMES = ("valid", "validation", "val", "dev", "eval")
+_FOREIGN = (
+    (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ", "an xz file"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard file"),
+    (b"GGUF", "a GGUF model"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"<!DOCTYPE", "an HTML page"),
+    (b"<!doctype", "an HTML page"),
+    (b"<html", "an HTML page"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as its container gives it: a mapping, or a string for plain text."""
+
+    value: dict[str, Any] | str
+    path: Path
+    line: int
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that a list of paths stands for."""
+
+    train: list[Path]
+    valid: list[Path]
+
+
+def find_files(paths: Iterable[str | Path]) -> DataFiles:
+    """Return the files behind paths; a folder gives its train and valid files.
+
+    A folder without a file called `train…` gives all its data files but those called `valid…`
+    or `test…`.
+
+    Raises:
+        InputError: Nothing there, not a file, or a folder without data.
+    """
+    train: list[Path] = []
+    valid: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if _suffix(p) in SUFFIXES and p.is_file())
+            named = [p for p in found if _called(p, TRAIN_NAMES)]
+            held_out = [p for p in found if _called(p, VALID_NAMES)]
+            rest = [p for p in found if p not in held_out and not _called(p, ("test",))]
+            if not (named or rest):
+                raise InputError(
+                    "no training data in this folder",
+                    path=path,
+                    expected="a file train.jsonl, or others of " + " ".join(SUFFIXES),
+                    hint="name the files themselves with --data",
+                )
+            train += named or rest
+            valid += held_out
+        else:
+            _check_regular(path)
+            train.append(path)
+    if not train:
+        raise InputError("no training data given", hint="name a file or folder with --data")
+    return DataFiles(train, valid)
+
+
+def _called(path: Path, names: tuple[str, ...]) -> bool:
+    stem = path.name.split(".")[0].lower()
+    return any(stem == n or stem.startswith((n + "-", n + "_")) for n in names)
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise InputError(f"cannot read the data: {reason}", path=path) from None
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            "the data is not a regular file", path=path, hint="save the data in a file first"
+        )
+
+
+def read_rows(path: Path, moved: Callable[[int], object] = lambda _: None) -> Iterator[Row]:
+    """Yield the rows of a file.
+
+    Args:
+        path: The file.
+        moved: Called now and then with the number of bytes read so far.
+
+    Raises:
+        InputError: The file cannot be read, is of another kind, or is malformed; names the line.
+    """
+    _check_regular(path)
+    try:
+        with path.open("rb") as raw:
+            start = raw.read(64)
+            raw.seek(0)
+            is_packed = start[:2] == b"\x1f\x8b"
+            with gzip.open(raw) if is_packed else nullcontext(raw) as plain:
+                for n, row in enumerate(_rows(path, plain)):  # type: ignore[arg-type]
+                    yield row
+                    if n % MOVED_ROWS == 0:
+                        moved(raw.tell())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise InputError(
+            f"damaged gzip file: {e}",
+            path=path,
+            expected="a complete one",
+            hint="download or pack the file again",
+        ) from None
+    except OSError as e:
+        raise InputError(f"cannot read the data: {e.strerror}", path=path) from None
+
+
+def _rows(path: Path, raw: BinaryIO) -> Iterator[Row]:
+    source = _Source(path, raw)
+    kind = source.sniff()
+    if kind == "jsonl":
+        return _jsonl_rows(source)
+    if kind == "json":
+        return _json_rows(source)
+    if kind == "table":
+        return _table_rows(source, "\t" if _suffix(path) == ".tsv" else ",;")
+    return _text_rows(source)
+
+
+class _Source:
+    """A file's text, by lines or by pieces, with the number of the line read last."""
+
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
+        self.path = path
+        self.line = 0
+        self._raw = raw
+        self._head = raw.read(CHUNK_BYTES)
+        for magic, what in _FOREIGN:
+            if self._head.startswith(magic):
+                self.fail(f"this is {what}", 1, "JSON, JSONL, CSV, TSV or text in UTF-8", _CONVERT)
+        if self._head.startswith(b"\xef\xbb\xbf"):
+            self._head = self._head[3:]
+        if not self._head.strip():
+            self.fail("the file is empty", 1, "at least one example", "check the path")
+
+    def fail(self, message: str, line: int, expected: str, hint: str) -> NoReturn:
+        raise InputError(message, path=self.path, line=line, expected=expected, hint=hint)
+
+    def sniff(self) -> str:
+        """Return the kind of container: by the name, for JSON by what the text begins with."""
+        suffix, start = _suffix(self.path), self._head.lstrip()
+        if suffix in (".csv", ".tsv"):
+            return "table"
+        if suffix in (".txt", ".text", ".md"):
+            return "text"
+        if suffix in (".jsonl", ".ndjson") and start[:1] != b"[":
+            return "jsonl"
+        if start[:1] == b"[":
+            return "json"
+        if start[:1] == b"{":
+            return "jsonl" if _whole_object(start.split(b"\n", 1)) else "json"
+        if suffix not in (".json", ".jsonl", ".ndjson"):
+            self.fail("unknown kind of data file", 1, "one of " + " ".join(SUFFIXES), _CONVERT)
+        line = self._head[: -len(start)].count(b"\n") + 1
+        return self.fail("malformed JSON", line, "`[` or `{` at the start", _CONVERT)
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines without their ends (LF or CRLF)."""
+        rest, self._head = io.BytesIO(self._head), b""
+        for stream in (rest, self._raw):
+            while data := stream.readline(MAX_ROW_BYTES):
+                if stream is rest and not data.endswith(b"\n"):
+                    data += self._raw.readline(MAX_ROW_BYTES)
+                self.line += 1
+                if len(data) >= MAX_ROW_BYTES:
+                    self.fail(
+                        "a line is too long", self.line, f"at most {MAX_ROW_BYTES} bytes", _CONVERT
+                    )
+                yield self._decode(data).rstrip("\r\n")
+
+    def piece(self) -> str:
+        """Return the next piece, which ends with a line if it can; empty at the end."""
+        data, self._head = self._head or self._raw.read(CHUNK_BYTES), b""
+        if data:
+            data += self._raw.readline(CHUNK_BYTES)
+            for _ in range(3):  # a character may be cut, if no line ended
+                if _is_cut(data):
+                    data += self._raw.read(1)
+        text = self._decode(data)
+        self.line += text.count("\n")
+        return text
+
+    def _decode(self, data: bytes) -> str:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            line = max(self.line, 1) + data.count(b"\n", 0, e.start)
+            bad = data[e.start : e.start + 4].hex(" ")
+            raise InputError(
+                "the text is not UTF-8",
+                path=self.path,
+                line=line,
+                found=f"bytes {bad}",
+                hint="save the file as UTF-8",
+            ) from None
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether the bytes end within a UTF-8 character."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            return back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+        if byte < 0x80:
+            return False
+    return False
+
+
+def _whole_object(lines: list[bytes]) -> bool:
+    """Whether the first line is a complete row by itself, as in JSONL."""
+    if len(lines) < 2:
+        return False
+    try:
+        value = json.loads(lines[0])
+    except (ValueError, RecursionError):
+        return False
+    alone = not lines[1].strip()
+    return not (alone and any(isinstance(value.get(k), list) for k in WRAPPER_KEYS))
+
+
+def _json_rows(source: _Source) -> Iterator[Row]:
+    stream = JsonStream(source.path, source.piece, WRAPPER_KEYS, MAX_ROW_BYTES)
+    return (_row(source.path, value, line) for value, line in stream.values())
+
+
+def _jsonl_rows(source: _Source) -> Iterator[Row]:
+    for text in source.lines():
+        if text.strip():
+            yield _row(source.path, parse_line(text, source.path, source.line), source.line)
+
+
+def _row(path: Path, value: Any, line: int) -> Row:
+    if isinstance(value, dict):
+        return Row(value, path, line)
+    raise InputError(
+        "a row is not a JSON object",
+        path=path,
+        line=line,
+        found=_KINDS.get(type(value), "a value"),
+        expected='{"instruction": …, "output": …} or the like',
+        hint="correct or remove this row",
+    )
+
+
+_KINDS = {
+    str: "a string",
+    list: "an array",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _text_rows(source: _Source) -> Iterator[Row]:
+    """Yield the blocks of a text file: blank lines separate them."""
+    block: list[str] = []
+    size = first = 0
+    for text in source.lines():
+        if text.strip():
+            first = first if block else source.line
+            block.append(text)
+            size += len(text)
+            if size > MAX_ROW_BYTES:
+                source.fail(
+                    "a text is too long",
+                    first,
+                    f"at most {MAX_ROW_BYTES} characters",
+                    "separate texts by blank lines",
+                )
+        elif block:
+            yield Row("\n".join(block), source.path, first)
+            block, size = [], 0
+    if block:
+        yield Row("\n".join(block), source.path, first)
+
+
+def _table_rows(source: _Source, delimiters: str) -> Iterator[Row]:
+    """Yield the rows of a table whose first line names the columns."""
+    lines = source.lines()
+    header = next(lines)
+    delimiter = max(delimiters, key=header.count)
+    csv.field_size_limit(MAX_ROW_BYTES)
+    columns = [c.strip() for c in next(csv.reader([header], delimiter=delimiter), [])]
+    if len(set(columns)) != len(columns) or "" in columns:
+        source.fail(
+            f"the header has empty or repeated columns: {', '.join(columns)}",
+            1,
+            "a name of its own for each column",
+            "correct the first line",
+        )
+    reader = csv.reader((f"{x}\n" for x in lines), delimiter=delimiter, strict=True)
+    while True:
+        line = source.line + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as e:
+            source.fail(
+                f"malformed table: {e}", line, f"{len(columns)} fields", "check the quotes here"
+            )
+        if values is None:
+            return
+        if not values:
+            continue
+        if len(values) != len(columns):
+            raise InputError(
+                "a row has another number of fields than the header",
+                path=source.path,
+                line=line,
+                found=len(values),
+                expected=f"{len(columns)}: {', '.join(columns)}",
+                hint="fields that contain the delimiter or line breaks must be quoted",
+            )
+        yield Row(dict(zip(columns, values, strict=True)), source.path, line)

@@ -1,0 +1,1 @@
+"""The native engine, its memory plan and the devices it runs on."""

@@ -1,0 +1,1 @@
+"""Models by name: registry, downloads, headers of models not downloaded yet."""

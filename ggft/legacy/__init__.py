@@ -1,0 +1,1 @@
+"""GGML files from before GGUF, every version, converted to GGUF."""

@@ -1,0 +1,1 @@
+"""Conversations rendered by chat templates, and the mask of what is trained."""

@@ -1,0 +1,315 @@
+"""Run Jinja templates that came with a model: sandboxed, and in a process of their own.
+
+The sandbox forbids access to Python's internals. What it cannot forbid, endless loops and strings
+that fill the memory, the process can: it has limits of CPU time and memory, no environment and
+no writable files. Run as a module, this file is that process; it speaks JSON over pipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ggft.prompts.assistant_mask import Message
+from ggft.system.errors import InputError
+from ggft.system.processes import start_child, stop_child
+
+MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
+MAX_WAIT_S = 600.0  # the same, by the clock, for a machine that is busy or short of memory
+MAX_MEMORY_BYTES = 512 << 20  # beyond what the process has at its start
+_TOO_LARGE = 77  # exit code of a process that outgrew its memory
+MAX_CHARS = 1 << 20  # of a rendering, beyond four times its contents
+FIXED_DATE = (
+    "26 Jul 2024"  # for templates that ask for today's: a prompt must not change by the day
+)
+
+Request = tuple[Sequence[Message], bool]
+Render = Callable[[Sequence[Message], bool], str]
+
+
+def compile_template(source: str, bos: str, eos: str) -> Render:
+    """Return a renderer of a Jinja template, in this process.
+
+    Jinja is set up as llama-cpp-python and transformers do: blocks are trimmed, `{% generation %}`
+    is ignored, `tojson` does not escape.
+
+    Raises:
+        InputError: The template does not compile; later, from the renderer: it fails.
+    """
+    import jinja2
+
+    env = _environment()
+    try:
+        template = env.from_string(source)
+    except jinja2.TemplateSyntaxError as e:
+        raise _error(f"the chat template does not compile: {e.message}", e.lineno) from None
+    except RecursionError:
+        raise _error("the chat template is nested too deeply", None) from None
+
+    def raise_exception(message: object) -> None:
+        raise _RefusalError(str(message))
+
+    def render(messages: Sequence[Message], prompt: bool) -> str:
+        room = MAX_CHARS + 4 * sum(len(m["content"]) for m in messages)
+        out: list[str] = []
+        for chunk in template.generate(
+            messages=messages,
+            add_generation_prompt=prompt,
+            bos_token=bos,
+            eos_token=eos,
+            raise_exception=raise_exception,
+            strftime_now=lambda _: FIXED_DATE,
+            tools=None,
+        ):
+            out.append(chunk)
+            room -= len(chunk)
+            if room < 0:
+                raise _error("the chat template writes far more than it is given", None)
+        return "".join(out)
+
+    def checked(messages: Sequence[Message], prompt: bool) -> str:
+        try:
+            return render(messages, prompt)
+        except InputError:
+            raise
+        except Exception as e:  # whatever a foreign program can raise
+            raise _failure(e) from None
+
+    return checked
+
+
+class _RefusalError(Exception):
+    """A template called raise_exception."""
+
+
+def _error(message: str, line: int | None) -> InputError:
+    hint = "choose another template, for example --template chatml"
+    return InputError(message, path="chat template", line=line, hint=hint)
+
+
+def _failure(error: Exception) -> InputError:
+    """Return what went wrong in a template, with its line."""
+    line, step = None, error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == "<template>":
+            line = step.tb_lineno
+        step = step.tb_next
+    if isinstance(error, _RefusalError):
+        message = f"the chat template refuses this conversation: {error}"
+    elif isinstance(error, RecursionError):
+        message = "the chat template calls itself without end"
+    elif isinstance(error, MemoryError):
+        message = "the chat template needs too much memory"
+    else:
+        message = f"the chat template fails: {type(error).__name__}: {error}"
+    return _error(message[:500], line)
+
+
+def _environment() -> Any:
+    """Return Jinja's sandbox with the extensions that chat templates use."""
+    import jinja2.ext
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class PassGeneration(jinja2.ext.Extension):
+        """Ignore Hugging Face's `{% generation %}` tags."""
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    PassGeneration.tags = {"generation"}
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Refuse at once the cheapest ways to fill the memory."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) for x in (left, right) if isinstance(x, (str, list, tuple))]
+            counts = [abs(x) for x in (left, right) if isinstance(x, int)]
+            if sizes and counts and sizes[0] * counts[0] > MAX_CHARS:
+                raise SecurityError("a repetition makes too long a text")
+            if operator == "**" and any(x > 1000 for x in counts):
+                raise SecurityError("a power is too large")
+            return super().call_binop(context, operator, left, right)
+
+    env = Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[PassGeneration, jinja2.ext.loopcontrols],
+    )
+    env.filters["tojson"] = _tojson
+    return env
+
+
+def _tojson(x: object, ensure_ascii: bool = False, indent: int | None = None, **_: object) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def render_here(source: str, bos: str, eos: str) -> Callable[[Sequence[Request]], list[Any]]:
+    """Return a `RenderAll` for a template that is known to be harmless."""
+    render = compile_template(source, bos, eos)
+
+    def render_all(requests: Sequence[Request]) -> list[str | InputError]:
+        results: list[str | InputError] = []
+        for messages, prompt in requests:
+            try:
+                results.append(render(messages, prompt))
+            except InputError as e:
+                results.append(e)
+        return results
+
+    return render_all
+
+
+class JinjaProcess:
+    """A process that renders one template; calling it, from any thread, is a `RenderAll`.
+
+    Args:
+        source: The template.
+        bos: What `bos_token` stands for.
+        eos: What `eos_token` stands for.
+        cpu_s: CPU seconds that a batch may take.
+
+    Raises:
+        InputError: The template does not compile or exceeds the limits.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str, *, cpu_s: int = MAX_CPU_S) -> None:
+        self._cpu_s = cpu_s
+        self._lock = threading.Lock()
+        self._process = start_child("prompts.jinja:serve")
+        self.close = weakref.finalize(self, stop_child, self._process)
+        self._exchange([source, bos, eos, cpu_s])
+
+    def __call__(self, requests: Sequence[Request]) -> list[str | InputError]:
+        """Render every request; a failed one gives its error instead."""
+        return [_error(x[0], x[1]) if isinstance(x, list) else x for x in self._exchange(requests)]
+
+    def _exchange(self, message: object) -> list[Any]:
+        """Send a message and return the answer, or raise what became of the process."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with self._lock:
+            timer = threading.Timer(MAX_WAIT_S, process.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                _send(process.stdin, message)
+                answer = _receive(process.stdout)
+            except (OSError, ValueError):
+                answer = None
+            finally:
+                timer.cancel()
+        if not isinstance(answer, list):
+            process.kill()
+            code = process.wait()
+            raise InputError(
+                "the chat template exceeds the limits and was stopped",
+                path="chat template",
+                found=_reason(code),
+                expected=f"at most {self._cpu_s} s and {MAX_MEMORY_BYTES >> 20} MB",
+                hint="do not trust this model's template; choose another with --template",
+            )
+        if answer and isinstance(answer[0], dict):
+            raise _error(answer[0]["error"], answer[0]["line"])
+        return answer
+
+
+def _reason(code: int) -> str:
+    import signal
+
+    if code == _TOO_LARGE:
+        return "too much memory"
+    if code >= 0:
+        return f"it ended with code {code}"
+    name = signal.Signals(-code).name
+    return {"SIGXCPU": "too much CPU time", "SIGKILL": "too much time or memory"}.get(name, name)
+
+
+def _send(pipe: IO[bytes], message: object) -> None:
+    data = json.dumps(message).encode()
+    pipe.write(struct.pack("<Q", len(data)) + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    """Return a message, None at the end of the pipe."""
+    head = pipe.read(8)
+    if len(head) < 8:
+        return None
+    (size,) = struct.unpack("<Q", head)
+    data = pipe.read(size)
+    return json.loads(data) if len(data) == size else None
+
+
+def serve() -> None:
+    """Answer requests on standard input until it ends."""
+    pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+    source, bos, eos, cpu_s = _receive(pipe_in)
+    _environment()  # import before the memory is limited
+    _limit_memory()
+    _limit_cpu(cpu_s)
+    try:
+        render = compile_template(source, bos, eos)
+    except InputError as e:
+        _send(pipe_out, [{"error": e.message, "line": e.line}])
+        return
+    _send(pipe_out, [])
+    while (requests := _receive(pipe_in)) is not None:
+        _limit_cpu(cpu_s)
+        answers: list[Any] = []
+        for messages, prompt in requests:
+            try:
+                answers.append(render(messages, prompt))
+            except InputError as e:
+                answers.append([e.message, e.line])
+        _send(pipe_out, answers)
+
+
+def _limit_memory() -> None:
+    """Forbid files and core dumps, and limit memory.
+
+    Linux limits the address space. Elsewhere a thread looks at what is used, often enough: a text
+    can only double between two looks.
+    """
+    import resource
+
+    def used_bytes() -> int:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used << 10
+
+    def watch() -> None:
+        while used_bytes() < limit_bytes:
+            time.sleep(0.02)
+        os._exit(_TOO_LARGE)
+
+    limit_bytes = used_bytes() + MAX_MEMORY_BYTES
+    threading.Thread(target=watch, daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + MAX_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit_cpu(seconds: int) -> None:
+    """Let the process be stopped after so many more seconds of CPU time."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

@@ -1,0 +1,278 @@
+"""`ggft prepare`: show what training would see of some data, and write it out cleaned.
+
+It stands on the same code as `ggft finetune`: what is printed here is what is trained there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ggft.settings.verbs import PrepareConfig
+from ggft.system.text import printable
+
+if TYPE_CHECKING:
+    from ggft.data.corpus import Corpus
+    from ggft.data.examples import Example
+    from ggft.data.store import IntArray
+    from ggft.prompts.template import Template, Tokens
+    from ggft.system.progress import Progress
+
+HISTOGRAM_ROWS = 10
+BAR_WIDTH = 40
+GREEN, BOLD, RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained, so that it is seen without colour, too
+
+
+def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
+    """Read, check and describe data; `config.model` is the path of a GGUF file.
+
+    Raises:
+        GgftError: a file, a row or the template does not serve; nothing is written then.
+    """
+    from ggft.data.corpus import CorpusOptions, load_corpus
+    from ggft.data.encode import Crew
+    from ggft.gguf.read import read_gguf
+    from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
+    from ggft.llama.model import LlamaTokenizer
+    from ggft.prompts.template import make_template
+    from ggft.system.progress import Progress
+
+    progress = progress or Progress("json" if config.json else "auto")
+    model = read_gguf(config.model)  # may be a vocabulary without weights
+    check_special_ids(model, check_vocabulary(model))
+    n_ctx = model.get(f"{model.architecture}.context_length")
+    template = make_template(config.template, model.metadata, LlamaTokenizer(model.path))
+    corpus = load_corpus(
+        config.data,
+        template,
+        CorpusOptions(
+            format_name=config.format,
+            n_ctx=n_ctx if isinstance(n_ctx, int) else 1 << 30,
+            max_length=config.max_length,
+            val_split=config.val_split,
+            train_on_prompt=config.train_on_prompt,
+            keep_duplicates=config.keep_duplicates,
+            seed=config.seed,
+            keep_tokens=False,
+        ),
+        helpers=partial(Crew, model.path, config.template, train_on_prompt=config.train_on_prompt),
+    )
+    for text in (*template.notes, *corpus.account.notes):
+        progress.note(text)
+    for text in corpus.account.warnings:
+        progress.warn(text)
+    for line in describe(corpus, template):
+        progress.result(line)
+    if config.preview:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        for line in preview(config, corpus, template, colour=colour):
+            progress.result(line)
+    written = write_cleaned(Path(config.out), config.format, corpus) if config.out else {}
+    for name, n_rows in written.items():
+        progress.result(f"written    {name}: {n_rows} rows")
+    progress.event(
+        "prepared",
+        **asdict(corpus.account),
+        max_length=corpus.max_length,
+        template=template.name,
+        written=written,
+    )
+
+
+def describe(corpus: Corpus, template: Template) -> Iterator[str]:
+    """Yield the lines that describe a corpus."""
+    import numpy as np
+
+    from ggft.data.advice import suggest
+
+    account, lengths = corpus.account, corpus.train.lengths
+    names = [path.name for path in corpus.table.paths]
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    yield f"data       {account.n_rows} rows of {shown}"
+    yield f"template   {template.name}, answers end with {_name(template, template.end_id)}"
+    yield (
+        f"training   {account.n_kept} examples, {account.n_tokens} tokens, {account.n_trained} of"
+        f" them trained ({account.n_trained / max(1, account.n_tokens):.0%})"
+    )
+    yield f"validation {account.n_held_out} examples"
+    yield (
+        f"dropped    {account.n_duplicates} duplicates, {account.n_untrainable} without an answer;"
+        f" kept: {account.n_near} near duplicates, {account.n_truncated} cut"
+        f" at {corpus.max_length} tokens"
+    )
+    median = int(np.median(lengths))
+    yield f"length     {lengths.min()} to {lengths.max()} tokens, half of them up to {median}"
+    yield from histogram(lengths)
+    advice = suggest(account.n_kept, account.n_trained)
+    yield (
+        f"suggested  --epochs {advice.epochs} --batch-size {advice.batch_size} --rank"
+        f" {advice.rank} --lr {advice.lr:g}"
+    )
+    for reason in advice.reasons:
+        yield f"           {reason}"
+
+
+def histogram(lengths: IntArray) -> Iterator[str]:
+    """Yield lines with how many examples are how long."""
+    import numpy as np
+
+    least = int(lengths.min())
+    width = max(1, -(-(int(lengths.max()) - least + 1) // HISTOGRAM_ROWS))
+    counts = np.bincount((lengths - least) // width).tolist()
+    for number, count in enumerate(counts):
+        bar = "#" * -(-BAR_WIDTH * count // max(counts))
+        first = least + number * width
+        yield f"{first:>6}–{first + width - 1:<6} {count:>8} {bar}".rstrip()
+
+
+def preview(
+    config: PrepareConfig, corpus: Corpus, template: Template, *, colour: bool
+) -> Iterator[str]:
+    """Yield rows as the model sees them, the trained tokens between marks and in colour."""
+    from ggft.data.corpus import Fate
+
+    shown = 0
+    for row, example in _examples(config.format, corpus):
+        if shown == config.preview:
+            return
+        if corpus.fate[row] > Fate.VALID:
+            continue
+        shown += 1
+        for tokens in _encoded(example, template, train_on_prompt=config.train_on_prompt):
+            cut = corpus.max_length if example.text is None else len(tokens.ids)
+            yield ""
+            counts = f"{len(tokens.ids)} tokens, {tokens.n_trained} trained"
+            yield f"── {corpus.table.where(row)} · {counts}"
+            yield marked(tokens, cut, template, colour=colour)
+
+
+def _encoded(example: Example, template: Template, *, train_on_prompt: bool) -> list[Tokens]:
+    """Return the examples that a row makes."""
+    from ggft.prompts.assistant_mask import UnstableError
+
+    if example.text is not None:
+        return [template.encode_text(example.text)]
+    try:
+        return [template.encode_example(example.messages, train_on_prompt=train_on_prompt)]
+    except UnstableError:
+        return template.encode_turns(example.messages, train_on_prompt=train_on_prompt)
+
+
+def marked(tokens: Tokens, cut: int, template: Template, *, colour: bool) -> str:
+    """Return the text of an example with what is trained between marks, and in colour.
+
+    Args:
+        tokens: The example.
+        cut: How many of its tokens are kept.
+        template: Whose tokenizer gives the text.
+        colour: Whether to colour, too.
+    """
+    out: list[str] = []
+    pairs = zip(tokens.ids[:cut], tokens.trained[:cut], strict=True)
+    for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        ids = [token for token, _ in run]
+        text = printable(template.tokenizer.decode(ids).decode("utf-8", "replace"))
+        if trained:
+            text = f"{OPEN}{text}{CLOSE}"
+            text = f"{GREEN}{BOLD}{text}{RESET}" if colour else text
+        out.append(text)
+    if len(tokens.ids) > cut:
+        out.append(f"… cut: {len(tokens.ids) - cut} more tokens")
+    return "".join(out)
+
+
+def _name(template: Template, token: int) -> str:
+    return printable(template.tokenizer.token_text(token))
+
+
+def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]:
+    """Yield the rows again, with their numbers.
+
+    Raises:
+        InputError: there are not as many as before.
+    """
+    from ggft.data.examples import read_examples
+    from ggft.system.errors import InputError
+
+    row = -1
+    for path in corpus.table.paths:
+        for example in read_examples(path, format_name):
+            row += 1
+            if row >= len(corpus.fate):
+                break
+            yield row, example
+    if row != len(corpus.fate) - 1:
+        raise InputError(
+            "the data changed while it was read",
+            path=corpus.table.paths[-1],
+            expected=f"{len(corpus.fate)} rows",
+            hint="run the command again when nothing writes to the data",
+        )
+
+
+def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, int]:
+    """Write the rows that are kept, as JSONL that mlx-lm reads, too.
+
+    Conversations become `{"messages": […]}` with an alpaca row's input appended to its
+    instruction, plain text `{"text": …}`. Both files are complete or not there.
+
+    Returns:
+        Rows written, by file.
+    """
+    from ggft.data.corpus import Fate
+    from ggft.system.errors import InputError
+    from ggft.system.files import atomic_output
+
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder cannot be made: {error.strerror}", path=folder,
+            hint="choose another one with --out",
+        ) from None  # fmt: skip
+    sides = {Fate.TRAIN: "train.jsonl", Fate.VALID: "valid.jsonl"}
+    counts = {side: 0 for side in sides if (corpus.fate == side).any()}
+
+    def tidy(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    with contextlib.ExitStack() as stack:
+        stack.push(tidy)
+        files: dict[Fate, IO[str]] = {}
+        for side in counts:
+            path = stack.enter_context(
+                atomic_output(folder / sides[side], inputs=corpus.table.paths)
+            )
+            files[side] = stack.enter_context(path.open("w", encoding="utf-8"))
+        for row, example in _examples(format_name, corpus):
+            side = Fate(corpus.fate[row])
+            if side in files:
+                files[side].write(json.dumps(cleaned(example), ensure_ascii=False) + "\n")
+                counts[side] += 1
+    return {sides[side]: n for side, n in counts.items()}
+
+
+def cleaned(example: Example) -> dict[str, Any]:
+    """Return the row to write for an example."""
+    from ggft.prompts.assistant_mask import joined
+
+    if example.text is not None:
+        return {"text": example.text}
+    turns: list[dict[str, Any]] = []
+    for message in joined(example.messages):
+        turns.append({"role": message["role"], "content": message["content"]})
+        if not message.get("learn", True):
+            turns[-1]["weight"] = 0
+    return {"messages": turns}

@@ -1,0 +1,1 @@
+"""Every option, declared once: flags, defaults, bounds, help and records."""

@@ -1,0 +1,126 @@
+"""The options that several commands have, each declared once.
+
+A command gives its own words only where the option means something else there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ggft.settings.option import option
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def model_option(
+    help: str = "Base model: a GGUF file or a name that `ggft models` lists",  # noqa: A002
+) -> Any:
+    """Declare -m."""
+    return option(
+        "-m", "--model", "--model-path", default=DEFAULT_MODEL, metavar="PATH|NAME", help=help
+    )
+
+
+def data_option(help: str = "Data: a file or folder; may be repeated") -> Any:  # noqa: A002
+    """Declare -d."""
+    return option("-d", "--data", "--data-path", default=(), metavar="PATH", help=help)
+
+
+def format_option() -> Any:
+    """Declare --format."""
+    return option(
+        "--format", default="auto", metavar="NAME",
+        help="Row format of the data; `auto` looks at each row",
+    )  # fmt: skip
+
+
+def adapter_option() -> Any:
+    """Declare --adapter."""
+    return option(
+        "--adapter", "-a", "--lora", default=None, metavar="FILE", help="LoRA adapter (GGUF)"
+    )
+
+
+def adapter_scale_option() -> Any:
+    """Declare --adapter-scale."""
+    return option(
+        "--adapter-scale", default=1.0, minimum=-100.0, maximum=100.0,
+        help="Factor on the adapter's delta",
+    )  # fmt: skip
+
+
+def template_option(*, trained: bool) -> Any:
+    """Declare --template; `trained` says whether an adapter may already be there."""
+    auto = "the adapter's, else the model's own"
+    if not trained:
+        auto = "the model's own, else the instruction template"
+    return option(
+        "--template", "--chat-template", default="auto", metavar="NAME|FILE",
+        help=f"Prompt template; `auto` is {auto}",
+    )  # fmt: skip
+
+
+def system_option() -> Any:
+    """Declare --system."""
+    return option("--system", default=None, metavar="TEXT", shown="none", help="System prompt")
+
+
+def train_on_prompt_option(
+    help: str = "Train on the prompt, too, not only on answers",  # noqa: A002
+) -> Any:
+    """Declare --train-on-prompt."""
+    return option("--train-on-prompt", default=False, help=help)
+
+
+def max_length_option(default: int | None = None, *, shown: str | None = None) -> Any:
+    """Declare --max-length."""
+    return option(
+        "--max-length", "--max-seq-length", "--cutoff-len", default=default, minimum=8,
+        shown=shown, help="Longest example in tokens; longer ones are cut and counted",
+    )  # fmt: skip
+
+
+def val_split_option() -> Any:
+    """Declare --val-split."""
+    return option(
+        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
+        help="Share of the rows held out for validation; 0 is off",
+    )  # fmt: skip
+
+
+def keep_duplicates_option(help: str) -> Any:  # noqa: A002
+    """Declare --keep-duplicates."""
+    return option("--keep-duplicates", default=False, help=help)
+
+
+def seed_option() -> Any:
+    """Declare --seed of what is repeatable by itself."""
+    return option("--seed", default=42, minimum=1, maximum=2**31 - 1, help="Random seed")
+
+
+def precision_option() -> Any:
+    """Declare --precision."""
+    return option(
+        "--precision", default="fast", choices=("fast", "f32"),
+        help="fast: what is quickest on this machine; f32: the reference path",
+    )  # fmt: skip
+
+
+def threads_option(shown: str = "physical cores") -> Any:
+    """Declare --threads."""
+    return option(
+        "--threads", "-t", default=None, minimum=1, maximum=1024, shown=shown, help="CPU threads"
+    )
+
+
+def device_option(help: str = "auto, cpu or a name from `ggft doctor`") -> Any:  # noqa: A002
+    """Declare --device."""
+    return option("--device", default="auto", metavar="NAME", help=help)
+
+
+def memory_option() -> Any:
+    """Declare --memory."""
+    return option(
+        "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
+        help="Memory that the run may use, such as 6G",
+    )  # fmt: skip

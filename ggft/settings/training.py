@@ -1,0 +1,248 @@
+"""The settings of training and evaluation: flags, defaults, ranges and help.
+
+`None` means "not given: chosen from the model, the data or the machine"; what was chosen is printed
+and recorded. A run's config.yaml repeats the settings and can be given back with `--config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ggft.gguf.linears import TARGETS
+from ggft.settings.declared import (
+    adapter_option,
+    adapter_scale_option,
+    data_option,
+    device_option,
+    format_option,
+    keep_duplicates_option,
+    max_length_option,
+    memory_option,
+    model_option,
+    precision_option,
+    seed_option,
+    template_option,
+    threads_option,
+    train_on_prompt_option,
+    val_split_option,
+)
+from ggft.settings.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings of `ggft finetune` and `ggft plan`."""
+
+    model: str = model_option()
+    data: tuple[str, ...] = data_option("Training data: a file or folder; may be repeated")
+    output: str = option(
+        "-o", "--output", "--output-dir", default="results", metavar="DIR", recorded=False,
+        help="Run directory",
+    )  # fmt: skip
+    format: str = format_option()
+    epochs: int | None = option(
+        "--epochs", "--num-epochs", "--num-train-epochs", default=None, minimum=1, maximum=100_000,
+        shown="3, more for tiny data", help="Passes over the data",
+    )  # fmt: skip
+    max_steps: int | None = option(
+        "--max-steps", "--iters", default=None, minimum=1, shown="no limit",
+        help="Stop after this many optimizer steps",
+    )  # fmt: skip
+    batch_size: int | None = option(
+        "--batch-size", "--per-device-train-batch-size", default=None, minimum=1, maximum=65_536,
+        shown="4", help="Examples per optimizer step (times --grad-accum)",
+    )  # fmt: skip
+    grad_accum: int = option(
+        "--grad-accum", "--gradient-accumulation-steps", default=1, minimum=1, maximum=65_536,
+        help="Batches summed into one optimizer step",
+    )  # fmt: skip
+    lr: float | None = option(
+        "--lr", "--learning-rate", default=None, above=0.0, maximum=1.0,
+        shown="3e-4, more for tiny data", help="Peak learning rate",
+    )  # fmt: skip
+    warmup_steps: int = option(
+        "--warmup-steps", default=50, minimum=0,
+        help="Steps of linear warm-up; never more than a tenth of the run",
+    )  # fmt: skip
+    lr_scheduler: str = option(
+        "--lr-scheduler", "--lr-scheduler-type", default="cosine",
+        choices=("cosine", "linear", "constant"), help="How the learning rate falls after warm-up",
+    )  # fmt: skip
+    weight_decay: float = option(
+        "--weight-decay", default=0.0, minimum=0.0, below=1.0, help="AdamW's weight decay"
+    )
+    beta1: float = option(
+        "--beta1", "--adam-beta1", default=0.9, minimum=0.0, below=1.0, help="AdamW's first decay"
+    )
+    beta2: float = option(
+        "--beta2", "--adam-beta2", default=0.999, minimum=0.0, below=1.0, help="AdamW's second one"
+    )
+    eps: float = option(
+        "--eps", "--adam-epsilon", default=1e-8, above=0.0, maximum=1.0, help="AdamW's epsilon"
+    )
+    max_grad_norm: float = option(
+        "--max-grad-norm", "--grad-clip", default=1.0, minimum=0.0,
+        help="Clip the gradient's global norm; 0 is off",
+    )  # fmt: skip
+    rank: int | None = option(
+        "--rank", "-r", "--lora-r", "--lora-rank", default=None, minimum=1, maximum=1024,
+        shown="8", help="LoRA rank",
+    )  # fmt: skip
+    alpha: float | None = option(
+        "--alpha", "--lora-alpha", default=None, above=0.0, maximum=65_536.0,
+        shown="4 x rank", help="LoRA alpha; the delta is scaled by alpha / rank",
+    )  # fmt: skip
+    dropout: float | None = option(
+        "--dropout", "--lora-dropout", default=None, minimum=0.0, below=1.0,
+        shown="0.1, less for tiny data", help="Dropout of the LoRA input",
+    )  # fmt: skip
+    target_modules: tuple[str, ...] = option(
+        "--target-modules", "--lora-target-modules", default=("all",), metavar="NAMES",
+        help="Linears to train, comma separated: all, attention, mlp, "
+        + ", ".join(TARGETS) + " (or Hugging Face's names)",
+    )  # fmt: skip
+    layers: str = option(
+        "--layers", "--num-layers", default="all", metavar="N|FIRST-LAST",
+        help="Blocks to train: all, the last N, or FIRST-LAST counted from 0",
+    )  # fmt: skip
+    max_length: int | None = max_length_option(shown="512")
+    packing: bool = option(
+        "--packing", off=("--no-packing",), default=True,
+        help="Put several short examples of a step into one row",
+    )  # fmt: skip
+    train_on_prompt: bool = train_on_prompt_option()
+    template: str = template_option(trained=False)
+    precision: str = precision_option()
+    recompute: bool | None = option(
+        "--recompute", "--gradient-checkpointing", off=("--keep",), default=None,
+        shown="by memory", help="Recompute block internals in the backward pass, or keep them",
+    )  # fmt: skip
+    val_split: float | None = val_split_option()
+    keep_duplicates: bool = keep_duplicates_option("Train on rows that equal an earlier one, too")
+    patience: int | None = option(
+        "--patience", "--early-stopping-patience", default=None, minimum=0, shown="3",
+        help="Stop after this many evaluations without a better one; 0 is never",
+    )  # fmt: skip
+    save_steps: int = option(
+        "--save-steps", "--save-every", default=100, minimum=1, help="Steps between checkpoints"
+    )
+    logging_steps: int = option(
+        "--logging-steps", "--steps-per-report", default=10, minimum=1,
+        help="Steps between logged losses; fewer when the run is short",
+    )  # fmt: skip
+    keep_checkpoints: int = option(
+        "--keep-checkpoints", "--save-total-limit", default=2, minimum=1,
+        help="Checkpoints to keep",
+    )  # fmt: skip
+    resume: bool = option(
+        "--resume", "--resume-from-checkpoint", default=False, recorded=False,
+        help="Continue the run in the output directory; starts one if there is none",
+    )  # fmt: skip
+    overwrite: bool = option(
+        "--overwrite", "--overwrite-output-dir", default=False, recorded=False,
+        help="Replace the run in the output directory",
+    )  # fmt: skip
+    seed: int = seed_option()
+    threads: int | None = threads_option()
+    device: str = device_option()
+    kernels: str = option(
+        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
+        help="CPU kernels: our fused ones or ggml's portable graph",
+    )  # fmt: skip
+    memory: str | None = memory_option()
+    samples: int = option(
+        "--samples", default=3, minimum=0, maximum=100,
+        help="Questions that the report answers before and after",
+    )  # fmt: skip
+    dry_run: bool = option(
+        "--dry-run", default=False, recorded=False, help="Check everything, print the plan and stop"
+    )
+    json: bool = option(
+        "--json", default=False, recorded=False, help="Print events as JSON lines on stdout"
+    )
+
+    @staticmethod
+    def default_file(given: Mapping[str, Any]) -> Path | None:
+        """Return the settings of the run that is to be continued, if there is one."""
+        path = Path(str(given.get("output", "results"))) / "config.yaml"
+        return path if given.get("resume") and path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledConfig(FinetuneConfig):
+    """Settings of a run, with all that was left open chosen from the data and the machine."""
+
+    if TYPE_CHECKING:
+        epochs: int
+        batch_size: int
+        lr: float
+        rank: int
+        alpha: float
+        dropout: float
+        max_length: int
+        val_split: float
+        patience: int
+        threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of `ggft eval`."""
+
+    model: str = model_option()
+    data: tuple[str, ...] = data_option()
+    adapter: str | None = adapter_option()
+    adapter_scale: float = adapter_scale_option()
+    format: str = format_option()
+    template: str = template_option(trained=True)
+    train_on_prompt: bool = train_on_prompt_option("Count the prompt's tokens, too")
+    max_length: int = max_length_option(512)
+    precision: str = precision_option()
+    threads: int | None = threads_option()
+    device: str = device_option()
+    memory: str | None = memory_option()
+    json: bool = option("--json", default=False, help="Print the result as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Settings of `ggft bench`."""
+
+    model: str = model_option()
+    shape: str = option(
+        "--shape", default="4x512", metavar="BxT", help="Rows per optimizer step, tokens per row"
+    )
+    steps: int = option(
+        "--steps", default=5, minimum=1, help="Timed steps, after a short one to warm up"
+    )
+    rank: int = option("--rank", "-r", default=8, minimum=1, maximum=1024, help="LoRA rank")
+    target_modules: tuple[str, ...] = option(
+        "--target-modules", default=("all",), metavar="NAMES",
+        help="Linears to train, comma separated",
+    )  # fmt: skip
+    layers: str = option(
+        "--layers", default="all", metavar="N|FIRST-LAST", help="Blocks to train, as in finetune"
+    )
+    precision: str = precision_option()
+    recompute: bool | None = option(
+        "--recompute", off=("--keep",), default=None, shown="by memory",
+        help="Recompute block internals in the backward pass, or keep them",
+    )  # fmt: skip
+    threads: int | None = threads_option()
+    device: str = device_option()
+    kernels: str = option(
+        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
+        help="CPU kernels: our fused ones or ggml's portable graph",
+    )  # fmt: skip
+    memory: str | None = memory_option()
+    peak: bool = option(
+        "--peak", off=("--no-peak",), default=True,
+        help="Measure the machine's peak in matrix products at this model's shapes",
+    )  # fmt: skip
+    profile: bool = option(
+        "--profile", off=("--no-profile",), default=True, help="Say where a step's time goes"
+    )
+    json: bool = option("--json", default=False, help="Print the result as one line of JSON")

@@ -1,0 +1,1 @@
+"""Files, processes, signals, progress and messages: what knows nothing of models."""

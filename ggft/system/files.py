@@ -1,0 +1,241 @@
+"""Files, whole or not there: atomic output, locks, free space, SHA-256, sweeping of leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ggft.system.errors import InputError, ResourceError
+
+_HINT_PEFT = "an adapter becomes GGUF with ggft convert FOLDER NEW.gguf --base MODEL.gguf"
+
+
+def require_regular_file(
+    path: Path, *, hint: str = "check the path; `ggft models` lists the names"
+) -> int:
+    """Return the size of a regular file in bytes; `hint` is what to do if there is none.
+
+    Raises:
+        InputError: It is missing, a folder, a pipe or a device, or cannot be looked at.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError("no such file", path=path, hint=hint) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot open the file: {reason}", path=path) from None
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {
+            stat.S_IFDIR: "a folder",
+            stat.S_IFIFO: "a pipe",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        found = kinds.get(stat.S_IFMT(status.st_mode), "something else")
+        is_peft = (path / "adapter_config.json").exists()
+        raise InputError(
+            "not a regular file", path=path, found=found, expected="a file",
+            hint=_HINT_PEFT if is_peft else None,
+        )  # fmt: skip
+    return status.st_size
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space: your share of it is used up",
+    errno.EFBIG: "files of this size are not allowed here: see ulimit -f, or use another disk",
+}
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.ggft-(?P<pid>\d+)\.tmp")
+# Bytes left free on the disk after a write that was allowed to start.
+_SPARE_BYTES = 16 << 20
+
+
+@contextmanager
+def atomic_output(
+    path: str | Path, *, expected_bytes: int = 0, inputs: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Give a temporary path beside `path`; at the end flush it and let it take the name.
+
+    On any exception the temporary file is removed and an existing output stays as it was. A
+    symbolic link is followed: its target is replaced. Leftovers of killed runs are removed.
+
+    Args:
+        path: The output file.
+        expected_bytes: Size that will be written, to refuse at once when the disk is too full.
+        inputs: Files that are read meanwhile; the output must be none of them.
+
+    Raises:
+        InputError: The output is a folder, an input, or cannot be created.
+        ResourceError: The disk is too full, or writing failed.
+    """
+    target = Path(os.path.realpath(path))
+    _check_output(Path(path), target, inputs)
+    _check_space(target, expected_bytes)
+    temporary = target.with_name(f".{target.name}.ggft-{os.getpid()}.tmp")
+    _sweep(target)
+    try:
+        with temporary.open("xb"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write here: {error.strerror}",
+            path=path,
+            hint="choose another output or change the folder's permissions",
+        ) from None
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, target)
+        flush(target.parent)
+    except OSError as error:
+        raise ResourceError(
+            f"writing failed: {error.strerror}",
+            path=path,
+            hint=_REMEDIES.get(error.errno or 0),
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _check_output(path: Path, target: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is a folder, special, an input, or in no folder."""
+    if target.is_dir():
+        raise InputError("the output is a folder", path=path, expected="a file name")
+    if target.exists() and not target.is_file():
+        raise InputError("the output is not a regular file", path=path, expected="a file name")
+    if not target.parent.is_dir():
+        raise InputError(
+            "the output's folder does not exist", path=path, hint=f"mkdir -p {target.parent}"
+        )
+    for source in inputs:
+        if target.exists() and source.exists() and os.path.samefile(target, source):
+            raise InputError(
+                "the output is the input", path=path, hint="choose another name for the output"
+            )
+
+
+def _check_space(target: Path, expected_bytes: int) -> None:
+    """Refuse to start what cannot fit."""
+    free_bytes = shutil.disk_usage(target.parent).free
+    if expected_bytes and free_bytes < expected_bytes + _SPARE_BYTES:
+        raise ResourceError(
+            "not enough disk space",
+            path=target,
+            found=f"{free_bytes / 1e9:.2f} GB free",
+            expected=f"{(expected_bytes + _SPARE_BYTES) / 1e9:.2f} GB",
+            hint="free some space or choose an output on another disk",
+        )
+
+
+def _sweep(target: Path) -> None:
+    """Remove temporary files of this target whose process is gone."""
+    for leftover in target.parent.glob(f".{_glob_escape(target.name)}.ggft-*.tmp"):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match and not _is_running(int(match["pid"])):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def _glob_escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            # fsync leaves data in the drive's cache there.
+            import fcntl
+
+            with suppress(OSError):
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder that a model goes to.
+
+    Raises:
+        InputError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(folder, os.W_OK | os.X_OK) else "no permission"
+    except OSError as error:
+        why = error.strerror
+    if why is not None:
+        raise InputError(
+            f"the model cannot be put here: {why}", path=folder,
+            hint="choose another folder with ggft download --to, or for all models with"
+            " GGFT_MODELS",
+        )  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run directory for this process alone; the system frees it however the process ends.
+
+    Raises:
+        ResourceError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            raise ResourceError(
+                "another run is using this directory",
+                path=folder,
+                found=f"process {holder}",
+                hint="wait for it or choose another directory with --output",
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,42 @@
+"""The learning rate at each step, and the intervals that a short run needs smaller."""
+
+from __future__ import annotations
+
+import math
+
+from ggft.data.batches import steps_per_epoch
+
+
+def lr_at(step: int, *, n_steps: int, warmup_steps: int, peak_lr: float, kind: str) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up rises linearly and reaches `peak_lr` with its last step; the first step is never 0.
+    Then `cosine` and `linear` fall towards 0, which the step after the last one would have, and
+    `constant` stays.
+
+    Source: cosine annealing without restarts, Loshchilov and Hutter 2017, equation 5.
+    """
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    if kind == "constant":
+        return peak_lr
+    share = min(1.0, (step - warmup_steps) / max(1, n_steps - warmup_steps))
+    if kind == "linear":
+        return peak_lr * (1.0 - share)
+    return peak_lr * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def safe_warmup(warmup_steps: int, n_steps: int) -> int:
+    """Return the warm-up, at most a tenth of the steps, so that short runs train at full rate."""
+    return min(warmup_steps, n_steps // 10)
+
+
+def safe_interval(interval: int, n_steps: int) -> int:
+    """Return a logging interval that gives a short run at least twenty lines, if it has as many."""
+    return max(1, min(interval, n_steps // 20))
+
+
+def total_steps(n_examples: int, examples_per_step: int, epochs: int, max_steps: int | None) -> int:
+    """Return the optimizer steps of the run."""
+    steps = epochs * steps_per_epoch(n_examples, examples_per_step)
+    return steps if max_steps is None else min(steps, max_steps)

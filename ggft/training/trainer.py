@@ -1,0 +1,304 @@
+"""The training loop of one run: steps, evaluations, checkpoints, and the best adapter kept."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ggft import __version__
+from ggft.adapters.adapter import AdapterMeta, write_adapter
+from ggft.data.batches import Batches, Steps
+from ggft.engine.engine import Cancelled, Engine, mean_nats
+from ggft.engine.memory import Plan
+from ggft.settings.option import to_record, to_yaml
+from ggft.settings.training import SettledConfig
+from ggft.setup.inputs import Base, Data
+from ggft.system.errors import Interrupted, NumericError
+from ggft.system.machine import peak_rss_bytes
+from ggft.system.progress import Progress
+from ggft.system.signals import StopSignals
+from ggft.training import checkpoint, schedule
+from ggft.training.outcome import Outcome
+from ggft.training.run_directory import RunDirectory
+
+# Settings that do not change the course of a run: where things lie, what is shown and kept.
+_MAY_CHANGE = (
+    "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
+    "samples",
+)  # fmt: skip
+
+
+@dataclass
+class State:
+    """Where a run is, besides matrices, moments and the optimizer's step."""
+
+    epoch: int = 0
+    index: int = 0
+    tokens_seen: int = 0
+    elapsed_s: float = 0.0
+    interval_nats: float = 0.0
+    interval_count: int = 0
+    evaluated_step: int = -1
+    base_val: float | None = None
+    best_val: float | None = None
+    best_step: int = 0
+    bad_evals: int = 0
+    ended: str | None = None
+    metrics_bytes: int = 0
+
+
+@dataclass
+class Trainer:
+    """The loop of one run."""
+
+    config: SettledConfig
+    base: Base
+    data: Data
+    steps: Steps
+    plan: Plan
+    run: RunDirectory
+    engine: Engine
+    progress: Progress
+    stop: StopSignals
+    state: State = field(default_factory=State)
+    saved_step: int = -1
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.n_steps = schedule.total_steps(
+            len(self.data.train), self.steps.examples_per_step, config.epochs, config.max_steps
+        )
+        self.warmup_steps = schedule.safe_warmup(config.warmup_steps, self.n_steps)
+        self.interval = schedule.safe_interval(config.logging_steps, self.n_steps)
+        self.meta = AdapterMeta(
+            architecture=self.base.file.architecture,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            base_sha256=self.base.file.sha256(),
+            base_name=self.base.name,
+            template=self.base.template.name,
+            template_sha256=self.base.template.source_hash,
+        )
+
+    def circumstances(self) -> dict[str, Any]:
+        """Return all that must be the same for a run to be continued to the bit."""
+        record = to_record(self.config)
+        for name in _MAY_CHANGE:
+            del record[name]
+        record.update(
+            model_sha256=self.meta.base_sha256,
+            data_sha256=self.data.sha256(),
+            template_sha256=self.meta.template_sha256,
+            micro_batch=[self.plan.n_rows, self.plan.n_tokens],
+            steps=self.n_steps,
+        )
+        return record
+
+    def begin(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Initialize the adapter, or restore a checkpoint.
+
+        Raises:
+            InputError: the checkpoint is of a run under other circumstances.
+        """
+        self._circumstances = self.circumstances()
+        if saved is None:
+            self.engine.init_lora(self.config.seed)
+            self.run.clear()
+        else:
+            checkpoint.check_same(saved.state["circumstances"], self._circumstances, saved.path)
+            saved.restore(self.engine)
+            self.state = State(**saved.state["progress"])
+            self.saved_step = saved.step
+            self.progress.note(f"resuming after step {saved.step} of {self.n_steps}")
+            if self.state.best_val is not None and not self.run.adapter.exists():
+                self.progress.warn("the best adapter is gone; the next evaluation counts as best")
+                self.state.best_val = None
+        record = to_record(self.config)
+        record["model"] = os.path.abspath(self.config.model)
+        record["data"] = [os.path.abspath(path) for path in self.config.data]
+        self.run.write_text(self.run.config, to_yaml(record))
+        self.run.open_metrics(self.state.metrics_bytes)
+
+    def loop(self) -> None:
+        """Train to the end; evaluations and saves that are due come before the next step.
+
+        Raises:
+            Interrupted: a signal came; what was done is saved.
+            NumericError: NaN or infinity, with the step and the tensor.
+        """
+        if self.state.ended:
+            self.progress.note("the run is finished already")
+            return
+        if self._evaluation_is_due() and self.engine.step == 0:
+            self.progress.note("measuring the held-out loss before training")
+        self.progress.start(self.n_steps, self.engine.step)
+        try:
+            while True:
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if self.engine.step >= self.n_steps:
+                    self.state.ended = self.state.ended or "all steps done"
+                if self.state.ended or self.engine.step % self.config.save_steps == 0:
+                    self._save()
+                if self.state.ended:
+                    break
+                self.stop.check()
+                self._step()
+        except (Cancelled, Interrupted):
+            self._save_interrupted()
+        finally:
+            self.progress.stop()
+
+    def outcome(self) -> Outcome:
+        """Return what the report is made of."""
+        return Outcome(
+            settings=to_record(self.config),
+            model=self.base.name,
+            plan=self.plan.record(),
+            engine=self.engine.info(),
+            account=asdict(self.data.account),
+            state=asdict(self.state),
+            metrics=self.run.read_metrics(),
+            peak_bytes=peak_rss_bytes(),
+            n_held_out=len(self.data.validation),
+            samples=[],
+        )
+
+    def _step(self) -> None:
+        """Do one optimizer step: gradients of its micro-batches, then the update."""
+        state, step = self.state, self.engine.step
+        started_s = time.monotonic()
+        nats, count, tokens = 0.0, 0, 0
+        try:
+            for number, batch in enumerate(
+                self.steps.step(state.epoch, state.index, self.plan.n_rows, self.plan.n_tokens)
+            ):
+                seed = self.steps.dropout_seed(step, number) if self.config.dropout else 0
+                batch_nats, batch_count = self.engine.forward_backward(batch, seed)
+                nats += batch_nats
+                count += batch_count
+                tokens += int((batch["segments"] >= 0).sum())
+            lr = self._lr(step)
+            norm = self.engine.optimizer_step(lr, count)
+        except NumericError as error:
+            raise NumericError(
+                f"step {step + 1}: {error.message}",
+                found=error.found,
+                hint="try a smaller --lr; the last checkpoint can be resumed",
+            ) from None
+        seconds = time.monotonic() - started_s
+        state.index += 1
+        if state.index == self.steps.per_epoch:
+            state.epoch, state.index = state.epoch + 1, 0
+        state.tokens_seen += tokens
+        state.elapsed_s += seconds
+        state.interval_nats += nats
+        state.interval_count += count
+        self._log(nats / count, lr, norm, tokens / max(seconds, 1e-9), count)
+
+    def _lr(self, step: int) -> float:
+        return schedule.lr_at(
+            step,
+            n_steps=self.n_steps,
+            warmup_steps=self.warmup_steps,
+            peak_lr=self.config.lr,
+            kind=self.config.lr_scheduler,
+        )
+
+    def _log(self, loss: float, lr: float, norm: float, tokens_per_s: float, count: int) -> None:
+        state, step = self.state, self.engine.step
+        epoch = state.epoch + state.index / self.steps.per_epoch
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "trained_tokens": count,
+            "tokens_seen": state.tokens_seen,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "elapsed_s": round(state.elapsed_s, 3),
+        }
+        self.run.log(record)
+        log = step % self.interval == 0 or step == self.n_steps
+        mean = state.interval_nats / state.interval_count
+        if log:
+            self.progress.event("step", **{**record, "loss": mean, "total_steps": self.n_steps})
+            state.interval_nats, state.interval_count = 0.0, 0
+        self.progress.step(step, loss=mean, lr=lr, tokens_per_s=tokens_per_s, log=log)
+
+    def _evaluation_is_due(self) -> bool:
+        at_border = self.state.index == 0 or self.engine.step == self.n_steps
+        return (
+            bool(len(self.data.validation))
+            and at_border
+            and self.state.evaluated_step != self.engine.step
+        )
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss; keep the adapter if it is the best so far."""
+        state, step = self.state, self.engine.step
+        batches = Batches(
+            self.data.validation,
+            rows=self.plan.n_rows,
+            n_tokens=self.plan.n_tokens,
+            packing=self.config.packing,
+            shuffle=False,
+        )
+        loss, count = mean_nats(self.engine, batches.epoch(0), self.stop.check)
+        state.evaluated_step = step
+        self.run.log({"step": step, "val_loss": loss, "val_tokens": count})
+        self.progress.event("evaluation", step=step, val_loss=loss)
+        self.progress.note(f"step {step}  held-out loss {loss:.4f}")
+        if step == 0:
+            state.base_val = loss
+            return
+        if state.best_val is None or loss < state.best_val:
+            state.best_val, state.best_step, state.bad_evals = loss, step, 0
+            self._write_adapter()
+        else:
+            state.bad_evals += 1
+            if self.config.patience and state.bad_evals >= self.config.patience:
+                state.ended = f"no better held-out loss in {state.bad_evals} evaluations"
+
+    def _write_adapter(self) -> None:
+        write_adapter(self.run.adapter, self.engine.parameters, self.engine.get, self.meta)
+
+    def _save(self, *, at_start: bool = False) -> None:
+        """Write a checkpoint, unless this step has one; before the first step only `at_start`."""
+        step = self.engine.step
+        if step == self.saved_step or (step == 0 and not at_start):
+            return
+        self.state.metrics_bytes = self.run.metrics_bytes
+        checkpoint.save(
+            self.run.checkpoints,
+            self.engine,
+            self.meta,
+            {
+                "ggft": __version__,
+                "circumstances": self._circumstances,
+                "progress": asdict(self.state),
+            },
+            keep=self.config.keep_checkpoints,
+        )
+        self.saved_step = step
+        if not len(self.data.validation):
+            self._write_adapter()
+
+    def _save_interrupted(self) -> None:
+        """Save after a signal, then raise Interrupted."""
+        self.engine.zero_grad()
+        self._save(at_start=True)
+        if self.state.best_val is None:
+            self._write_adapter()
+        step = self.engine.step
+        self.progress.event("interrupted", step=step, adapter=str(self.run.adapter))
+        learned = "holds what was learned" if step else "has learned nothing yet"
+        raise Interrupted(
+            f"stopped after step {step} of {self.n_steps}; {self.run.adapter} {learned}",
+            signal_number=self.stop.signal_number or 2,
+            hint="continue with the same command and --resume",
+        ) from None

@@ -1,0 +1,108 @@
+"""Learned, too little, memorized: from the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ggft.data.advice import MIN_SPLIT_ROWS
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean nats per trained token.
+
+    Attributes:
+        train_before: On training rows at the start.
+        train_after: On training rows at the end.
+        val_before: On held-out rows before training; None without any.
+        val_best: Of the adapter that was kept.
+        val_last: At the end.
+        n_val: Held-out rows.
+    """
+
+    train_before: float
+    train_after: float
+    val_before: float | None = None
+    val_best: float | None = None
+    val_last: float | None = None
+    n_val: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run came to.
+
+    Attributes:
+        kind: `learned`, `too little` or `memorised`.
+        text: The same in a sentence or two, with the numbers.
+    """
+
+    kind: str
+    text: str
+
+
+def judge(losses: Losses) -> Verdict:
+    """Say plainly what was learned.
+
+    - *too little*: not even the loss on the training rows fell by a tenth.
+    - *memorised*: the training loss fell, the held-out loss by less than a twentieth, or it rose
+      again beyond its start; or, without held-out rows, the training answers are nearly certain
+      (less than 0.1 nats a token).
+    - *learned*: the held-out loss fell, too; or, without held-out rows, the training loss did.
+    """
+    x = losses
+    train = f"training loss {x.train_before:.3f} → {x.train_after:.3f}"
+    fell = _drop(x.train_before, x.train_after)
+    if x.val_before is None or x.val_best is None:
+        return _judge_alone(x, train, fell)
+    val = f"held-out loss {x.val_before:.3f} → {x.val_best:.3f} on {x.n_val} rows"
+    gained = _drop(x.val_before, x.val_best)
+    last = x.val_best if x.val_last is None else x.val_last
+    rough = f" With {x.n_val} held-out rows this is a rough estimate."
+    rough = rough if x.n_val < MIN_SPLIT_ROWS else ""
+    if gained >= 0.05 and last > x.val_before:
+        return Verdict(
+            "memorised",
+            f"memorised: {train}, but {val}, and then it rose to {last:.3f}, above where it began."
+            " The adapter that was kept is the one from the turning point: it has the form of the"
+            " answers and little of their content. Give more and more varied rows. If repeating"
+            f" these rows is the aim, train on all of them with --val-split 0.{rough}",
+        )
+    if gained >= 0.05:
+        text = f"learned: {val}, {train}."
+        if last > 1.05 * x.val_best:
+            text += (
+                f" Later epochs only memorised (held-out loss {last:.3f} at the end); the best"
+                " adapter was kept."
+            )
+        return Verdict("learned", text + rough)
+    if fell < 0.1:
+        return Verdict(
+            "too little",
+            f"too little: {train}, {val}. Train longer (--epochs), with a higher --lr, or give"
+            " more rows.",
+        )
+    return Verdict(
+        "memorised",
+        f"memorised: {train}, but {val}. The adapter repeats its rows and does not carry over to"
+        " others: give more and more varied rows, or fewer --epochs. If repeating these rows is the"
+        " aim, train on all of them with --val-split 0.",
+    )
+
+
+def _judge_alone(x: Losses, train: str, fell: float) -> Verdict:
+    """Judge a run without held-out rows."""
+    blind = "nothing was held out, so whether it carries over to other questions is not known"
+    if fell < 0.1:
+        return Verdict(
+            "too little",
+            f"too little: {train}. Train longer (--epochs), with a higher --lr, or give more rows.",
+        )
+    if x.train_after < 0.1:
+        return Verdict("memorised", f"memorised: {train}, the answers are known by heart; {blind}.")
+    return Verdict("learned", f"learned: {train}; {blind}.")
+
+
+def _drop(before: float, after: float) -> float:
+    """Return the share of a loss that is gone."""
+    return (before - after) / before if before > 0 else 0.0

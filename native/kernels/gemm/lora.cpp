@@ -1,0 +1,276 @@
+#include "kernels/gemm/lora.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "kernels/isa/vector.h"
+#include "kernels/rowwise/dropout.h"
+
+namespace ggft {
+namespace {
+
+#if defined(__AVX__) && !defined(GGFT_AVX512) // 16 registers; the others have 32
+constexpr int RANKS = 4, TOKENS = 3, VECTORS = 3;
+#else
+constexpr int RANKS = 8, TOKENS = 3, VECTORS = 3;
+#endif
+constexpr int64_t WIDTH = 192; // columns of a gradient block
+constexpr int64_t DEPTH = 64;  // tokens of a gradient block: 48 KB of x
+
+/// n columns of one row from `column` on as F32, times the dropout factors; zeros up to `padded`.
+void copy_row(const Rows & x, Dropout dropout, int64_t t, int64_t column, int64_t n, int64_t padded,
+              float * out) {
+    const float * f = (const float *)x.data + t * x.stride + column;
+    const uint16_t * h = (const uint16_t *)x.data + t * x.stride + column;
+    int64_t c = 0;
+    if (x.is_bf16) {
+        for (; c + LANES <= n; c += LANES)
+            store(out + c, load_bf16(h + c));
+        for (; c < n; c++)
+            out[c] = from_bf16(h[c]);
+    } else {
+        std::memcpy(out, f, (size_t)n * 4);
+    }
+    std::fill(out + n, out + padded, 0.0f);
+    if (dropout.p <= 0.0f)
+        return;
+    const uint32_t key = dropout_row_key(dropout.seed, t);
+    const int32_t threshold = dropout_threshold(dropout.p);
+    const V kept = splat(1.0f / (1.0f - dropout.p));
+    for (c = 0; c < padded; c += LANES) {
+        store(out + c, load(out + c) * dropout_factors(key, column + c, threshold, kept));
+    }
+}
+
+GGFT_INLINE V load_lanes(const float * p) {
+    return load(p);
+}
+GGFT_INLINE V load_lanes(const uint16_t * p) {
+    return load_bf16(p);
+}
+GGFT_INLINE float value(float x) {
+    return x;
+}
+GGFT_INLINE float value(uint16_t x) {
+    return from_bf16(x);
+}
+
+/// out[r] = sum of the lanes of v[r].
+template <int R> GGFT_INLINE void sum_rows(const V (&v)[R], float * out) {
+#if defined(GGFT_AVX512)
+    if constexpr (R == 8) { // a tree that folds lanes and merges rows at once
+        __m512 pair[4], quad[2];
+        GGFT_UNROLL for (int i = 0; i < 4; i++) {
+            const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+            pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        GGFT_UNROLL for (int i = 0; i < 2; i++) {
+            const __m512d a = (__m512d)pair[2 * i], b = (__m512d)pair[2 * i + 1];
+            quad[i] =
+                _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+        }
+        const __m512 half = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
+                                          _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+        const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(half, half, 0x08),
+                                         _mm512_shuffle_f32x4(half, half, 0x0d));
+        _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
+        return;
+    }
+#endif
+    GGFT_UNROLL for (int r = 0; r < R; r++) out[r] = sum_lanes(v[r]);
+}
+
+/// out[t][r] = scale * sum_c x[t][c] * a[r][c] for T rows of x (F32 or BF16) and R rows of a.
+template <int T, int R, class X>
+void dot_tile(const X * x, int64_t x_stride, const float * a, int64_t a_stride, int64_t n,
+              float scale, float * out, int64_t out_stride) {
+    V acc[T][R] = {};
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES) {
+        V xs[T];
+        GGFT_UNROLL for (int t = 0; t < T; t++) xs[t] = load_lanes(x + t * x_stride + c);
+        GGFT_UNROLL for (int r = 0; r < R; r++) {
+            const V w = load(a + r * a_stride + c);
+            GGFT_UNROLL for (int t = 0; t < T; t++) acc[t][r] = fma(xs[t], w, acc[t][r]);
+        }
+    }
+    GGFT_UNROLL for (int t = 0; t < T; t++) {
+        float sums[R];
+        sum_rows(acc[t], sums);
+        for (int r = 0; r < R; r++) {
+            float sum = sums[r];
+            for (int64_t k = c; k < n; k++)
+                sum += value(x[t * x_stride + k]) * a[r * a_stride + k];
+            out[t * out_stride + r] = scale * sum;
+        }
+    }
+}
+
+/// All ranks for T tokens.
+template <int T, class X>
+void dot_rows(const X * x, int64_t x_stride, const float * a, int rank, int64_t n, float scale,
+              float * out, int64_t out_stride) {
+    int r = 0;
+    for (; r + RANKS <= rank; r += RANKS)
+        dot_tile<T, RANKS>(x, x_stride, a + r * n, n, n, scale, out + r, out_stride);
+    for (; r + 2 <= rank; r += 2)
+        dot_tile<T, 2>(x, x_stride, a + r * n, n, n, scale, out + r, out_stride);
+    for (; r < rank; r++)
+        dot_tile<T, 1>(x, x_stride, a + r * n, n, n, scale, out + r, out_stride);
+}
+
+/// Every adapter's dot products of `tokens` <= TOKENS rows from token t on.
+template <class X>
+void dot_adapters(const X * rows, int64_t stride, int64_t t, int64_t tokens, int64_t n,
+                  const LoraDown * adapters, int n_adapters, float scale) {
+    for (int i = 0; i < n_adapters; i++) {
+        const LoraDown & l = adapters[i];
+        float * out = l.u + t * l.u_stride;
+        if (tokens == TOKENS) {
+            dot_rows<TOKENS>(rows, stride, l.a, l.rank, n, scale, out, l.u_stride);
+            continue;
+        }
+        for (int64_t k = 0; k < tokens; k++) {
+            dot_rows<1>(rows + k * stride, stride, l.a, l.rank, n, scale, out + k * l.u_stride,
+                        l.u_stride);
+        }
+    }
+}
+
+void dot_tokens(const Rows & x, Dropout dropout, int64_t n, int64_t n_tokens,
+                const LoraDown * adapters, int n_adapters, float scale, int ith, int nth) {
+    static thread_local std::vector<float> buffer;
+    const int64_t padded = (n + LANES - 1) / LANES * LANES;
+    if (dropout.p > 0.0f)
+        buffer.resize((size_t)(TOKENS * padded));
+    const Range part = split_range(n_tokens, TOKENS, ith, nth);
+    for (int64_t t = part.first; t < part.last; t += TOKENS) {
+        const int64_t tokens = std::min<int64_t>(TOKENS, part.last - t);
+        if (dropout.p > 0.0f) {
+            for (int64_t i = 0; i < tokens; i++) {
+                copy_row(x, dropout, t + i, 0, n, padded, buffer.data() + i * padded);
+            }
+            dot_adapters(buffer.data(), padded, t, tokens, n, adapters, n_adapters, scale);
+        } else if (x.is_bf16) {
+            dot_adapters((const uint16_t *)x.data + t * x.stride, x.stride, t, tokens, n, adapters,
+                         n_adapters, scale);
+        } else {
+            dot_adapters((const float *)x.data + t * x.stride, x.stride, t, tokens, n, adapters,
+                         n_adapters, scale);
+        }
+    }
+}
+
+/// sum[r][c] += sum_t left[t][r] * x[t][c] for R ranks and N vectors of columns.
+template <int R, int N, class X>
+void outer_tile(const float * left, int64_t left_stride, const X * x, int64_t x_stride,
+                int64_t n_tokens, float * sum) {
+    V acc[R][N];
+    GGFT_UNROLL for (int r = 0; r < R; r++) {
+        GGFT_UNROLL for (int j = 0; j < N; j++) acc[r][j] = load(sum + r * WIDTH + j * LANES);
+    }
+    for (int64_t t = 0; t < n_tokens; t++, left += left_stride, x += x_stride) {
+        V xs[N];
+        GGFT_UNROLL for (int j = 0; j < N; j++) xs[j] = load_lanes(x + j * LANES);
+        GGFT_UNROLL for (int r = 0; r < R; r++) {
+            const V l = splat(left[r]);
+            GGFT_UNROLL for (int j = 0; j < N; j++) acc[r][j] = fma(l, xs[j], acc[r][j]);
+        }
+    }
+    GGFT_UNROLL for (int r = 0; r < R; r++) {
+        GGFT_UNROLL for (int j = 0; j < N; j++) store(sum + r * WIDTH + j * LANES, acc[r][j]);
+    }
+}
+
+template <int R, class X>
+void outer_ranks(const float * left, int64_t left_stride, const X * x, int64_t x_stride,
+                 int64_t n_tokens, int64_t width, float * sum) {
+    int64_t c = 0;
+    for (; c + VECTORS * LANES <= width; c += VECTORS * LANES)
+        outer_tile<R, VECTORS>(left, left_stride, x + c, x_stride, n_tokens, sum + c);
+    for (; c < width; c += LANES)
+        outer_tile<R, 1>(left, left_stride, x + c, x_stride, n_tokens, sum + c);
+}
+
+/// sums[rank][WIDTH] += left' x for `depth` tokens and `width` columns.
+template <class X>
+void outer_block(const float * left, int64_t left_stride, int rank, const X * x, int64_t x_stride,
+                 int64_t depth, int64_t width, float * sums) {
+    int r = 0;
+    for (; r + RANKS <= rank; r += RANKS)
+        outer_ranks<RANKS>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
+    for (; r + 2 <= rank; r += 2)
+        outer_ranks<2>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
+    for (; r < rank; r++)
+        outer_ranks<1>(left + r, left_stride, x, x_stride, depth, width, sums + r * WIDTH);
+}
+
+/// out[r*r_step + c*c_step] += scale * sum_t left[t][r] * keep[t][c] * x[t][c], columns split.
+void outer_sum(const Rows & x, Dropout dropout, const float * left, int64_t left_stride, int rank,
+               float scale, int64_t n_cols, int64_t n_tokens, float * out, int64_t r_step,
+               int64_t c_step, int ith, int nth) {
+    static thread_local std::vector<float> sums, block;
+    sums.resize((size_t)(rank * WIDTH));
+    block.resize((size_t)(DEPTH * WIDTH));
+    const Range part = split_range(n_cols, VECTORS * LANES, ith, nth);
+    for (int64_t c0 = part.first; c0 < part.last; c0 += WIDTH) {
+        const int64_t n = std::min(WIDTH, part.last - c0);
+        const int64_t width = (n + LANES - 1) / LANES * LANES;
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t t0 = 0; t0 < n_tokens; t0 += DEPTH) {
+            const int64_t depth = std::min(DEPTH, n_tokens - t0), at = t0 * x.stride + c0;
+            const float * l = left + t0 * left_stride;
+            if (dropout.p > 0.0f || n < width) {
+                for (int64_t t = 0; t < depth; t++) {
+                    copy_row(x, dropout, t0 + t, c0, n, width, block.data() + t * WIDTH);
+                }
+                outer_block(l, left_stride, rank, block.data(), WIDTH, depth, width, sums.data());
+            } else if (x.is_bf16) {
+                outer_block(l, left_stride, rank, (const uint16_t *)x.data + at, x.stride, depth,
+                            width, sums.data());
+            } else {
+                outer_block(l, left_stride, rank, (const float *)x.data + at, x.stride, depth,
+                            width, sums.data());
+            }
+        }
+        for (int64_t c = 0; c < n; c++) {
+            float * o = out + (c0 + c) * c_step;
+            for (int r = 0; r < rank; r++)
+                o[r * r_step] += scale * sums[(size_t)(r * WIDTH + c)];
+        }
+    }
+}
+
+} // namespace
+
+void lora_down(Rows x, Dropout dropout, int64_t n_cols, int64_t n_tokens, const LoraDown * adapters,
+               int n_adapters, int ith, int nth) {
+    dot_tokens(x, dropout, n_cols, n_tokens, adapters, n_adapters, 1.0f, ith, nth);
+}
+
+void lora_up_t(Rows dy, const float * b, int rank, float scale, int64_t n_rows, int64_t n_tokens,
+               float * du, int64_t du_stride, int ith, int nth) {
+    // b transposed, by every thread for itself: N*R copies against the N*R*T/nth products it
+    // serves.
+    static thread_local std::vector<float> transposed;
+    transposed.resize((size_t)(rank * n_rows));
+    for (int64_t n = 0; n < n_rows; n++) {
+        for (int r = 0; r < rank; r++)
+            transposed[(size_t)(r * n_rows + n)] = b[n * rank + r];
+    }
+    const LoraDown l = {transposed.data(), rank, du, du_stride};
+    dot_tokens(dy, {}, n_rows, n_tokens, &l, 1, scale, ith, nth);
+}
+
+void lora_grad_a(Rows x, Dropout dropout, const float * du, int64_t du_stride, int rank,
+                 float scale, int64_t n_cols, int64_t n_tokens, float * da, int ith, int nth) {
+    outer_sum(x, dropout, du, du_stride, rank, scale, n_cols, n_tokens, da, n_cols, 1, ith, nth);
+}
+
+void lora_grad_b(Rows dy, const float * u, int64_t u_stride, int rank, float scale, int64_t n_rows,
+                 int64_t n_tokens, float * db, int ith, int nth) {
+    outer_sum(dy, {}, u, u_stride, rank, scale, n_rows, n_tokens, db, 1, rank, ith, nth);
+}
+
+} // namespace ggft

@@ -1,0 +1,57 @@
+// Weights kept as panels ("prepacked", as in oneDNN and ONNX Runtime): a product with the same
+// weight as an earlier one in the same direction reads its panels instead of dequantizing it again.
+// They take about two bytes an element and direction, four in F32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kernels/gemm/gemm.h"
+#include "kernels/isa/memory.h"
+
+namespace ggft {
+
+struct Product;
+
+/// The panels of a weight in one direction: made by the first product, read by all that follow. The
+/// threads of a product make and read different ones.
+class Prepacked {
+public:
+    /// `words`: room for words_of(p).
+    Prepacked(const Product & p, uint32_t * words);
+    static size_t words_of(const Product & p);
+
+    /// The panels of columns [c0, c0+nc) for the reduction's chunk at k0.
+    uint32_t * panels(const Product & p, int64_t c0, int64_t k0) const;
+    bool made(const Product & p, int64_t c0, int64_t nc, int64_t k0) const;
+    void set_made(const Product & p, int64_t c0, int64_t nc, int64_t k0);
+
+private:
+    uint32_t * words_;
+    std::vector<char> made_; // by chunk of the reduction and panel
+};
+
+/// Larger ones are not kept, so that an output matrix takes no more memory in large vocabularies.
+inline constexpr size_t PREPACKED_MOST = 128u << 20;
+
+/// Those of as many weights as `limit` bytes hold, first come, first served; of none where there is
+/// no memory.
+class PrepackedWeights {
+public:
+    explicit PrepackedWeights(size_t limit);
+
+    /// W as the products read it: with its panels, if it is among those that have some. One thread.
+    Weight with_panels(Precision precision, Weight w, bool nt);
+    size_t bytes() const { return used_ * 4; }
+
+private:
+    Words memory_;
+    size_t words_ = 0, used_ = 0;
+    std::map<std::pair<const void *, bool>, std::optional<Prepacked>> weights_;
+};
+
+} // namespace ggft

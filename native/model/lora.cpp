@@ -1,0 +1,186 @@
+#include "model/lora.h"
+
+#include "base/error.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace ggft {
+
+// Width of the flat tensors; each parameter starts on a multiple of ALIGN elements.
+static constexpr int64_t ROW = 1024;
+static constexpr int64_t ALIGN = 64;
+
+Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_t backend)
+    : config_(config), backend_(backend),
+      buffer_("LoRA", ggml_backend_get_default_buffer_type(backend), 8) {
+    const int64_t n_layer = model.hparams.n_layer;
+    require(config.rank >= 1, ErrorKind::input, "rank must be at least 1");
+    require(0 <= config.layer_first && config.layer_first < config.layer_last &&
+                config.layer_last <= n_layer,
+            ErrorKind::input,
+            "layer range is outside the model's " + std::to_string(n_layer) + " layers");
+    int64_t offset = 0;
+    auto place = [&](const std::string & name, int64_t ne0, int64_t ne1) {
+        parameters_.push_back({name, ne0, ne1, offset});
+        offset += (ne0 * ne1 + ALIGN - 1) / ALIGN * ALIGN;
+    };
+    for (int64_t l = config.layer_first; l < config.layer_last; l++) {
+        for (int s = 0; s < N_SITES; s++) {
+            if (!config.targets[s]) {
+                continue;
+            }
+            const Tensor w = model.layers[(size_t)l].linear[s].weight;
+            const std::string base =
+                std::string("blk.") + std::to_string(l) + "." + site_name(s) + ".weight";
+            place(base + ".lora_a", w->ne[0], config.rank);
+            place(base + ".lora_b", config.rank, w->ne[1]);
+        }
+    }
+    require(!parameters_.empty(), ErrorKind::input, "no target module is selected");
+    n_rows_ = (offset + ROW - 1) / ROW;
+    value_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "value");
+    grad_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "grad");
+    m_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "m");
+    v_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "v");
+    options_ = buffer_.add(GGML_TYPE_F32, {7}, "adamw");
+    factor_ = buffer_.add(GGML_TYPE_F32, {1}, "factor");
+    buffer_.allocate();
+    ggml_set_param(value_);
+
+    views_.reset(ggml_init({ggml_tensor_overhead() * 2 * (parameters_.size() + 1), nullptr, true}));
+    require(views_ != nullptr, ErrorKind::resource, "out of memory for the adapter's tensors");
+    pairs_.resize((size_t)n_layer * N_SITES);
+    auto view = [&](Tensor flat, const Parameter & p, const char * prefix) {
+        const size_t size = sizeof(float);
+        Tensor t = ggml_view_2d(views_.get(), flat, p.ne0, p.ne1, (size_t)p.ne0 * size,
+                                (size_t)p.offset * size);
+        ggml_backend_view_init(t);
+        ggml_set_name(t, (prefix + p.name).c_str());
+        return t;
+    };
+    size_t i = 0;
+    for (int64_t l = config.layer_first; l < config.layer_last; l++) {
+        for (int s = 0; s < N_SITES; s++) {
+            if (!config.targets[s]) {
+                continue;
+            }
+            const Parameter &a = parameters_[i], &b = parameters_[i + 1];
+            pairs_[(size_t)l * N_SITES + (size_t)s] = {view(value_, a, ""), view(value_, b, ""),
+                                                       view(grad_, a, "d "), view(grad_, b, "d "),
+                                                       config.alpha / (float)config.rank};
+            i += 2;
+        }
+    }
+}
+
+Tensor Lora::flat(const std::string & which) const {
+    if (which == "value") {
+        return value_;
+    }
+    if (which == "grad") {
+        return grad_;
+    }
+    if (which == "m") {
+        return m_;
+    }
+    if (which == "v") {
+        return v_;
+    }
+    fail(ErrorKind::input, "unknown state '" + which + "' (expected value, grad, m or v)");
+}
+
+const Parameter & Lora::parameter(const std::string & name) const {
+    for (const auto & p : parameters_) {
+        if (p.name == name) {
+            return p;
+        }
+    }
+    fail(ErrorKind::input, "no trainable tensor is called '" + name + "'");
+}
+
+void Lora::get(const std::string & name, const std::string & which, float * out) const {
+    const Parameter & p = parameter(name);
+    ggml_backend_tensor_get(flat(which), out, (size_t)p.offset * 4, (size_t)(p.ne0 * p.ne1) * 4);
+}
+
+void Lora::set(const std::string & name, const std::string & which, const float * in) {
+    const Parameter & p = parameter(name);
+    ggml_backend_tensor_set(flat(which), in, (size_t)p.offset * 4, (size_t)(p.ne0 * p.ne1) * 4);
+}
+
+void Lora::zero_grad() {
+    ggml_backend_tensor_memset(grad_, 0, 0, ggml_nbytes(grad_));
+}
+
+std::string Lora::first_nonfinite_grad() const {
+    std::vector<float> values;
+    for (const auto & p : parameters_) {
+        values.resize((size_t)(p.ne0 * p.ne1));
+        get(p.name, "grad", values.data());
+        for (float x : values) {
+            if (!std::isfinite(x)) {
+                return p.name;
+            }
+        }
+    }
+    return "";
+}
+
+Graph Lora::norm_graph() const {
+    Graph g(16);
+    Tensor sums = ggml_sum_rows(g.ctx(), ggml_sqr(g.ctx(), grad_));
+    ggml_set_output(g.expand(sums));
+    return g;
+}
+
+// The update as a graph: value, m and v change in place.
+Graph Lora::step_graph() const {
+    Graph g(16);
+    Tensor scaled = ggml_mul(g.ctx(), grad_, factor_);
+    g.expand(ggml_opt_step_adamw(g.ctx(), value_, scaled, m_, v_, options_));
+    return g;
+}
+
+double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t) {
+    const auto buft = ggml_backend_get_default_buffer_type(backend_);
+    ggml_gallocr_ptr alloc(ggml_gallocr_new(buft));
+
+    // Global norm: squares are summed per row on the device, the rows in double on the host.
+    Graph squares = norm_graph();
+    require(ggml_gallocr_alloc_graph(alloc.get(), squares.graph()), ErrorKind::resource,
+            "out of memory for the gradient norm");
+    ggml_backend_graph_compute(backend_, squares.graph());
+    std::vector<float> rows((size_t)n_rows_);
+    ggml_backend_tensor_get(ggml_graph_node(squares.graph(), -1), rows.data(), 0,
+                            rows.size() * sizeof(float));
+    double square = 0;
+    for (float r : rows) {
+        square += r;
+    }
+    const double norm = std::sqrt(square) / (double)n_targets;
+    if (!std::isfinite(norm)) {
+        fail(ErrorKind::numeric, "the gradient is not finite in " + first_nonfinite_grad());
+    }
+
+    const double clip =
+        o.max_grad_norm > 0 && norm > o.max_grad_norm ? o.max_grad_norm / norm : 1.0;
+    const float factor = (float)(clip / (double)n_targets);
+    const float options[7] = {lr,
+                              o.beta1,
+                              o.beta2,
+                              o.eps,
+                              o.weight_decay,
+                              (float)(1.0 / (1.0 - std::pow((double)o.beta1, (double)t))),
+                              (float)(1.0 / (1.0 - std::pow((double)o.beta2, (double)t)))};
+    ggml_backend_tensor_set(factor_, &factor, 0, sizeof(factor));
+    ggml_backend_tensor_set(options_, options, 0, sizeof(options));
+    Graph update = step_graph();
+    require(ggml_gallocr_alloc_graph(alloc.get(), update.graph()), ErrorKind::resource,
+            "out of memory for the optimizer step");
+    ggml_backend_graph_compute(backend_, update.graph());
+    zero_grad();
+    return norm;
+}
+
+} // namespace ggft

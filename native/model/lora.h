@@ -1,0 +1,86 @@
+// Trainable state: lora_a and lora_b of every adapted linear, their gradients and AdamW moments.
+// Each of the four lies in one flat F32 tensor, so that clipping and the optimizer are a handful of
+// nodes.
+#pragma once
+
+#include "base/graph.h"
+#include "model/model.h"
+
+#include <string>
+#include <vector>
+
+namespace ggft {
+
+struct LoraConfig {
+    bool targets[N_SITES] = {};
+    int layer_first = 0, layer_last = 0; // adapted layers [first, last)
+    int rank = 8;
+    float alpha = 32;
+    float dropout = 0;
+};
+
+// The adapter of one linear: y += scale * lora_b (lora_a x).
+struct LoraPair {
+    Tensor a = nullptr;  // [C_in, R]
+    Tensor b = nullptr;  // [R, C_out]
+    Tensor da = nullptr; // gradients, summed over micro-batches
+    Tensor db = nullptr;
+    float scale = 0;
+
+    explicit operator bool() const { return a != nullptr; }
+};
+
+struct AdamWConfig {
+    float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0, max_grad_norm = 1;
+};
+
+struct Parameter {
+    std::string name; // "blk.0.attn_q.weight.lora_a"
+    int64_t ne0, ne1;
+    int64_t offset; // in elements, within each flat tensor
+};
+
+class Lora {
+public:
+    Lora(const Model & model, const LoraConfig & config, ggml_backend_t backend);
+
+    const LoraPair & pair(int64_t layer, int site) const {
+        return pairs_[(size_t)layer * N_SITES + (size_t)site];
+    }
+
+    const std::vector<Parameter> & parameters() const { return parameters_; }
+
+    // `which`: "value", "grad", "m" or "v". Throws Error(input) for unknown names.
+    void get(const std::string & name, const std::string & which, float * out) const;
+    void set(const std::string & name, const std::string & which, const float * in);
+
+    void zero_grad();
+    // One AdamW update (Loshchilov & Hutter 2019, decoupled decay) with the gradient divided by
+    // n_targets and clipped to max_grad_norm. Returns the norm before clipping; throws
+    // Error(numeric) when it is not finite, leaving the weights untouched.
+    double step(const AdamWConfig & options, float lr, int64_t n_targets, int64_t t);
+
+    const LoraConfig & config() const { return config_; }
+    size_t bytes() const { return buffer_.bytes(); }
+    // Name of the first tensor with a gradient that is not finite, or "".
+    std::string first_nonfinite_grad() const;
+    Graph norm_graph() const; // the last node: sums of the squared gradient per row
+    Graph step_graph() const;
+
+private:
+    Tensor flat(const std::string & which) const;
+    const Parameter & parameter(const std::string & name) const;
+
+    LoraConfig config_;
+    ggml_backend_t backend_;
+    TensorBuffer buffer_;
+    ggml_context_ptr views_;
+    std::vector<LoraPair> pairs_;
+    std::vector<Parameter> parameters_;
+    int64_t n_rows_ = 0; // of the flat tensors, ROW wide
+    Tensor value_ = nullptr, grad_ = nullptr, m_ = nullptr, v_ = nullptr;
+    Tensor options_ = nullptr; // [7], as OPT_STEP_ADAMW reads them
+    Tensor factor_ = nullptr;  // [1], multiplies the gradient
+};
+
+} // namespace ggft

@@ -1,0 +1,100 @@
+"""Settings and verdicts, case by case."""
+
+from __future__ import annotations
+
+import pytest
+
+from ggft.data.advice import choose_max_length, held_out_rows, suggest
+from ggft.training.verdict import Losses, judge
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_trained", "epochs", "batch", "rank", "lr"),
+    [
+        (1, 10, 10, 4, 8, 1e-3),
+        (60, 951, 10, 4, 8, 1e-3),
+        (199, 20_000, 5, 4, 8, 1e-3),
+        (1_000, 150_000, 3, 4, 8, 5e-4),
+        (5_000, 750_000, 3, 8, 16, 3e-4),
+        (50_000, 7_500_000, 2, 16, 32, 3e-4),
+        (1_000_000, 10**8, 1, 16, 32, 3e-4),
+    ],
+)
+def test_settings_by_size(
+    n_rows: int, n_trained: int, epochs: int, batch: int, rank: int, lr: float
+) -> None:
+    advice = suggest(n_rows, n_trained)
+    assert (advice.epochs, advice.batch_size, advice.rank, advice.lr) == (epochs, batch, rank, lr)
+    assert str(n_rows) in advice.reasons[0]
+    assert 0 <= advice.dropout < 0.2
+
+
+def test_the_users_batch_size_is_kept() -> None:
+    assert suggest(60, 900, batch_size=64).batch_size == 64
+    assert suggest(60, 900, batch_size=64).lr == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(
+    ("longest", "usual", "n_ctx", "expected"),
+    [
+        (70, 60, 2048, 96),
+        (5, 5, 2048, 32),
+        (0, 0, 2048, 32),
+        (700, 600, 512, 512),
+        (1024, 90, 8192, 1024),
+        (9000, 100, 8192, 1024),
+        (9000, 3000, 8192, 3008),
+        (928, 900, 8192, 928),
+    ],
+)
+def test_max_length_by_data(longest: int, usual: int, n_ctx: int, expected: int) -> None:
+    assert choose_max_length(longest, usual, n_ctx) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "share", "n", "says"),
+    [
+        (19, None, 0, "fewer than 20"),
+        (20, None, 2, "2 of 20"),
+        (60, None, 6, "6 of 60"),
+        (100_000, None, 256, "256 of 100000"),
+        (60, 0.0, 0, "--val-split 0"),
+        (10, 0.1, 1, "1 of 10"),
+        (30, 0.1, 3, "3 of 30"),
+        (1, 0.5, 0, "0 of 1"),
+        (2, 0.9, 1, "1 of 2"),
+    ],
+)
+def test_how_many_rows_are_held_out(n_rows: int, share: float | None, n: int, says: str) -> None:
+    got, why = held_out_rows(n_rows, share)
+    assert got == n
+    assert says in why
+
+
+def test_a_recorded_share_gives_the_same_number() -> None:
+    for n_rows in range(1, 400):
+        for n in range(n_rows):
+            assert held_out_rows(n_rows, n / n_rows)[0] == n
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind", "says"),
+    [
+        (Losses(3.0, 2.9), "too little", "3.000 → 2.900"),
+        (Losses(3.0, 3.4), "too little", "--epochs"),
+        (Losses(3.0, 1.0), "learned", "nothing was held out"),
+        (Losses(3.0, 0.02), "memorised", "by heart"),
+        (Losses(3.0, 2.9, 3.0, 2.95, 2.95, 50), "too little", "held-out loss 3.000 → 2.950"),
+        (Losses(3.0, 0.1, 3.0, 2.99, 4.5, 50), "memorised", "give more and more varied rows"),
+        (Losses(3.0, 1.0, 3.0, 2.0, 2.0, 50), "learned", "on 50 rows"),
+        (Losses(3.0, 0.1, 3.0, 2.0, 2.9, 50), "learned", "best adapter was kept"),
+        (Losses(3.0, 1.0, 3.0, 2.0, 2.0, 6), "learned", "rough estimate"),
+        (Losses(5.4, 0.3, 4.7, 3.4, 5.9, 2), "memorised", "rose to 5.900, above where it began"),
+        (Losses(0.0, 0.0, 0.0, 0.0, 0.0, 5), "too little", "0.000"),
+    ],
+)
+def test_verdicts(losses: Losses, kind: str, says: str) -> None:
+    verdict = judge(losses)
+    assert verdict.kind == kind
+    assert verdict.text.startswith(kind)
+    assert says in verdict.text

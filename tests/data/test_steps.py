@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from ggft.data.batches import Steps, TokenStore
+
+
+def store(lengths: list[int]) -> TokenStore:
+    """Return examples whose first token is their number and whose others are distinct."""
+    result = TokenStore()
+    for number, n in enumerate(lengths):
+        result.add([number, *range(1000, 1000 + n - 1)], [False] + [True] * (n - 1))
+    return result
+
+
+def steps(lengths: list[int], per_step: int = 4, *, packing: bool = True, seed: int = 1) -> Steps:
+    return Steps(
+        store(lengths), examples_per_step=per_step, n_tokens=64, packing=packing, seed=seed
+    )
+
+
+def examples_of(
+    made: Steps, epoch: int, index: int, n_rows: int, n_tokens: int | None = None
+) -> list[int]:
+    """Return the numbers of the examples of a step, in any order."""
+    n_tokens = n_tokens or made.row_tokens
+    found = []
+    for batch in made.step(epoch, index, n_rows, n_tokens):
+        assert batch["tokens"].shape[0] <= n_rows
+        assert batch["tokens"].shape[1] <= n_tokens
+        starts = (batch["positions"] == 0) & (batch["segments"] >= 0)
+        found += batch["tokens"][starts].tolist()
+    return sorted(found)
+
+
+LENGTHS = [5, 60, 33, 31, 8, 9, 64, 12, 3, 40, 22]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("n_rows", [1, 2, 9])
+def test_an_epoch_has_every_example_once(packing: bool, n_rows: int) -> None:
+    made = steps(LENGTHS, packing=packing)
+    for epoch in (0, 1):
+        per_step = [examples_of(made, epoch, i, n_rows) for i in range(made.per_epoch)]
+        assert [len(numbers) for numbers in per_step] == [4, 4, 3]
+        assert sorted(chain.from_iterable(per_step)) == list(range(len(LENGTHS)))
+
+
+def test_packing_does_not_change_a_step() -> None:
+    packed, plain = steps(LENGTHS), steps(LENGTHS, packing=False)
+    for epoch in range(3):
+        for index in range(packed.per_epoch):
+            assert examples_of(packed, epoch, index, 2) == examples_of(plain, epoch, index, 2)
+
+
+def test_every_target_is_counted_whatever_the_micro_batches() -> None:
+    made = steps(LENGTHS)
+    for n_rows in (1, 2, 4):
+        batches = [
+            b for i in range(made.per_epoch) for b in made.step(0, i, n_rows, made.row_tokens)
+        ]
+        trained = sum(int((b["targets"] >= 0).sum()) for b in batches)
+        assert trained == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_order_changes_with_epoch_and_seed_and_nothing_else() -> None:
+    orders = {
+        (seed, epoch): tuple(steps(LENGTHS, seed=seed)._epoch_order(epoch))
+        for seed in (1, 2)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert tuple(steps(LENGTHS)._epoch_order(1)) == orders[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "per_step"), [([3], 4), ([5, 5, 5], 4), (LENGTHS, 1), (LENGTHS, 100), ([64] * 9, 4)]
+)
+def test_the_engine_is_opened_large_enough(lengths: list[int], per_step: int) -> None:
+    for packing in (True, False):
+        made = steps(lengths, per_step, packing=packing)
+        for index in range(made.per_epoch):
+            for batch in made.step(0, index, 10**6, made.row_tokens):
+                assert batch["tokens"].shape[0] <= made.max_rows
+                assert batch["tokens"].shape[1] <= made.row_tokens
+
+
+def test_a_row_of_a_whole_step_pads_only_its_end() -> None:
+    made = steps(LENGTHS)
+    for index in range(made.per_epoch):
+        (batch,) = made.step(0, index, 1, made.largest_step_tokens)
+        padding = int((batch["segments"] < 0).sum())
+        assert batch["tokens"].shape[0] == 1
+        assert 0 <= padding < 8
+        assert examples_of(made, 0, index, 1, made.largest_step_tokens) == examples_of(
+            made, 0, index, 1
+        )
+
+
+def test_short_steps_get_short_rows() -> None:
+    assert steps([5, 5, 5, 5]).row_tokens == 24
+    assert steps([5, 5, 5, 5]).max_rows == 1
+    assert steps([64] * 4).row_tokens == 64
+
+
+def test_dropout_seeds_differ_and_are_never_zero() -> None:
+    made, other = steps(LENGTHS), steps(LENGTHS, seed=2)
+    seeds = Counter(
+        s.dropout_seed(i, j) for s in (made, other) for i in range(50) for j in range(4)
+    )
+    assert max(seeds.values()) == 1
+    assert min(seeds) > 0
+    assert max(seeds) < 2**63
+    assert np.uint64(max(seeds)) > 2**60

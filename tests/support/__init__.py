@@ -1,0 +1,1 @@
+"""What the tests stand on: small models, fakes and references."""
