@@ -149,7 +149,7 @@ def toy(action: object) -> VerbGroup:
     """Return a group whose one command, `act`, runs `action`."""
     group = VerbGroup(name="toy")
 
-    @verb(group, "ggft.hub.download:DownloadConfig")
+    @verb(group, "ggft.settings.verbs:DownloadConfig")
     def act(config: object) -> object:
         """Act."""
         if isinstance(action, BaseException):

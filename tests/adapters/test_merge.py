@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ggft.recipes.merge
+import ggft.adapters.merge
 from ggft.adapters.adapter import AdapterMeta, write_adapter
 from ggft.adapters.merge import merge
 from ggft.adapters.receipt import MergeReport, render
@@ -152,7 +152,7 @@ def test_shards_become_one_file(tmp_path: Path) -> None:
 def test_small_pieces_and_a_receipt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, out, _, _ = merged(tmp_path, Spec(types="Q8_0"), 0.1)
     whole = out.read_bytes()
-    monkeypatch.setattr(ggft.recipes.merge, "_CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(ggft.adapters.merge, "_CHUNK_ELEMENTS", 200)
     receipt = tmp_path / "receipt.json"
     _, out, _, report = merged(tmp_path, Spec(types="Q8_0"), 0.1, receipt=str(receipt))
     assert out.read_bytes() == whole

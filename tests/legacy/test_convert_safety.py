@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import ggft.recipes.convert
+import ggft.legacy.convert
 from ggft.gguf.cursor import read_bytes
 from ggft.legacy.convert import convert_model
 from ggft.legacy.reader import read_legacy
@@ -41,7 +41,7 @@ def test_an_interrupted_conversion_leaves_nothing(
             raise error
         return read_bytes(*args)
 
-    monkeypatch.setattr(ggft.recipes.convert, "read_bytes", read_some)
+    monkeypatch.setattr(ggft.legacy.convert, "read_bytes", read_some)
     with pytest.raises(type(error)):
         convert_model(old, tmp_path / "new.gguf")
     assert list(tmp_path.iterdir()) == [old]
@@ -81,7 +81,7 @@ def test_reading_in_small_pieces_gives_the_same(
     for name in ("ggmf_v1_q4_0_2part", "ggml_q4_1_planar", "ggjt_v1_q4_3"):
         old = place(tmp_path, name)
         convert_model(old, tmp_path / "whole.gguf")
-        monkeypatch.setattr(ggft.recipes.convert, "_CHUNK_BYTES", 1000)
+        monkeypatch.setattr(ggft.legacy.convert, "_CHUNK_BYTES", 1000)
         convert_model(old, tmp_path / "pieces.gguf")
         monkeypatch.undo()
         assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
