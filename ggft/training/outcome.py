@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
+from ggft.data.advice import suggest
 from ggft.system.errors import InputError
 from ggft.training.run_directory import RunDirectory
-from ggft.training.verdict import Losses, Verdict, judge
+from ggft.training.verdict import Losses, Verdict, judge, smaller_lr
 
 # What computing with a record of the wrong form raises.
 _DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -66,6 +67,7 @@ class Outcome:
     def losses(self) -> Losses:
         """Return the losses that a verdict rests on."""
         steps, held_out = self.steps, [record["val_loss"] for record in self.evaluations]
+        diverged = self.state.get("diverged", False)
         few = max(1, len(steps) // 20)
         epoch = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
         return Losses(
@@ -75,7 +77,16 @@ class Outcome:
             val_best=min(held_out[1:]) if len(held_out) > 1 else None,
             val_last=held_out[-1] if len(held_out) > 1 else None,
             n_val=self.n_held_out,
+            diverged=diverged,
+            smaller_lr=self._smaller_lr() if diverged else None,
+            chance=self.state.get("chance"),
         )
+
+    def _smaller_lr(self) -> float:
+        """Return the learning rate to try if this run's was too large."""
+        n_kept, n_trained = (self.account.get(name, 0) for name in ("n_kept", "n_trained"))
+        usual = suggest(n_kept, n_trained, batch_size=self.settings.get("batch_size"))
+        return smaller_lr(self.settings["lr"], usual.lr)
 
     def verdict(self) -> Verdict:
         """Return what was learned, with its numbers."""

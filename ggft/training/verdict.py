@@ -1,4 +1,4 @@
-"""Learned, too little, memorized: from the losses."""
+"""Learned, too little, memorised, diverged, worse than chance: from the losses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class Losses:
         val_best: Of the adapter that was kept.
         val_last: At the end.
         n_val: Held-out rows.
+        diverged: Whether training was stopped because the loss rose.
+        smaller_lr: The learning rate to try after that.
+        chance: Loss of a guess that knows nothing, ln(vocabulary); None where it is not known.
     """
 
     train_before: float
@@ -26,6 +29,9 @@ class Losses:
     val_best: float | None = None
     val_last: float | None = None
     n_val: int = 0
+    diverged: bool = False
+    smaller_lr: float | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Verdict:
     """What a run came to.
 
     Attributes:
-        kind: `learned`, `too little` or `memorised`.
+        kind: `learned`, `too little`, `memorised`, `diverged` or `worse than chance`.
         text: The same in a sentence or two, with the numbers.
     """
 
@@ -44,6 +50,8 @@ class Verdict:
 def judge(losses: Losses) -> Verdict:
     """Say plainly what was learned.
 
+    - *diverged*: the loss rose while training, beyond what differs from step to step.
+    - *worse than chance*: the end is above ln(vocabulary), where a guess among all tokens is.
     - *too little*: not even the loss on the training rows fell by a tenth.
     - *memorised*: the training loss fell, the held-out loss by less than a twentieth, or it rose
       again beyond its start; or, without held-out rows, the training answers are nearly certain
@@ -53,6 +61,15 @@ def judge(losses: Losses) -> Verdict:
     x = losses
     train = f"training loss {x.train_before:.3f} → {x.train_after:.3f}"
     fell = _drop(x.train_before, x.train_after)
+    if x.diverged:
+        return _judge_diverged(x, train)
+    if x.chance is not None and x.train_after > x.chance:
+        return Verdict(
+            "worse than chance",
+            f"worse than chance: {train}, and a guess among all tokens has {x.chance:.3f}. The base"
+            " model is ruined, by its quantization or a tokenizer that is not its own: nothing"
+            " learned on it is of use. Train on another file of this model.",
+        )
     if x.val_before is None or x.val_best is None:
         return _judge_alone(x, train, fell)
     val = f"held-out loss {x.val_before:.3f} → {x.val_best:.3f} on {x.n_val} rows"
@@ -90,6 +107,17 @@ def judge(losses: Losses) -> Verdict:
     )
 
 
+def _judge_diverged(x: Losses, train: str) -> Verdict:
+    """Judge a run whose steps were too large."""
+    kept = "" if x.val_best is None else f" (held-out loss {x.val_best:.3f})"
+    rate = "a smaller --lr" if x.smaller_lr is None else f"--lr {x.smaller_lr:g}"
+    return Verdict(
+        "diverged",
+        f"diverged: {train}, the steps were too large. Training stopped early, and the adapter"
+        f" that was kept is from before the loss rose{kept}. Train again with {rate}.",
+    )
+
+
 def _judge_alone(x: Losses, train: str, fell: float) -> Verdict:
     """Judge a run without held-out rows."""
     blind = "nothing was held out, so whether it carries over to other questions is not known"
@@ -101,6 +129,11 @@ def _judge_alone(x: Losses, train: str, fell: float) -> Verdict:
     if x.train_after < 0.1:
         return Verdict("memorised", f"memorised: {train}, the answers are known by heart; {blind}.")
     return Verdict("learned", f"learned: {train}; {blind}.")
+
+
+def smaller_lr(lr: float, usual: float) -> float:
+    """Return the rate to try after `lr` diverged: a fifth, at most what is usual for such data."""
+    return float(f"{min(lr / 5, usual):.0e}")
 
 
 def _drop(before: float, after: float) -> float:

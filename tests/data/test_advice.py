@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ggft.data.advice import choose_max_length, held_out_rows, suggest
-from ggft.training.verdict import Losses, judge
+from ggft.training.verdict import Losses, judge, smaller_lr
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,10 @@ def test_a_recorded_share_gives_the_same_number() -> None:
         (Losses(3.0, 1.0, 3.0, 2.0, 2.0, 6), "learned", "rough estimate"),
         (Losses(5.4, 0.3, 4.7, 3.4, 5.9, 2), "memorised", "rose to 5.900, above where it began"),
         (Losses(0.0, 0.0, 0.0, 0.0, 0.0, 5), "too little", "0.000"),
+        (Losses(4.9, 18.4, diverged=True, smaller_lr=1e-3), "diverged", "with --lr 0.001"),
+        (Losses(2.0, 5.0, 2.1, 1.9, 6.0, 30, diverged=True), "diverged", "held-out loss 1.900"),
+        (Losses(25.9, 20.0, chance=10.8), "worse than chance", "10.800"),
+        (Losses(12.0, 3.0, chance=10.8), "learned", "nothing was held out"),
     ],
 )
 def test_verdicts(losses: Losses, kind: str, says: str) -> None:
@@ -98,3 +102,10 @@ def test_verdicts(losses: Losses, kind: str, says: str) -> None:
     assert verdict.kind == kind
     assert verdict.text.startswith(kind)
     assert says in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("lr", "usual", "wanted"), [(0.05, 1e-3, 1e-3), (1e-3, 1e-3, 2e-4), (2e-3, 1e-3, 4e-4)]
+)
+def test_the_rate_after_a_diverged_one(lr: float, usual: float, wanted: float) -> None:
+    assert smaller_lr(lr, usual) == wanted
