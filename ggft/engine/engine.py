@@ -133,7 +133,7 @@ class Engine:
         self.settings = settings
         self._native = load_native()
         with _native_errors(self._native):
-            self._engine: Any = self._native.Engine(**asdict(settings))
+            self._engine: Any = self._native.Engine(asdict(settings))
         self._parameters: dict[str, tuple[int, int]] = {
             name: (int(shape[0]), int(shape[1])) for name, shape in self._engine.parameters()
         }

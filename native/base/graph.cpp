@@ -61,10 +61,10 @@ void TensorBuffer::allocate() {
     if (ggml_get_first_tensor(ctx_.get()) == nullptr) {
         return;
     }
-    const size_t want = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx_.get(), type_);
+    const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx_.get(), type_);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), type_));
     require(buffer_ != nullptr, ErrorKind::resource,
-            "cannot allocate " + std::to_string(want >> 20) + " MiB for " + name_ + " on " +
+            "cannot allocate " + std::to_string(n_bytes >> 20) + " MiB for " + name_ + " on " +
                 ggml_backend_buft_name(type_));
     ggml_backend_buffer_clear(buffer_.get(), 0);
 }

@@ -1,18 +1,13 @@
-// The Python module ggft._native: the only file that knows Python. Arrays are checked here; every
+// The Python module ggft._native: this folder alone knows Python. Arrays are checked here; every
 // call that computes releases the GIL.
-#include "base/devices.h"
 #include "base/error.h"
-#include "engine/engine.h"
-#include "ggml-cpu.h"
+#include "bindings/config.h"
+#include "bindings/tools.h"
 #include "kernels/gemm/gemm.h"
 
-#include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <mutex>
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,111 +17,10 @@ namespace ggft {
 using IntArray = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
-// ---- ggml's log ----
-
-static std::mutex log_mutex;
-static PyObject * log_callable = nullptr;
-
-// ggml may log from any of its threads, some while the interpreter shuts down.
-static void log_to_python(ggml_log_level level, const char * text, void *) {
-    if (!Py_IsInitialized()) {
-        return;
-    }
-    nb::gil_scoped_acquire gil;
-    std::lock_guard<std::mutex> lock(log_mutex);
-    if (log_callable == nullptr) {
-        return;
-    }
-    PyObject * result = PyObject_CallFunction(log_callable, "is", (int)level, text);
-    if (result == nullptr) {
-        PyErr_WriteUnraisable(log_callable);
-    }
-    Py_XDECREF(result);
-}
-
-static void set_log(nb::object callable) {
-    std::lock_guard<std::mutex> lock(log_mutex);
-    Py_XDECREF(log_callable);
-    log_callable = callable.is_none() ? nullptr : callable.inc_ref().ptr();
-    ggml_log_set(log_to_python, nullptr);
-}
-
-// ---- what is here ----
-
-static nb::list devices() {
-    nb::list result;
-    for (const DeviceInfo & device : list_devices()) {
-        nb::dict d;
-        d["name"] = device.name;
-        d["description"] = device.description;
-        d["type"] = device.type;
-        d["memory_free"] = device.memory_free;
-        d["memory_total"] = device.memory_total;
-        d["host_pointer"] = device.host_pointer;
-        d["trains"] = device.trains;
-        result.append(d);
-    }
-    return result;
-}
-
-static nb::dict build_info() {
-    nb::dict d;
-    d["ggml_built"] = GGFT_GGML_VERSION;
-    d["ggml_loaded"] = ggml_version();
-    d["ggml_commit"] = ggml_commit();
-    nb::list archs;
-    for (const auto & a : supported_archs()) {
-        archs.append(a.name);
-    }
-    d["architectures"] = archs;
-    return d;
-}
-
-// ---- the engine ----
-
-static Mode mode_of(const std::string & name) {
-    if (name == "fast") {
-        return Mode::fast;
-    }
-    require(name == "f32", ErrorKind::input, "precision must be fast or f32, found '" + name + "'");
-    return Mode::f32;
-}
-
-static Engine *
-open_engine(const std::vector<std::string> & paths, const std::vector<std::string> & targets,
-            int layer_first, int layer_last, int rank, float alpha, float dropout,
-            const std::string & precision, const std::string & device, const std::string & kernels,
-            int threads, bool keep, size_t prepacked_bytes, int64_t n_rows, int64_t n_tokens,
-            float weight_decay, float beta1, float beta2, float eps, float max_grad_norm) {
-    EngineConfig c;
-    c.paths = paths;
-    c.mode = mode_of(precision);
-    require(kernels == "auto" || kernels == "fused" || kernels == "ggml", ErrorKind::input,
-            "kernels must be auto, fused or ggml, found '" + kernels + "'");
-    require(dropout >= 0 && dropout < 1, ErrorKind::input, "dropout must be in [0, 1)");
-    for (const std::string & t : targets) {
-        int site = 0;
-        while (site < N_SITES && t != site_name(site)) {
-            site++;
-        }
-        require(site < N_SITES, ErrorKind::input, "unknown target module '" + t + "'");
-        c.lora.targets[site] = true;
-    }
-    c.lora.layer_first = layer_first;
-    c.lora.layer_last = layer_last;
-    c.lora.rank = rank;
-    c.lora.alpha = alpha;
-    c.lora.dropout = dropout;
-    c.adamw = {beta1, beta2, eps, weight_decay, max_grad_norm};
-    c.device = device;
-    c.kernels = kernels;
-    c.threads = threads;
-    c.keep = keep;
-    c.prepacked_bytes = prepacked_bytes;
-    c.n_rows = n_rows;
-    c.n_tokens = n_tokens;
+static Engine * open_engine(const nb::dict & settings) {
+    const EngineConfig config = config_of(settings);
     nb::gil_scoped_release release;
-    return new Engine(c);
+    return new Engine(config);
 }
 
 static MicroBatch batch_of(const IntArray & tokens, const IntArray & positions,
@@ -365,15 +259,9 @@ NB_MODULE(_native, m) {
     m.attr("Error") = error;
     nb::register_exception_translator(translate, error.ptr());
 
-    m.def("set_log", &set_log, "callable"_a.none());
-    m.def("devices", &devices);
-    m.def("build_info", &build_info);
-    m.def("deny_family", &deny_family, "family"_a);
+    bind_tools(m);
     nb::class_<Engine>(m, "Engine")
-        .def(nb::new_(&open_engine), "paths"_a, nb::kw_only(), "targets"_a, "layer_first"_a,
-             "layer_last"_a, "rank"_a, "alpha"_a, "dropout"_a, "precision"_a, "device"_a,
-             "kernels"_a, "threads"_a, "keep"_a, "prepacked_bytes"_a, "n_rows"_a, "n_tokens"_a,
-             "weight_decay"_a, "beta1"_a, "beta2"_a, "eps"_a, "max_grad_norm"_a)
+        .def(nb::new_(&open_engine), "settings"_a)
         .def("forward_backward", &forward_backward, "tokens"_a, "positions"_a, "segments"_a,
              "targets"_a, "seed"_a)
         .def("evaluate", &evaluate, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)

@@ -119,7 +119,7 @@ Tensor Decoder::head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) c
         return ggml_view_1d(g.ctx(), t, n, (size_t)first * sizeof(int32_t));
     };
     Tensor rows = part(in_.rows);
-    Tensor at = in_.label_at == nullptr ? nullptr : part(in_.label_at);
+    Tensor at = in_.portable.label_at == nullptr ? nullptr : part(in_.portable.label_at);
     Tensor xr = ggml_get_rows(g.ctx(), x, rows);
     Tensor norm = ops_.rms_norm(g, xr, model_.output_norm, h.norm_eps, /*for_linear=*/true);
     const auto loss =

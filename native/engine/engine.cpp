@@ -25,9 +25,9 @@ Engine::Engine(const EngineConfig & config) : config_(config) {
     lora_ = std::make_unique<Lora>(*model_, config.lora, backend_.get());
 
     const bool cpu = ggml_backend_dev_type(device_) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    require(config.kernels != "fused" || cpu, ErrorKind::input,
+    require(config.kernels != Kernels::fused || cpu, ErrorKind::input,
             "fused kernels exist for the CPU only");
-    fused_ = cpu && config.kernels != "ggml";
+    fused_ = cpu && config.kernels != Kernels::ggml;
     if (fused_) {
         ops_ = make_fused_ops(config.mode, config.lora.dropout, config.threads,
                               config.prepacked_bytes);

@@ -14,13 +14,15 @@
 
 namespace ggft {
 
+enum class Kernels { automatic, fused, ggml };
+
 struct EngineConfig {
     std::vector<std::string> paths;
     LoraConfig lora;
     AdamWConfig adamw;
     Mode mode = Mode::fast;
     std::string device = "auto";
-    std::string kernels = "auto"; // "fused", "ggml" or "auto"
+    Kernels kernels = Kernels::automatic;
     int threads = 1;
     bool keep = false;                  // keep block internals instead of recomputing them
     size_t prepacked_bytes = 0;         // of weights to keep as the products read them, at most

@@ -24,9 +24,9 @@ void Engine::allocate_inputs() {
     in_.rows = i32(N, "rows");
     in_.labels = i32(N, "labels");
     if (fused_) {
-        in_.starts = i32(N, "starts");
-        in_.rope_cos = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope cos");
-        in_.rope_sin = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope sin");
+        in_.fused.starts = i32(N, "starts");
+        in_.fused.rope_cos = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope cos");
+        in_.fused.rope_sin = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope sin");
         inputs_->allocate();
         return;
     }
@@ -37,36 +37,36 @@ void Engine::allocate_inputs() {
             n_rows_max = std::max(n_rows_max, l.weight->ne[1]);
         }
     }
-    in_.mask = inputs_->add(GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows},
-                            "mask");
-    in_.spans = inputs_->add(GGML_TYPE_F32, {1, N, 2}, "spans");
-    in_.label_at = i32(N, "label_at");
-    in_.arange = i32(n_rows_max, "arange");
+    in_.portable.mask = inputs_->add(
+        GGML_TYPE_F16, {config_.n_tokens, config_.n_tokens, 1, config_.n_rows}, "mask");
+    in_.portable.spans = inputs_->add(GGML_TYPE_F32, {1, N, 2}, "spans");
+    in_.portable.label_at = i32(N, "label_at");
+    in_.portable.arange = i32(n_rows_max, "arange");
     if (config_.lora.dropout > 0) {
-        in_.pool = inputs_->add(GGML_TYPE_F32, {width, POOL_ROWS}, "pool");
-        in_.pool_ids = i32((N + 63) / 64 * 64 * h.n_layer * INPUTS_PER_BLOCK, "pool_ids");
+        in_.portable.pool = inputs_->add(GGML_TYPE_F32, {width, POOL_ROWS}, "pool");
+        in_.portable.pool_ids = i32((N + 63) / 64 * 64 * h.n_layer * INPUTS_PER_BLOCK, "pool_ids");
     }
     inputs_->allocate();
     std::vector<int32_t> ids((size_t)n_rows_max);
     for (size_t i = 0; i < ids.size(); i++) {
         ids[i] = (int32_t)i;
     }
-    ggml_backend_tensor_set(in_.arange, ids.data(), 0, ids.size() * sizeof(int32_t));
-    if (in_.pool != nullptr) {
+    ggml_backend_tensor_set(in_.portable.arange, ids.data(), 0, ids.size() * sizeof(int32_t));
+    if (in_.portable.pool != nullptr) {
         fill_pool();
     }
 }
 
 void Engine::fill_pool() {
     std::mt19937 random(0x9e3779b9);
-    std::vector<float> row((size_t)in_.pool->ne[0]);
+    std::vector<float> row((size_t)in_.portable.pool->ne[0]);
     const float p = config_.lora.dropout;
     const auto limit = (uint32_t)(p * 4294967296.0);
     for (int64_t r = 0; r < POOL_ROWS; r++) {
         for (float & x : row) {
             x = random() < limit ? 0.0f : 1.0f / (1.0f - p);
         }
-        ggml_backend_tensor_set(in_.pool, row.data(), (size_t)r * in_.pool->nb[1],
+        ggml_backend_tensor_set(in_.portable.pool, row.data(), (size_t)r * in_.portable.pool->nb[1],
                                 row.size() * sizeof(float));
     }
 }
@@ -123,7 +123,7 @@ void Engine::set_inputs(const MicroBatch & b) {
     };
     set(in_.tokens, b.tokens, (size_t)N);
     set(in_.positions, b.positions, (size_t)N);
-    set(in_.starts, starts.data(), (size_t)N);
+    set(in_.fused.starts, starts.data(), (size_t)N);
     set(in_.rows, rows.data(), rows.size());
     set(in_.labels, labels.data(), labels.size());
     if (fused_) {
@@ -149,8 +149,8 @@ void Engine::fill_rope_cache() {
         return ggml_view_2d(g.ctx(), rotated, half, N, rotated->nb[2], first * sizeof(float));
     };
     auto into = [&](Tensor t) { return ggml_view_2d(g.ctx(), t, half, N, t->nb[1], 0); };
-    g.expand(ggml_cpy(g.ctx(), part(0), into(in_.rope_cos)));
-    g.expand(ggml_cpy(g.ctx(), part((size_t)half), into(in_.rope_sin)));
+    g.expand(ggml_cpy(g.ctx(), part(0), into(in_.fused.rope_cos)));
+    g.expand(ggml_cpy(g.ctx(), part((size_t)half), into(in_.fused.rope_sin)));
     allocate_graph(g);
     std::vector<float> pairs((size_t)(r.n_dims * N), 0.0f);
     for (int64_t t = 0; t < N; t++) {
@@ -168,7 +168,7 @@ void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t
         spans[(size_t)i] = (float)(starts[(size_t)i] - i / b.T * b.T);
         spans[(size_t)(N + i)] = (float)(i % b.T);
     }
-    put(in_.spans, spans.data(), spans.size() * sizeof(float));
+    put(in_.portable.spans, spans.data(), spans.size() * sizeof(float));
     Graph mask = mask_graph();
     allocate_graph(mask);
     compute(mask);
@@ -178,16 +178,16 @@ void Engine::set_portable_inputs(const MicroBatch & b, const std::vector<int32_t
     for (int64_t i = 0; i < n; i++) {
         at[(size_t)i] = (int32_t)(i % chunk_of(n) * model_->hparams.n_vocab + labels[(size_t)i]);
     }
-    put(in_.label_at, at.data(), at.size() * sizeof(int32_t));
+    put(in_.portable.label_at, at.data(), at.size() * sizeof(int32_t));
 
-    if (in_.seed != 0 && in_.pool != nullptr) {
+    if (in_.seed != 0 && in_.portable.pool != nullptr) {
         std::mt19937_64 random(in_.seed);
         const int64_t n_sites = model_->hparams.n_layer * INPUTS_PER_BLOCK;
         std::vector<int32_t> ids((size_t)(n_sites * in_.pool_stride()));
         for (int32_t & id : ids) {
             id = (int32_t)(random() % POOL_ROWS);
         }
-        put(in_.pool_ids, ids.data(), ids.size() * sizeof(int32_t));
+        put(in_.portable.pool_ids, ids.data(), ids.size() * sizeof(int32_t));
     }
 }
 
@@ -207,15 +207,16 @@ Graph Engine::mask_graph() {
     ggml_context * c = g.ctx();
     const int64_t T = in_.T, N = in_.N();
     auto span = [&](size_t which) {
-        return ggml_view_2d(c, in_.spans, 1, N, sizeof(float), which * (size_t)N * sizeof(float));
+        return ggml_view_2d(c, in_.portable.spans, 1, N, sizeof(float),
+                            which * (size_t)N * sizeof(float));
     };
     Tensor key = ggml_repeat_4d(c, ggml_arange(c, 0.0f, (float)T, 1.0f), T, N, 1, 1);
     Tensor before = ggml_step(c, ggml_scale_bias(c, ggml_sub(c, key, span(0)), -1.0f, -0.5f));
     Tensor after = ggml_step(c, ggml_scale_bias(c, ggml_sub(c, key, span(1)), 1.0f, -0.5f));
     // The largest that half precision holds; its exponential is 0.
     Tensor masked = ggml_scale(c, ggml_add(c, before, after), -60000.0f);
-    g.expand(
-        ggml_cpy(c, masked, ggml_view_2d(c, in_.mask, T, N, (size_t)T * sizeof(ggml_fp16_t), 0)));
+    g.expand(ggml_cpy(
+        c, masked, ggml_view_2d(c, in_.portable.mask, T, N, (size_t)T * sizeof(ggml_fp16_t), 0)));
     return g;
 }
 
@@ -248,7 +249,7 @@ std::vector<NodeReport> Engine::graph_report(bool gpu) {
     in_.seed = config_.lora.dropout > 0 ? 1 : 0;
     const int64_t first = config_.lora.layer_first, n = std::min(chunk_, in_.N());
     GraphReport report(backend_.get(), denied_family);
-    if (in_.mask != nullptr) {
+    if (in_.portable.mask != nullptr) {
         report.add(mask_graph());
     }
     auto walk_head = [&](bool training) {

@@ -115,8 +115,8 @@ Arrays Engine::probe(const std::string & op, const MicroBatch & batch, const Arr
             return t == nullptr ? t : ggml_view_1d(g.ctx(), t, n_targets_, 0);
         };
         Tensor n = p.take("n", {C, n_targets_});
-        const auto loss =
-            ops_->loss(g, {model_->output, nullptr}, n, part(in_.labels), part(in_.label_at), true);
+        const auto loss = ops_->loss(g, {model_->output, nullptr}, n, part(in_.labels),
+                                     part(in_.portable.label_at), true);
         p.give("nats", loss.nats);
         p.give("dn", loss.dn);
     } else if (site >= 0) {

@@ -87,7 +87,7 @@ void Model::open_shard(const std::string & path, ggml_backend_dev_t device) {
                 path + ": tensor " + gguf_get_tensor_name(shard->gguf.get(), i) +
                     " reaches past the end of the file");
     }
-    upload(*shard, device);
+    place_weights(*shard, device);
     for (Tensor t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
         tensors_[t->name] = t;
     }
@@ -96,7 +96,7 @@ void Model::open_shard(const std::string & path, ggml_backend_dev_t device) {
 
 // Points the shard's tensors into the map where the device reads host memory, else copies them in
 // pieces.
-void Model::upload(Shard & shard, ggml_backend_dev_t device) {
+void Model::place_weights(Shard & shard, ggml_backend_dev_t device) {
     ggml_backend_dev_props props;
     ggml_backend_dev_get_props(device, &props);
     const auto type = ggml_backend_dev_buffer_type(device);

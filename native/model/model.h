@@ -80,7 +80,7 @@ private:
     struct Shard;
 
     void open_shard(const std::string & path, ggml_backend_dev_t device);
-    void upload(Shard & shard, ggml_backend_dev_t device);
+    void place_weights(Shard & shard, ggml_backend_dev_t device);
     void read_hparams();
     void read_tensors();
     Tensor find(const std::string & name, std::initializer_list<int64_t> ne, bool required);

@@ -23,21 +23,24 @@ enum class Mode { fast, f32 };
 // What a micro-batch puts on the device: written once, read by every graph.
 struct Inputs {
     int64_t B = 0, T = 0;
-    Tensor tokens = nullptr;    // I32 [N]
-    Tensor positions = nullptr; // I32 [N], restart at each example
-    Tensor starts = nullptr;    // I32 [N], index of the first token of a token's example
-    Tensor mask = nullptr; // F16 [T, T, 1, B], 0 where attended, -60000 elsewhere; GgmlOps only
-    Tensor spans =
-        nullptr; // F32 [1, N, 2], first and last attended position within the row; GgmlOps only
-    Tensor rope_cos = nullptr; // F32 [n_dims/2, N] cosine of each pair's angle; FusedOps only
-    Tensor rope_sin = nullptr;
-    Tensor rows = nullptr;     // I32 [N], indices of the trained positions, then padding
-    Tensor labels = nullptr;   // I32 [N], their targets
-    Tensor label_at = nullptr; // I32 [N], label + V * (index within its chunk); GgmlOps only
-    Tensor arange = nullptr;   // I32 [max rows of a weight], 0 1 2 ...; GgmlOps only
-    Tensor pool = nullptr;     // F32 [max C_in, P] rows of dropout multipliers; GgmlOps only
-    Tensor pool_ids = nullptr; // I32 [sites * stride] rows of the pool for each token; GgmlOps only
-    uint64_t seed = 0;         // 0: no dropout
+    Tensor tokens = nullptr;       // I32 [N]
+    Tensor positions = nullptr;    // I32 [N], restart at each example
+    Tensor rows = nullptr;         // I32 [N], indices of the trained positions, then padding
+    Tensor labels = nullptr;       // I32 [N], their targets
+    struct {                       // what GgmlOps reads besides
+        Tensor mask = nullptr;     // F16 [T, T, 1, B], 0 where attended, -60000 elsewhere
+        Tensor spans = nullptr;    // F32 [1, N, 2], first and last attended position within the row
+        Tensor label_at = nullptr; // I32 [N], label + V * (index within its chunk)
+        Tensor arange = nullptr;   // I32 [max rows of a weight], 0 1 2 ...
+        Tensor pool = nullptr;     // F32 [max C_in, P] rows of dropout multipliers
+        Tensor pool_ids = nullptr; // I32 [sites * stride] rows of the pool for each token
+    } portable;
+    struct {                       // what FusedOps reads besides
+        Tensor starts = nullptr;   // I32 [N], index of the first token of a token's example
+        Tensor rope_cos = nullptr; // F32 [n_dims/2, N] cosine of each pair's angle
+        Tensor rope_sin = nullptr;
+    } fused;
+    uint64_t seed = 0; // 0: no dropout
 
     int64_t N() const { return B * T; }
     // Elements from one site's ids to the next: views start where every device can bind them.
@@ -46,13 +49,17 @@ struct Inputs {
 
 // The input of one or more linears: x, and what LoRA sees of it.
 struct LinearInput {
-    Tensor x = nullptr;       // [C_in, N]
-    Tensor dropped = nullptr; // dropout(x), or x itself without dropout; GgmlOps only
-    Tensor keep = nullptr;    // [C_in, N] the multipliers, or null; GgmlOps only
-    Tensor u = nullptr; // [R * adapters, N] A dropout(x) of each adapter, stacked; FusedOps only
-    Tensor packed = nullptr; // x as the products read it; FusedOps only
-    float dropout = 0;       // its probability and the seed of its mask; FusedOps only
-    uint64_t seed = 0;
+    Tensor x = nullptr; // [C_in, N]
+    struct {
+        Tensor dropped = nullptr; // dropout(x), or x itself without dropout
+        Tensor keep = nullptr;    // [C_in, N] the multipliers, or null
+    } portable;
+    struct {
+        Tensor u = nullptr;      // [R * adapters, N] A dropout(x) of each adapter, stacked
+        Tensor packed = nullptr; // x as the products read it
+        float dropout = 0;       // its probability and the seed of its mask
+        uint64_t seed = 0;
+    } fused;
     std::vector<const LoraPair *> adapters; // those that read this input
 };
 

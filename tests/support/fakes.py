@@ -24,8 +24,8 @@ class FakeEngine:
     delay_s = 0.0  # of every row, to have time for a signal
     nan_at_step = -1  # loss becomes NaN at this optimizer step
 
-    def __init__(self, paths: list[str], **settings: Any) -> None:
-        tensors = read_gguf(paths[0]).tensors
+    def __init__(self, settings: dict[str, Any]) -> None:
+        tensors = read_gguf(settings["paths"][0]).tensors
         self.settings = SimpleNamespace(**settings)
         self.scale = settings["alpha"] / settings["rank"]
         self.n_vocab = tensors["token_embd.weight"].shape[1]

@@ -1,0 +1,81 @@
+// FusedOps: the operations on custom CPU kernels (native/kernels), one node each. Weights are
+// dequantized inside the matrix products, attention never holds its scores, and dropout masks are
+// hashed, not stored. A file per family defines the methods.
+#pragma once
+
+#include "kernels/gemm/gemm.h"
+#include "kernels/gemm/prepacked.h"
+#include "kernels/isa/work_stealing.h"
+#include "rules/ops.h"
+
+namespace ggft {
+
+// Tensors as the kernels take them.
+inline float * floats(Tensor t) {
+    return (float *)t->data;
+}
+inline float * as_f32(Tensor t) {
+    return t->type == GGML_TYPE_F32 ? floats(t) : nullptr;
+}
+inline uint16_t * as_bf16(Tensor t) {
+    return t->type == GGML_TYPE_BF16 ? (uint16_t *)t->data : nullptr;
+}
+inline Rows rows_of(Tensor x) {
+    return {x->data, x->type == GGML_TYPE_BF16, x->ne[0]};
+}
+inline Weight weight_of(Tensor w) {
+    return {w->type, w->ne[1], w->ne[0], w->data, w->nb[1]};
+}
+
+// x as the products read it: itself, or packed after `done` has been computed.
+Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x,
+              Tensor done = nullptr);
+
+class FusedOps : public Ops {
+public:
+    FusedOps(Mode mode, float dropout, int n_threads, size_t prepacked_bytes)
+        : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout),
+          turns_(n_threads), prepacked_(prepacked_bytes) {}
+
+    const char * name() const override { return "fused"; }
+    size_t prepacked_bytes() const override { return prepacked_.bytes(); }
+
+    Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override;
+    Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn,
+                         Tensor residual) override;
+
+    LinearInput linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout,
+                             std::vector<const LoraPair *> adapters) override;
+    Tensor dropped(Graph & g, const LinearInput & in) override;
+    Tensor linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in,
+                  Tensor residual) override;
+    Tensor linear_back(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in,
+                       Tensor dy, Tensor acc, bool need_dx) override;
+
+    Tensor rope(Graph & g, const Inputs & in, const Rope & rope, Tensor x) override;
+    Tensor rope_back(Graph & g, const Inputs & in, const Rope & rope, Tensor dy) override;
+
+    Tensor attention(Graph & g, const Inputs & in, const Qkv & x, float scale) override;
+    Tensor attention_out(Graph & g, Tensor attn, int64_t n_embd, int64_t n_tokens) override;
+    Qkv attention_back(Graph & g, const Inputs & in, const Qkv & x, Tensor attn, Tensor dout,
+                       float scale) override;
+
+    Tensor swiglu(Graph & g, Tensor gate, Tensor up) override;
+    SwigluBack swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) override;
+
+    Loss loss(Graph & g, const Linear & w, Tensor n, Tensor labels, Tensor label_at,
+              bool need_dn) override;
+
+private:
+    // What the inputs of linears are stored as: what the matrix products read.
+    ggml_type linear_type() const {
+        return precision_ == Precision::fast && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+    }
+
+    Precision precision_;
+    float dropout_;
+    Turns turns_; // nodes are computed one after the other
+    PrepackedWeights prepacked_;
+};
+
+} // namespace ggft
