@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/attention/tiles.h"
+#include "kernels/isa/memory.h"
 
 namespace ggft {
 
@@ -202,7 +203,7 @@ void attention(Precision precision, const AttentionShape & s, const float * q, c
     const Format format = attention_format(precision);
     const Forward f = {format, s, q, k, v, start, o, lse};
     const Layout at(format, s);
-    uint32_t * memory = scratch((size_t)at.end);
+    uint32_t * memory = thread_words((size_t)at.end);
     const int64_t token = s.n_head_kv * s.head_size;
     for (const Unit & unit : plan_units(s, start, ith, nth)) {
         const int64_t n = unit.last - unit.first;

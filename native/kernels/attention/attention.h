@@ -10,8 +10,8 @@
 // examples cost. Products run in what Precision::fast is on this machine (kernels/gemm/gemm.h) or
 // in F32; exponentials and all sums of products are F32.
 //
-// Called by all nth threads, without waiting inside; bit-identical for a given nth. Every thread
-// keeps the larger of the two scratch sizes as working memory, freed with the thread.
+// Called by all nth threads, without waiting inside; bit-identical for a given nth. Working
+// memory is the thread's (kernels/isa/memory.h).
 #pragma once
 
 #include "kernels/gemm/gemm.h"
@@ -40,7 +40,7 @@ void attention_backward(Precision precision, const AttentionShape & shape, const
                         const float * lse, const float * d_o, float * dq, float * dk, float * dv,
                         int ith, int nth);
 
-/// Bytes that one thread keeps, at most.
+/// Bytes of working memory of one thread.
 size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape);
 size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape);
 

@@ -2,6 +2,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/tiles.h"
+#include "kernels/isa/memory.h"
 
 // For every block of query rows and every block of keys it sees, with everything in L2:
 //
@@ -323,7 +324,7 @@ void attention_backward(Precision precision, const AttentionShape & s, const flo
     const Format format = attention_format(precision);
     const Layout at(format, s);
     const Backward b = {format, s,   q,  k,  v,  start, o,
-                        lse,    d_o, dq, dk, dv, at,    scratch((size_t)at.end)};
+                        lse,    d_o, dq, dk, dv, at,    thread_words((size_t)at.end)};
     for (const Unit & unit : plan_units(s, start, ith, nth))
         run_unit(b, unit, ith, nth);
 }

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/isa/memory.h"
-
 namespace ggft::attention_detail {
 namespace {
 
@@ -191,18 +189,6 @@ void pack_depth(Format format, const HeadRows & x, int64_t n_rows, uint32_t * ou
             std::memcpy(to, &words, sizeof words);
         }
     }
-}
-
-uint32_t * scratch(size_t words) {
-    static thread_local Words memory;
-    static thread_local size_t size = 0;
-    if (words > size) {
-        memory.reset();
-        size = 0;
-        memory = ggft::words(words);
-        size = words;
-    }
-    return memory.get();
 }
 
 } // namespace ggft::attention_detail

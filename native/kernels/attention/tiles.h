@@ -83,7 +83,4 @@ inline int64_t head_columns(int head_size) {
     return round_up(head_size, NR);
 }
 
-/// One thread's working memory, grown to `words` and kept.
-uint32_t * scratch(size_t words);
-
 } // namespace ggft::attention_detail

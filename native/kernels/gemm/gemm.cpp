@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <vector>
 
 #include "kernels/gemm/prepacked.h"
 #include "kernels/gemm/product.h"
@@ -15,27 +14,29 @@
 namespace ggft {
 namespace {
 
-/// Working memory of one thread.
-struct Scratch {
-    Words memory;
-    uint32_t * panels;
-    uint32_t * rows; // [MR][TILE_STRIDE]
-    float * spill;   // [MR][NR], a tile at the right edge
-    float * keep;    // [MR][NR], dropout factors
-    float * work;    // [PANEL_WORK]
-    std::vector<float> low_panels;
+/// Words of a group's low-rank panels, at most.
+int64_t low_panel_words(const Product & p, int rank) {
+    const int64_t most = GROUP_WORDS / panel_steps(p.format, p.chunk());
+    return round_up(round_up(std::min(p.n_cols, most), NR) * rank, 16);
+}
 
-    void hold() {
-        constexpr int64_t TILE_WORDS = round_up(MR * NR, 16);
-        if (memory)
-            return;
-        memory = words(GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK);
-        panels = memory.get();
-        rows = panels + GROUP_WORDS;
-        spill = (float *)rows + MR * TILE_STRIDE;
-        keep = spill + TILE_WORDS;
-        work = keep + TILE_WORDS;
+/// What a thread's working memory holds.
+struct Scratch {
+    static constexpr int64_t TILE_WORDS = round_up(MR * NR, 16);
+    uint32_t * panels;  // [GROUP_WORDS]
+    uint32_t * rows;    // [MR][TILE_STRIDE]
+    float * spill;      // [MR][NR], a tile at the right edge
+    float * keep;       // [MR][NR], dropout factors
+    float * work;       // [PANEL_WORK]
+    float * low_panels; // [low_panel_words]
+
+    static int64_t words(const Product & p, int rank) {
+        return GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK +
+               low_panel_words(p, rank);
     }
+    explicit Scratch(uint32_t * memory)
+        : panels(memory), rows(panels + GROUP_WORDS), spill((float *)rows + MR * TILE_STRIDE),
+          keep(spill + TILE_WORDS), work(keep + TILE_WORDS), low_panels(work + PANEL_WORK) {}
 };
 
 std::atomic<bool> timing = false;
@@ -61,11 +62,11 @@ private:
 };
 
 /// scale * right for columns [c0, c0+nc) as panels [nc/NR][rank][NR].
-void pack_low_rank(const Product & p, int64_t c0, int64_t nc, std::vector<float> & out) {
+void pack_low_rank(const Product & p, int64_t c0, int64_t nc, float * out) {
     const LowRank & low = *p.low;
-    out.assign((size_t)(round_up(nc, NR) * low.rank), 0.0f);
+    std::fill(out, out + round_up(nc, NR) * low.rank, 0.0f);
     for (int64_t c = 0; c < std::min(nc, p.n_cols - c0); c++) {
-        float * panel = out.data() + c / NR * low.rank * NR + c % NR;
+        float * panel = out + c / NR * low.rank * NR + c % NR;
         const float * right = p.nt ? low.right + (c0 + c) * low.rank : low.right + c0 + c;
         const int64_t step = p.nt ? 1 : p.n_cols;
         for (int r = 0; r < low.rank; r++)
@@ -132,7 +133,7 @@ void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t
     g.panel = panel;
     g.y = y;
     if (g.low_steps) {
-        g.low_panel = s.low_panels.data() + c * g.low_steps;
+        g.low_panel = s.low_panels + c * g.low_steps;
         if (!p.nt && p.low->dropout > 0.0f) {
             fill_keep(*p.low, t0, rows, c0 + c, s.keep);
             g.keep = s.keep;
@@ -288,8 +289,7 @@ struct Part {
 };
 
 void run_product(const Product & p, Turns * turns, int ith, int nth) {
-    static thread_local Scratch scratch;
-    scratch.hold();
+    Scratch scratch(thread_words((size_t)Scratch::words(p, p.low ? p.low->rank : 0)));
     const bool help = turns && nth <= turns->n_threads();
     for (int i = 0; i < (help ? nth : 1); i++) {
         const int owner = (ith + i) % nth;
@@ -330,6 +330,11 @@ const char * fast_format() {
     default:
         return "F32";
     }
+}
+
+size_t product_scratch_bytes(Precision precision, const Weight & w, int rank) {
+    return 4 * (size_t)std::max(Scratch::words(Product::forward(precision, w), rank),
+                                Scratch::words(Product::backward(precision, w), rank));
 }
 
 RowPacking packing_nt(Precision precision, int64_t n_inputs) {

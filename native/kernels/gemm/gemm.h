@@ -16,8 +16,8 @@
 // Products of 16-bit integers take their rows packed, so that no thread packs what another has.
 //
 // Every function is called by all `nth` threads, each with its own `ith`. They share nothing that
-// is written, wait for nobody, and give bit-identical results for a given nth. Each keeps a buffer
-// of about 1 MB per thread, freed with the thread.
+// is written, wait for nobody, and give bit-identical results for a given nth. Working memory is
+// the thread's (kernels/isa/memory.h), about 1 MB.
 #pragma once
 
 #include <cstddef>
@@ -101,6 +101,10 @@ RowPacking packing_nt(Precision precision, int64_t n_inputs);
 RowPacking packing_nn(Precision precision, const Weight & w);
 void pack_tokens(const RowPacking & packing, Rows x, int64_t n_tokens, void * out, int ith,
                  int nth);
+
+/// Bytes of working memory of one thread for products with w in either direction, `rank` that of
+/// LowRank or 0. Of w only type and shape are read.
+size_t product_scratch_bytes(Precision precision, const Weight & w, int rank);
 
 /// Threads that are done help the others if there are `turns`, which may be null; the result is the
 /// same to the bit.

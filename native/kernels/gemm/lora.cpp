@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <utility>
-#include <vector>
 
+#include "kernels/isa/memory.h"
 #include "kernels/isa/vector.h"
 #include "kernels/rowwise/dropout.h"
 
@@ -17,6 +17,22 @@ constexpr int RANKS = 8, TOKENS = 3, VECTORS = 3;
 #endif
 constexpr int64_t WIDTH = 192; // columns of a gradient block
 constexpr int64_t DEPTH = 64;  // tokens of a gradient block: 48 KB of x
+
+// Words of working memory: TOKENS rows of n columns after dropout; sums and a block of x of a
+// gradient; b transposed.
+int64_t dropped_words(int64_t n) {
+    return TOKENS * round_up(n, LANES);
+}
+int64_t outer_words(int rank) {
+    return (rank + DEPTH) * WIDTH;
+}
+int64_t transposed_words(int64_t n_rows, int rank) {
+    return rank * n_rows;
+}
+
+float * thread_floats(int64_t n) {
+    return (float *)thread_words((size_t)n);
+}
 
 /// n columns of one row from `column` on as F32, times the dropout factors; zeros up to `padded`.
 void copy_row(const Rows & x, Dropout dropout, int64_t t, int64_t column, int64_t n, int64_t padded,
@@ -140,18 +156,16 @@ void dot_adapters(const X * rows, int64_t stride, int64_t t, int64_t tokens, int
 
 void dot_tokens(const Rows & x, Dropout dropout, int64_t n, int64_t n_tokens,
                 const LoraDown * adapters, int n_adapters, float scale, int ith, int nth) {
-    static thread_local std::vector<float> buffer;
-    const int64_t padded = (n + LANES - 1) / LANES * LANES;
-    if (dropout.p > 0.0f)
-        buffer.resize((size_t)(TOKENS * padded));
+    const int64_t padded = round_up(n, LANES);
+    float * buffer = dropout.p > 0.0f ? thread_floats(dropped_words(n)) : nullptr;
     const Range part = split_range(n_tokens, TOKENS, ith, nth);
     for (int64_t t = part.first; t < part.last; t += TOKENS) {
         const int64_t tokens = std::min<int64_t>(TOKENS, part.last - t);
         if (dropout.p > 0.0f) {
             for (int64_t i = 0; i < tokens; i++) {
-                copy_row(x, dropout, t + i, 0, n, padded, buffer.data() + i * padded);
+                copy_row(x, dropout, t + i, 0, n, padded, buffer + i * padded);
             }
-            dot_adapters(buffer.data(), padded, t, tokens, n, adapters, n_adapters, scale);
+            dot_adapters(buffer, padded, t, tokens, n, adapters, n_adapters, scale);
         } else if (x.is_bf16) {
             dot_adapters((const uint16_t *)x.data + t * x.stride, x.stride, t, tokens, n, adapters,
                          n_adapters, scale);
@@ -210,39 +224,42 @@ void outer_block(const float * left, int64_t left_stride, int rank, const X * x,
 void outer_sum(const Rows & x, Dropout dropout, const float * left, int64_t left_stride, int rank,
                float scale, int64_t n_cols, int64_t n_tokens, float * out, int64_t r_step,
                int64_t c_step, int ith, int nth) {
-    static thread_local std::vector<float> sums, block;
-    sums.resize((size_t)(rank * WIDTH));
-    block.resize((size_t)(DEPTH * WIDTH));
+    float *const sums = thread_floats(outer_words(rank)), *const block = sums + rank * WIDTH;
     const Range part = split_range(n_cols, VECTORS * LANES, ith, nth);
     for (int64_t c0 = part.first; c0 < part.last; c0 += WIDTH) {
         const int64_t n = std::min(WIDTH, part.last - c0);
-        const int64_t width = (n + LANES - 1) / LANES * LANES;
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        const int64_t width = round_up(n, LANES);
+        std::fill(sums, sums + rank * WIDTH, 0.0f);
         for (int64_t t0 = 0; t0 < n_tokens; t0 += DEPTH) {
             const int64_t depth = std::min(DEPTH, n_tokens - t0), at = t0 * x.stride + c0;
             const float * l = left + t0 * left_stride;
             if (dropout.p > 0.0f || n < width) {
                 for (int64_t t = 0; t < depth; t++) {
-                    copy_row(x, dropout, t0 + t, c0, n, width, block.data() + t * WIDTH);
+                    copy_row(x, dropout, t0 + t, c0, n, width, block + t * WIDTH);
                 }
-                outer_block(l, left_stride, rank, block.data(), WIDTH, depth, width, sums.data());
+                outer_block(l, left_stride, rank, block, WIDTH, depth, width, sums);
             } else if (x.is_bf16) {
                 outer_block(l, left_stride, rank, (const uint16_t *)x.data + at, x.stride, depth,
-                            width, sums.data());
+                            width, sums);
             } else {
                 outer_block(l, left_stride, rank, (const float *)x.data + at, x.stride, depth,
-                            width, sums.data());
+                            width, sums);
             }
         }
         for (int64_t c = 0; c < n; c++) {
             float * o = out + (c0 + c) * c_step;
             for (int r = 0; r < rank; r++)
-                o[r * r_step] += scale * sums[(size_t)(r * WIDTH + c)];
+                o[r * r_step] += scale * sums[r * WIDTH + c];
         }
     }
 }
 
 } // namespace
+
+size_t lora_scratch_bytes(int64_t n_inputs, int64_t n_outputs, int rank) {
+    return 4 * (size_t)std::max(
+                   {dropped_words(n_inputs), outer_words(rank), transposed_words(n_outputs, rank)});
+}
 
 void lora_down(Rows x, Dropout dropout, int64_t n_cols, int64_t n_tokens, const LoraDown * adapters,
                int n_adapters, int ith, int nth) {
@@ -253,13 +270,12 @@ void lora_up_t(Rows dy, const float * b, int rank, float scale, int64_t n_rows, 
                float * du, int64_t du_stride, int ith, int nth) {
     // b transposed, by every thread for itself: N*R copies against the N*R*T/nth products it
     // serves.
-    static thread_local std::vector<float> transposed;
-    transposed.resize((size_t)(rank * n_rows));
+    float * transposed = thread_floats(transposed_words(n_rows, rank));
     for (int64_t n = 0; n < n_rows; n++) {
         for (int r = 0; r < rank; r++)
-            transposed[(size_t)(r * n_rows + n)] = b[n * rank + r];
+            transposed[r * n_rows + n] = b[n * rank + r];
     }
-    const LoraDown l = {transposed.data(), rank, du, du_stride};
+    const LoraDown l = {transposed, rank, du, du_stride};
     dot_tokens(dy, {}, n_rows, n_tokens, &l, 1, scale, ith, nth);
 }
 

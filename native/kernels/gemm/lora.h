@@ -32,6 +32,9 @@ struct LoraDown {
     int64_t u_stride;
 };
 
+/// Bytes of working memory of one thread for any of these.
+size_t lora_scratch_bytes(int64_t n_inputs, int64_t n_outputs, int rank);
+
 /// Write u of each of `n_adapters` adapters; they share the rows and the mask.
 void lora_down(Rows x, Dropout dropout, int64_t n_cols, int64_t n_tokens, const LoraDown * adapters,
                int n_adapters, int ith, int nth);

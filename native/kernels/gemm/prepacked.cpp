@@ -47,6 +47,12 @@ void Prepacked::set_made(const Product & p, int64_t c0, int64_t nc, int64_t k0) 
     std::fill_n(made_.begin() + panel_index(p, c0, k0), (nc + NR - 1) / NR, (char)1);
 }
 
+size_t prepacked_bytes(Precision precision, const Weight & w, bool nt) {
+    const size_t bytes = 4 * Prepacked::words_of(nt ? Product::forward(precision, w)
+                                                    : Product::backward(precision, w));
+    return bytes <= PREPACKED_MOST ? bytes : 0;
+}
+
 PrepackedWeights::PrepackedWeights(size_t limit) {
     constexpr size_t LARGE_PAGE = 2u << 20; // panels are read from end to end
     const bool large = limit >= LARGE_PAGE;
@@ -70,8 +76,8 @@ Weight PrepackedWeights::with_panels(Precision precision, Weight w, bool nt) {
     std::optional<Prepacked> & kept = entry->second;
     if (is_new) {
         const Product p = nt ? Product::forward(precision, w) : Product::backward(precision, w);
-        const size_t words = Prepacked::words_of(p);
-        if (words <= words_ - used_ && words <= PREPACKED_MOST / 4) {
+        const size_t words = prepacked_bytes(precision, w, nt) / 4;
+        if (words > 0 && words <= words_ - used_) {
             kept.emplace(p, memory_.get() + used_);
             used_ += words;
         }

@@ -38,6 +38,10 @@ private:
 /// Larger ones are not kept, so that an output matrix takes no more memory in large vocabularies.
 inline constexpr size_t PREPACKED_MOST = 128u << 20;
 
+/// Bytes of w's panels in one direction; 0 if it is too large to keep them. Of w only type and
+/// shape are read.
+size_t prepacked_bytes(Precision precision, const Weight & w, bool nt);
+
 /// Those of as many weights as `limit` bytes hold, first come, first served; of none where there is
 /// no memory.
 class PrepackedWeights {
