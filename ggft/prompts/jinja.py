@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ggft.prompts.assistant_mask import Message
-from ggft.system.errors import InputError
-from ggft.system.processes import start_child, stop_child
+from ggft.system.errors import InputError, ResourceError
+from ggft.system.processes import Child, signal_name
 
 MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
 MAX_WAIT_S = 600.0  # the same, by the clock, for a machine that is busy or short of memory
@@ -183,42 +183,52 @@ class JinjaProcess:
 
     Raises:
         InputError: The template does not compile or exceeds the limits.
+        ResourceError: The process cannot be started.
     """
 
     def __init__(self, source: str, bos: str, eos: str, *, cpu_s: int = MAX_CPU_S) -> None:
         self._cpu_s = cpu_s
         self._lock = threading.Lock()
-        self._process = start_child("prompts.jinja:serve")
-        self.close = weakref.finalize(self, stop_child, self._process)
-        self._exchange([source, bos, eos, cpu_s])
+        self._process = Child("ggft.prompts.jinja:serve")
+        self.close = weakref.finalize(self, self._process.stop)
+        setup = [source, bos, eos, cpu_s]
+        if not isinstance(self._converse(setup), list):  # before it has seen the template
+            raise ResourceError(
+                "the process that renders chat templates did not start",
+                found=self._process.last_words(),
+                hint="close other programs, or allow more memory and processes (ulimit -a)",
+            )
+        self._answer(self._converse(None))
 
     def __call__(self, requests: Sequence[Request]) -> list[str | InputError]:
         """Render every request; a failed one gives its error instead."""
-        return [_error(x[0], x[1]) if isinstance(x, list) else x for x in self._exchange(requests)]
+        answer = self._answer(self._converse(requests))
+        return [_error(x[0], x[1]) if isinstance(x, list) else x for x in answer]
 
-    def _exchange(self, message: object) -> list[Any]:
-        """Send a message and return the answer, or raise what became of the process."""
+    def _converse(self, message: object) -> Any:
+        """Send a message, unless it is None, and return the answer; None if the process ended."""
         process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
         with self._lock:
             timer = threading.Timer(MAX_WAIT_S, process.kill)
             timer.daemon = True
             timer.start()
             try:
-                _send(process.stdin, message)
-                answer = _receive(process.stdout)
+                if message is not None:
+                    _send(process.stdin, message)
+                return _receive(process.stdout)
             except (OSError, ValueError):
-                answer = None
+                return None
             finally:
                 timer.cancel()
+
+    def _answer(self, answer: Any) -> list[Any]:
+        """Return an answer, or raise what became of the process."""
         if not isinstance(answer, list):
-            process.kill()
-            code = process.wait()
+            self._process.kill()
             raise InputError(
                 "the chat template exceeds the limits and was stopped",
                 path="chat template",
-                found=_reason(code),
+                found=_reason(self._process.wait()),
                 expected=f"at most {self._cpu_s} s and {MAX_MEMORY_BYTES >> 20} MB",
                 hint="do not trust this model's template; choose another with --template",
             )
@@ -228,13 +238,11 @@ class JinjaProcess:
 
 
 def _reason(code: int) -> str:
-    import signal
-
     if code == _TOO_LARGE:
         return "too much memory"
     if code >= 0:
         return f"it ended with code {code}"
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     return {"SIGXCPU": "too much CPU time", "SIGKILL": "too much time or memory"}.get(name, name)
 
 
@@ -260,6 +268,7 @@ def serve() -> None:
     source, bos, eos, cpu_s = _receive(pipe_in)
     _environment()  # import before the memory is limited
     _limit_memory()
+    _send(pipe_out, [])  # ready: what happens from here on is the template's doing
     _limit_cpu(cpu_s)
     try:
         render = compile_template(source, bos, eos)

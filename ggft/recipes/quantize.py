@@ -7,19 +7,19 @@ read back before it gets its name.
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ggft.gguf.finite import check_values
 from ggft.gguf.read import GGMLType, GGUFFile, read_gguf
-from ggft.llama.library import load
+from ggft.llama.library import complaint, load
 from ggft.settings.verbs import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import atomic_output
+from ggft.system.processes import Child
 from ggft.system.progress import ByteBar
 from ggft.system.text import format_bytes
 
@@ -49,7 +49,6 @@ FILE_TYPES: dict[str, tuple[int, float]] = {
     "Q2_K": (10, 3.2),
 }
 _WHOLE_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -126,43 +125,41 @@ def _run_child(
     config: QuantizeConfig,
     progress: Callable[[int], object] | None,
 ) -> None:
-    """Run `main` of this module in a child process, and watch the output grow."""
-    command = [sys.executable, "-m", "ggft.recipes.quantize", str(path), str(output), str(number)]
-    command += [str(config.threads), str(int(config.requantize)), str(int(config.pure))]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """Run `serve` in a child process, and watch the output grow.
+
+    Raises:
+        OSError: The disk takes no more.
+        ResourceError: The quantizer failed.
+    """
+    settings = (number, config.threads, int(config.requantize), int(config.pure))
+    child = Child("ggft.recipes.quantize:serve", str(path), str(output), *map(str, settings))
     try:
-        while child.poll() is None:
-            time.sleep(_POLL_S)
-            if progress is not None:
-                progress(output.stat().st_size)
+        code = child.wait(progress and (lambda: progress(output.stat().st_size)))
+        if not code:
+            return
+        # The quantizer knows only that writing failed; the system says why.
+        with output.open("ab") as file:
+            file.write(bytes(1 << 20))
+        raise ResourceError("the quantizer failed", path=path, found=child.last_words())
     finally:
         # Also when interrupted: nothing may go on writing.
-        child.kill()
-        _, errors = child.communicate()
-    if child.returncode:
-        lines = errors.decode("utf-8", "replace").strip().splitlines()
-        raise ResourceError(
-            "the quantizer failed",
-            path=path,
-            found=ascii(lines[-1])[:200] if lines else f"exit code {child.returncode}",
-        )
+        child.stop()
 
 
-def main(arguments: list[str]) -> int:
+def serve() -> None:
     """Quantize in this process. Arguments: input, output, type number, threads, two flags."""
     import ctypes
 
-    source, output = (argument.encode() for argument in arguments[:2])
-    number, threads, requantize, pure = map(int, arguments[2:])
+    source, output = map(os.fsencode, sys.argv[1:3])
+    number, threads, requantize, pure = map(int, sys.argv[3:])
     api = load()
-    # Back to standard error, whose last line the parent quotes.
-    api.llama_log_set(api.llama_log_callback(), None)
     params = api.llama_model_quantize_default_params()
     params.ftype = number
     params.nthread = threads
     params.allow_requantize = bool(requantize)
     params.pure = bool(pure)
-    return int(api.llama_model_quantize(source, output, ctypes.byref(params)))
+    if api.llama_model_quantize(source, output, ctypes.byref(params)):
+        sys.exit(complaint() or "no reason given")
 
 
 def quantize_file(path: str, output: str, type_name: str, config: QuantizeConfig) -> str:
@@ -172,7 +169,3 @@ def quantize_file(path: str, output: str, type_name: str, config: QuantizeConfig
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     sizes = f"{format_bytes(report.old_bytes)} → {format_bytes(report.new_bytes)}"
     return f"wrote {report.output}: {sizes}, tensors: {types}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

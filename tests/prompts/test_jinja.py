@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,9 @@ import pytest
 
 from ggft.prompts.assistant_mask import Message
 from ggft.prompts.jinja import FIXED_DATE, JinjaProcess, render_here
-from ggft.system.errors import InputError
+from ggft.system.errors import InputError, ResourceError
+from ggft.system.processes import Child
+from tests.support.children import is_gone
 
 CHAT: list[Message] = [{"role": "user", "content": "hi <b>"}]
 
@@ -115,17 +116,19 @@ def test_it_ends_when_the_parent_is_killed() -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    pid = int(done.stdout)
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state == "Z":
-                return
-        except OSError:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the process outlives its parent")
+    assert is_gone(int(done.stdout)), "the process outlives its parent"
+
+
+def test_a_process_that_does_not_start_is_not_the_templates_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def other(_: str) -> Child:
+        return Child("tests.support.children:fail")
+
+    monkeypatch.setattr("ggft.prompts.jinja.Child", other)
+    with pytest.raises(ResourceError, match=r"did not start.*can't start new thread") as caught:
+        JinjaProcess("x", "", "")
+    assert "trust" not in str(caught.value)
 
 
 def test_extensions_of_chat_templates() -> None:

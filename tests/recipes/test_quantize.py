@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
+import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import ggft.recipes.quantize
 from ggft.gguf.read import check_model, dequantize, read_gguf
 from ggft.recipes.quantize import FILE_TYPES, quantize, quantize_file
 from ggft.settings.verbs import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
+from ggft.system.processes import Child
 from tests.gguf.test_read import write_shards
 from tests.support.models import Spec, write_model
 
@@ -66,32 +65,51 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["raise SystemExit('no room left')", "import os; os.abort()", "pass"]
+    ("function", "says"),
+    [("chatter", "the cause"), ("abort", "SIGABRT"), ("show", "not a whole number|GGUF|empty")],
 )
-def test_a_quantizer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """A crash, a failure, or success without a result: nothing is left."""
+def test_a_quantizer_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, says: str
+) -> None:
+    """A failure with many words, a crash, or success without a result: nothing is left."""
     base = write_model(tmp_path / "base.gguf").path
-    popen = ggft.recipes.quantize.subprocess.Popen  # type: ignore[attr-defined]
 
-    def other(command: list[str], **settings: Any) -> Any:
-        return popen([command[0], "-c", code], **settings)
+    def other(_: str, *arguments: str) -> Child:
+        return Child(f"tests.support.children:{function}", *arguments)
 
-    monkeypatch.setattr("ggft.recipes.quantize.subprocess.Popen", other)
-    with pytest.raises((ResourceError, InputError)):
+    monkeypatch.setattr("ggft.recipes.quantize.Child", other)
+    with pytest.raises((ResourceError, InputError), match=says):
         quantize(base, tmp_path / "out.gguf", "Q8_0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.gguf"]
+
+
+def test_a_disk_that_fills_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_model(tmp_path / "base.gguf").path
+
+    def limited(*arguments: str) -> Child:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        return Child(*arguments)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("ggft.recipes.quantize.Child", limited)
+    try:
+        with pytest.raises(ResourceError, match=r"File too large(?s:.*)ulimit -f"):
+            quantize(base, tmp_path / "out.gguf", "Q8_0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.gguf"]
 
 
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_model(tmp_path / "base.gguf").path
-    children = []
+    children: list[Child] = []
 
-    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            children.append(self)
+    def recorded(*arguments: str) -> Child:
+        children.append(Child(*arguments))
+        return children[-1]
 
-    monkeypatch.setattr("ggft.recipes.quantize.subprocess.Popen", Recorded)
+    monkeypatch.setattr("ggft.recipes.quantize.Child", recorded)
 
     def stop(_: int) -> None:
         raise KeyboardInterrupt
@@ -100,7 +118,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         quantize(base, tmp_path / "out.gguf", "Q8_0", progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.gguf"]
     (child,) = children
-    assert child.returncode is not None, "it is left running"
+    assert child.poll() is not None, "it is left running"
 
 
 def test_numbers_are_llamas() -> None:
