@@ -12,6 +12,7 @@ from dataclasses import dataclass
 MIN_SPLIT_ROWS = 20  # below, a held-out row costs more than its loss can tell
 MAX_HELD_OUT = 256  # more make the estimate hardly better and evaluation slow
 SHORT_ROW = 32
+MIX_SHARE = 2 / 7  # of general rows in an epoch of few rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Suggestion:
         rank: LoRA rank.
         lr: Peak learning rate.
         dropout: Dropout of the LoRA input.
+        mix_share: Share of general rows among an epoch's examples.
         reasons: Why, a line each.
     """
 
@@ -32,6 +34,7 @@ class Suggestion:
     rank: int
     lr: float
     dropout: float
+    mix_share: float
     reasons: tuple[str, ...]
 
 
@@ -57,12 +60,20 @@ def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Su
     lr = 1e-3 if tiny else 5e-4 if small else 3e-4
     if batch > 16:
         lr *= math.sqrt(batch / 16)  # Adam's square-root rule for large batches
-    steps = math.ceil(n_rows / batch) * epochs
+    mix_share = MIX_SHARE if tiny else 0.0
+    n_mixed = n_general(n_rows, mix_share)
+    per_epoch = math.ceil((n_rows + n_mixed) / batch)
+    mixed = f" and {n_mixed} general ones against forgetting" if n_mixed else ""
     reasons = (
-        f"{n_rows} rows: {epochs} epochs of {math.ceil(n_rows / batch)} steps, {steps} in all",
+        f"{n_rows} rows{mixed}: {epochs} epochs of {per_epoch} steps, {per_epoch * epochs} in all",
         f"{n_trained} tokens to learn: rank {rank}",
     )
-    return Suggestion(epochs, batch, rank, lr, 0.0 if tiny else 0.05, reasons)
+    return Suggestion(epochs, batch, rank, lr, 0.0 if tiny else 0.05, mix_share, reasons)
+
+
+def n_general(n_rows: int, share: float) -> int:
+    """Return how many general rows an epoch has beside `n_rows` for them to be `share` of all."""
+    return round(n_rows * share / (1.0 - share))
 
 
 def choose_max_length(longest: int, usual: int, n_ctx: int) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Batches", "Examples", "TokenStore", "pack"]
 
+_GENERAL = 1  # of seeds: the order of general rows, beside that of epochs
 ROW_MULTIPLE = 8  # rows are padded to this: coarser, padding shows in the speed of short rows
 
 
@@ -223,11 +224,73 @@ class Subset:
         return self.examples.get(int(self.indexes[index]))
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Examples of several sources, one after another; `lengths` are theirs."""
+
+    parts: tuple[Examples, ...]
+    lengths: IntArray
+
+    @staticmethod
+    def of(*parts: Examples) -> Chain:
+        """Return the chain of some sources."""
+        import numpy as np
+
+        return Chain(parts, np.concatenate([part.lengths for part in parts]))
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        for part in self.parts:
+            if index < len(part.lengths):
+                return part.get(index)
+            index -= len(part.lengths)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What each epoch trains: every row once, and some general rows against forgetting.
+
+    General rows come in an order of their own, a new piece of it in each epoch, and begin anew
+    when all have been trained.
+
+    Attributes:
+        examples: All examples that any epoch has: the rows, then the general ones.
+        n_rows: How many of them are rows.
+        n_general: General examples of an epoch.
+        seed: Seed of the general examples' order.
+    """
+
+    examples: Examples
+    n_rows: int
+    n_general: int = 0
+    seed: int = 0
+
+    @property
+    def n_examples(self) -> int:
+        """Examples of an epoch."""
+        return self.n_rows + self.n_general
+
+    def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the indexes of an epoch's examples, (n_examples,)."""
+        import numpy as np
+
+        rows = np.arange(self.n_rows)
+        if not self.n_general:
+            return rows
+        order = np.random.Generator(np.random.PCG64([self.seed, _GENERAL])).permutation(
+            np.arange(self.n_rows, len(self.examples.lengths))
+        )
+        first = epoch * self.n_general
+        chosen = np.arange(first, first + self.n_general) % len(order)
+        return np.concatenate([rows, order[chosen]])
+
+
 class Steps:
     """The optimizer steps of every epoch.
 
     Args:
-        examples: The tokenized examples, none longer than `n_tokens`.
+        course: What each epoch trains; no example is longer than `n_tokens`.
         examples_per_step: Examples of a step.
         n_tokens: How long rows may be, if the examples fill them.
         packing: Whether examples of a step share rows.
@@ -239,19 +302,20 @@ class Steps:
 
     def __init__(
         self,
-        examples: Examples,
+        course: Course,
         *,
         examples_per_step: int,
         n_tokens: int,
         packing: bool,
         seed: int,
     ) -> None:
-        self.examples = examples
-        self.lengths = examples.lengths
+        self.course = course
+        self.examples = course.examples
+        self.lengths = self.examples.lengths
         self.examples_per_step = examples_per_step
         self.packing = packing
         self.seed = seed
-        self.per_epoch = steps_per_epoch(len(self.lengths), examples_per_step)
+        self.per_epoch = steps_per_epoch(course.n_examples, examples_per_step)
         self.row_tokens = self._row_tokens(n_tokens)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
@@ -266,7 +330,7 @@ class Steps:
         """Tokens that a step can have at most, and the padding of a row's end."""
         import numpy as np
 
-        n = min(self.examples_per_step, len(self.lengths))
+        n = min(self.examples_per_step, self.course.n_examples)
         return _round_up(int(np.partition(self.lengths, len(self.lengths) - n)[-n:].sum()))
 
     @property
@@ -276,7 +340,7 @@ class Steps:
         Best fit leaves at most one row not more than half full, so rows are fewer than twice the
         tokens by the row length, plus one.
         """
-        most = min(self.examples_per_step, len(self.lengths))
+        most = min(self.examples_per_step, self.course.n_examples)
         if not self.packing:
             return most
         total = self.largest_step_tokens
@@ -308,7 +372,7 @@ class Steps:
 
         if self._order is None or self._order[0] != epoch:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._order = epoch, rng.permutation(len(self.lengths))
+            self._order = epoch, rng.permutation(self.course.epoch(epoch))
         return self._order[1]
 
 

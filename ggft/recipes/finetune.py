@@ -10,6 +10,7 @@ from ggft.gguf.linears import parse_targets
 from ggft.gguf.read import check_model, read_gguf
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
+from ggft.setup.course import with_general
 from ggft.setup.inputs import Base, Data, load_data, open_base
 from ggft.setup.open import (
     BATCH_SIZE,
@@ -57,6 +58,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             seed=config.seed,
         )
         settled = choose_settings(config, data)
+        data = with_general(settled, base, data, stop.check)
         shape = make_shape(config, settled.rank, base.file, base.info)
         if config.dry_run:
             _, planned = plan_run(settled, data, shape)
@@ -130,6 +132,11 @@ def announce(config: SettledConfig, base: Base, data: Data, plan: Plan, progress
         f"data         {len(data.train)} examples, {account.n_tokens} tokens, "
         f"{account.n_trained} of them trained"
     )
+    if data.course.n_general:
+        progress.note(
+            f"             {data.course.n_general} general rows in each epoch against forgetting"
+            " (--mix none leaves them out)"
+        )
     for text in account.notes:
         progress.note(f"             {text}")
     progress.note(f"template     {base.template.name}")

@@ -122,6 +122,14 @@ class FinetuneConfig:
     )  # fmt: skip
     val_split: float | None = val_split_option()
     keep_duplicates: bool = keep_duplicates_option("Train on rows that equal an earlier one, too")
+    mix: str = option(
+        "--mix", default="auto", metavar="auto|none|FILE",
+        help="General rows mixed in against forgetting; `auto`: packaged ones where data is small",
+    )  # fmt: skip
+    mix_share: float | None = option(
+        "--mix-share", default=None, minimum=0.0, below=1.0, shown="by the data",
+        help="Share of general rows among an epoch's examples",
+    )  # fmt: skip
     patience: int | None = option(
         "--patience", "--early-stopping-patience", default=None, minimum=0, shown="3",
         help="Stop after this many evaluations without a better one; 0 is never",
@@ -183,6 +191,7 @@ class SettledConfig(FinetuneConfig):
         alpha: float
         dropout: float
         max_length: int
+        mix_share: float
         val_split: float
         patience: int
         threads: int

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ggft.adapters.adapter import Adapter, _text
+from ggft.data.batches import Course
 from ggft.data.corpus import Account, CorpusOptions, load_corpus
 from ggft.data.encode import Crew
 from ggft.data.store import StoreView
@@ -57,13 +58,14 @@ class Data:
     validation: StoreView
     account: Account
     max_length: int
+    course: Course
 
     def sha256(self) -> str:
         """Return a hash of every id and mask."""
         digest = hashlib.sha256()
-        for store in (self.train, self.validation):
+        for store in (self.course.examples, self.validation):
             digest.update(store.lengths.tobytes())
-            for index in range(len(store)):
+            for index in range(len(store.lengths)):
                 ids, trained = store.get(index)
                 digest.update(ids.tobytes())
                 digest.update(trained.tobytes())
@@ -100,7 +102,8 @@ def load_data(
         Crew, base.file.path, base.template.name, train_on_prompt=options.train_on_prompt
     )
     corpus = load_corpus(paths, base.template, options, check, helpers)
-    return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length)
+    course = Course(corpus.train, len(corpus.train))
+    return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length, course)
 
 
 def choose_template(

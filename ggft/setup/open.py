@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
-from ggft.data.advice import suggest
+from ggft.data.advice import MIX_SHARE, Suggestion, n_general, suggest
 from ggft.data.batches import Steps, steps_per_epoch
 from ggft.engine.engine import Engine, EngineSettings, find_device
 from ggft.engine.memory import Limits, Plan, Shape, make_plan, weights_bytes
@@ -155,12 +155,15 @@ def limits_of(config: FinetuneConfig) -> Limits:
 
 def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
     """Fill what the user left open."""
-    advice = suggest(len(data.train), data.account.n_trained, batch_size=config.batch_size)
+    n_rows = len(data.train)
+    advice = suggest(n_rows, data.account.n_trained, batch_size=config.batch_size)
+    mix_share = choose_mix_share(config, advice)
     rank = config.rank or advice.rank
     batch_size = config.batch_size or advice.batch_size
     epochs = config.epochs or advice.epochs
     if config.epochs is None and config.max_steps is not None:
-        per_epoch = steps_per_epoch(len(data.train), batch_size * config.grad_accum)
+        n_examples = n_rows + n_general(n_rows, mix_share)
+        per_epoch = steps_per_epoch(n_examples, batch_size * config.grad_accum)
         epochs = -(-config.max_steps // per_epoch)
     chosen = {
         "epochs": epochs,
@@ -170,11 +173,31 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "alpha": config.alpha or 4.0 * rank,
         "dropout": advice.dropout if config.dropout is None else config.dropout,
         "max_length": data.max_length,
+        "mix_share": mix_share,
         "val_split": data.account.val_share,
         "patience": PATIENCE if config.patience is None else config.patience,
         "threads": config.threads or physical_cores(),
     }
     return SettledConfig(**{**vars(config), **chosen})
+
+
+def choose_mix_share(config: FinetuneConfig, advice: Suggestion) -> float:
+    """Return the share of general rows in an epoch: a file that is given is mixed in in any case.
+
+    Raises:
+        InputError: `--mix none` together with a share.
+    """
+    if config.mix == "none":
+        if config.mix_share:
+            raise InputError(
+                "--mix none and --mix-share contradict each other",
+                found=f"--mix-share {config.mix_share:g}",
+                hint="leave one of them out",
+            )
+        return 0.0
+    if config.mix_share is not None:
+        return config.mix_share
+    return advice.mix_share if config.mix == "auto" else advice.mix_share or MIX_SHARE
 
 
 def make_shape(config: FinetuneConfig, rank: int, file: GGUFFile, info: ModelInfo) -> Shape:
@@ -195,7 +218,7 @@ def make_shape(config: FinetuneConfig, rank: int, file: GGUFFile, info: ModelInf
 def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
     """Divide the data into optimizer steps of rows of at most `n_tokens`."""
     return Steps(
-        data.train,
+        data.course,
         examples_per_step=config.batch_size * config.grad_accum,
         n_tokens=n_tokens,
         packing=config.packing,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from ggft.data.batches import steps_per_epoch
-
 
 def lr_at(step: int, *, n_steps: int, warmup_steps: int, peak_lr: float, kind: str) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
@@ -36,7 +34,7 @@ def safe_interval(interval: int, n_steps: int) -> int:
     return max(1, min(interval, n_steps // 20))
 
 
-def total_steps(n_examples: int, examples_per_step: int, epochs: int, max_steps: int | None) -> int:
+def total_steps(per_epoch: int, epochs: int, max_steps: int | None) -> int:
     """Return the optimizer steps of the run."""
-    steps = epochs * steps_per_epoch(n_examples, examples_per_step)
+    steps = epochs * per_epoch
     return steps if max_steps is None else min(steps, max_steps)

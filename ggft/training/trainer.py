@@ -26,7 +26,7 @@ from ggft.training.run_directory import RunDirectory
 # Settings that do not change the course of a run: where things lie, what is shown and kept.
 _MAY_CHANGE = (
     "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
-    "samples",
+    "samples", "mix",
 )  # fmt: skip
 
 
@@ -67,9 +67,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.n_steps = schedule.total_steps(
-            len(self.data.train), self.steps.examples_per_step, config.epochs, config.max_steps
-        )
+        self.n_steps = schedule.total_steps(self.steps.per_epoch, config.epochs, config.max_steps)
         self.warmup_steps = schedule.safe_warmup(config.warmup_steps, self.n_steps)
         self.interval = schedule.safe_interval(config.logging_steps, self.n_steps)
         self.meta = AdapterMeta(
@@ -119,6 +117,8 @@ class Trainer:
         record = to_record(self.config)
         record["model"] = os.path.abspath(self.config.model)
         record["data"] = [os.path.abspath(path) for path in self.config.data]
+        if self.config.mix not in ("auto", "none"):
+            record["mix"] = os.path.abspath(self.config.mix)
         self.run.write_text(self.run.config, to_yaml(record))
         self.run.open_metrics(self.state.metrics_bytes)
 

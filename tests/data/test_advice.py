@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ggft.data.advice import choose_max_length, held_out_rows, suggest
+from ggft.data.advice import choose_max_length, held_out_rows, n_general, suggest
 from ggft.training.verdict import Losses, judge, smaller_lr
 
 
@@ -27,6 +27,16 @@ def test_settings_by_size(
     assert (advice.epochs, advice.batch_size, advice.rank, advice.lr) == (epochs, batch, rank, lr)
     assert str(n_rows) in advice.reasons[0]
     assert 0 <= advice.dropout < 0.2
+
+
+def test_small_data_is_mixed_with_general_rows() -> None:
+    advice = suggest(20, 280)
+    assert n_general(20, advice.mix_share) == 8
+    assert "20 rows and 8 general ones" in advice.reasons[0]
+    assert f"of 7 steps, {7 * advice.epochs} in all" in advice.reasons[0]
+    assert suggest(1_000, 150_000).mix_share == 0
+    assert n_general(1_000, 0.0) == 0
+    assert n_general(10, 0.5) == 10
 
 
 def test_the_users_batch_size_is_kept() -> None:

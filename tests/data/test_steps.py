@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from ggft.data.batches import Steps, TokenStore
+from ggft.data.batches import Chain, Course, Steps, TokenStore
 
 
 def store(lengths: list[int]) -> TokenStore:
@@ -18,9 +18,8 @@ def store(lengths: list[int]) -> TokenStore:
 
 
 def steps(lengths: list[int], per_step: int = 4, *, packing: bool = True, seed: int = 1) -> Steps:
-    return Steps(
-        store(lengths), examples_per_step=per_step, n_tokens=64, packing=packing, seed=seed
-    )
+    course = Course(store(lengths), len(lengths))
+    return Steps(course, examples_per_step=per_step, n_tokens=64, packing=packing, seed=seed)
 
 
 def examples_of(
@@ -116,3 +115,38 @@ def test_dropout_seeds_differ_and_are_never_zero() -> None:
     assert min(seeds) > 0
     assert max(seeds) < 2**63
     assert np.uint64(max(seeds)) > 2**60
+
+
+def test_general_examples_are_new_in_each_epoch_until_all_were_trained() -> None:
+    rows, general = store([5] * 7), store([9] * 10)
+    course = Course(Chain.of(rows, general), 7, n_general=4, seed=3)
+    epochs = [course.epoch(e).tolist() for e in range(5)]
+    assert all(epoch[:7] == list(range(7)) for epoch in epochs)
+    chosen = [i for epoch in epochs for i in epoch[7:]]
+    assert Counter(chosen) == dict.fromkeys(range(7, 17), 2)
+    assert sorted(chosen[:10]) == list(range(7, 17))
+    again = Course(Chain.of(rows, general), 7, n_general=4, seed=3)
+    assert again.epoch(4).tolist() == epochs[4]
+    assert Course(course.examples, 7, n_general=4, seed=4).epoch(0).tolist() != epochs[0]
+
+
+def test_steps_count_and_hold_general_examples() -> None:
+    rows, general = store([5, 6, 7]), store([60, 40])
+    course = Course(Chain.of(rows, general), 3, n_general=2, seed=1)
+    made = Steps(course, examples_per_step=2, n_tokens=64, packing=True, seed=1)
+    assert made.per_epoch == 3
+    assert made.row_tokens == 64
+    trained = sum(
+        int((batch["targets"] >= 0).sum())
+        for index in range(3)
+        for batch in made.step(0, index, 1, made.row_tokens)
+    )
+    assert trained == 4 + 5 + 6 + 59 + 39
+
+
+def test_a_chain_gives_the_examples_of_its_parts() -> None:
+    chain = Chain.of(store([5, 6]), store([7]), store([3, 4]))
+    assert chain.lengths.tolist() == [5, 6, 7, 3, 4]
+    assert [len(chain.get(i)[0]) for i in range(5)] == [5, 6, 7, 3, 4]
+    with pytest.raises(IndexError):
+        chain.get(5)

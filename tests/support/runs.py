@@ -37,6 +37,7 @@ class Case:
             "output": str(self.folder / output),
             "threads": 1,
             "val_split": 0,
+            "mix": "none",
             "samples": 0,
             "lr": 3e-4,
             "dropout": 0.1,

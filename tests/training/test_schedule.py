@@ -52,6 +52,6 @@ def test_the_partial_batch_counts(rows: int, per_step: int, expected: int) -> No
 
 
 def test_total_steps() -> None:
-    assert total_steps(23, 4, 3, None) == 18
-    assert total_steps(23, 4, 3, 5) == 5
-    assert total_steps(23, 4, 1, 500) == 6
+    assert total_steps(6, 3, None) == 18
+    assert total_steps(6, 3, 5) == 5
+    assert total_steps(6, 1, 500) == 6

@@ -1,0 +1,82 @@
+"""General rows mixed into a run: counted, repeatable, resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggft.recipes.finetune import finetune
+from ggft.settings.option import make
+from ggft.settings.training import FinetuneConfig
+from ggft.system.errors import InputError
+from ggft.system.progress import Progress
+from tests.support.runs import ROWS, Case, metrics
+
+
+def settings(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "report.json").read_text())["settings"]
+    return found
+
+
+def test_small_data_is_mixed_and_every_step_is_counted(case: Case) -> None:
+    lines = metrics(case.train(epochs=2, mix="auto"))
+    # 23 rows and 9 general ones in steps of 4.
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert lines[-1]["epoch"] == 2
+    plain = metrics(case.train("plain", epochs=2))
+    assert sum(line["trained_tokens"] for line in lines) > sum(
+        line["trained_tokens"] for line in plain
+    )
+
+
+def test_a_share_of_the_users_choice(case: Case) -> None:
+    run = case.train(epochs=1, mix="auto", mix_share=0.5)
+    assert len(metrics(run)) == 12
+    assert settings(run)["mix_share"] == 0.5
+    assert len(metrics(case.train("none", epochs=1, mix="auto", mix_share=0))) == 6
+    assert settings(case.train("off", epochs=1))["mix_share"] == 0
+
+
+def test_a_file_of_the_users(case: Case) -> None:
+    mine = case.folder / "mine.json"
+    mine.write_text(json.dumps([{"instruction": "hi", "output": "hello"}] * 2))
+    lines = metrics(case.train(epochs=1, mix=str(mine), mix_share=0.5))
+    assert len(lines) == 7  # two rows are all that there is to mix in
+    message = case.fails(InputError, "other", epochs=1, mix="nowhere.json")
+    assert "nowhere.json" in message
+    assert "auto, none" in message
+    assert "contradict" in case.fails(InputError, "third", mix="none", mix_share=0.2)
+
+
+def test_large_data_is_not_mixed_unless_a_file_is_given(case: Case) -> None:
+    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}"} for i in range(201)]
+    case.data.write_text(json.dumps(rows))
+    given = {"epochs": 1, "batch_size": 64, "dropout": 0}
+    assert settings(case.train("a", mix="auto", **given))["mix_share"] == 0
+    mine = case.folder / "mine.json"
+    mine.write_text(json.dumps(ROWS))
+    assert settings(case.train("b", mix=str(mine), **given))["mix_share"] > 0
+
+
+def test_a_mixed_run_is_resumed_to_the_bit_from_wherever_the_file_lies(case: Case) -> None:
+    mine = case.folder / "mine.json"
+    mine.write_text(json.dumps([{"instruction": f"tell {i}", "output": "so"} for i in range(9)]))
+    given = {"epochs": 3, "mix": str(mine), "mix_share": 0.3}
+    whole, parts = case.train("whole", **given), case.train("parts", **given)
+    shutil.rmtree(max((parts / "checkpoints").iterdir()))
+    moved = mine.rename(case.folder / "moved.json")
+    finetune(
+        make(FinetuneConfig, {"output": str(parts), "resume": True, "mix": str(moved)}),
+        Progress("quiet"),
+    )
+    assert metrics(parts) == metrics(whole)
+    assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+    moved.write_text(json.dumps([{"instruction": "other", "output": "so"}] * 9))
+    message = case.fails(InputError, "parts", **{**given, "mix": str(moved), "resume": True})
+    assert "data_sha256" in message
+    with pytest.raises(InputError, match="mix_share"):
+        case.train("parts", **{**given, "mix": str(moved), "mix_share": 0.4, "resume": True})
