@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import SMOLLM2
 from ggft.engine.engine import Engine
 from ggft.settings.training import FinetuneConfig
-from ggft.setup.inputs import Base, Data, load_data, open_base
+from ggft.setup.inputs import BaseModel, Data, load_data, open_base
 from ggft.setup.open import choose_settings, make_shape, open_engine, plan_run
 from ggft.system.signals import StopSignals
 
@@ -87,7 +87,7 @@ def main() -> None:
         measure(args, base, data, stop)
 
 
-def measure(args: argparse.Namespace, base: Base, data: Data, stop: StopSignals) -> None:
+def measure(args: argparse.Namespace, base: BaseModel, data: Data, stop: StopSignals) -> None:
     """Lay out the same steps in each way, time them in turns, print a table."""
 
     def layout(name: str, packing: bool, change: Callable[[Batch], Batch]) -> Layout:

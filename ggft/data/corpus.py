@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft.data.advice import choose_max_length, held_out_rows
-from ggft.data.duplicates import Duplicates, Fingerprints, split
+from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with
 from ggft.data.examples import Example, check_format, read_examples
 from ggft.data.files import DataFiles, find_files
@@ -42,7 +42,7 @@ class CorpusOptions:
     """How data is read.
 
     Attributes:
-        format_name: One of `datasets.FORMATS`.
+        format_name: One of `examples.FORMATS`.
         n_ctx: The model's context in tokens.
         max_length: Longest example in tokens; None: chosen from the data.
         val_split: Share of rows to hold out; None: chosen from the number of rows.
@@ -101,7 +101,7 @@ class Fate(IntEnum):
     TRAIN = 0
     VALID = 1
     DUPLICATE = 2  # equal to an earlier row, dropped
-    SILENT = 3  # no token to learn, dropped
+    UNTRAINABLE = 3  # no token to learn, dropped
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Loader:
         self.encode = encode
         self.account = Account()
         self.table = RowTable([*files.train, *files.valid])
-        self.prints = Fingerprints()
+        self.hashes = HashTable()
         self.store = TokenStore(keep=options.keep_tokens)
         self.row_of = array("q")  # of each example; a long text is several
 
@@ -196,51 +196,57 @@ class _Loader:
 
         account, n = self.account, len(self.table)
         account.n_rows = n
-        duplicates = self.prints.duplicates()
+        duplicates = self.hashes.duplicates()
         row_of = np.array(self.row_of, np.int64)
         max_length = self._max_length()
         counts = (self.store.n_trained(i, max_length) for i in range(len(self.store)))
         n_trained = np.fromiter(counts, np.int64, len(self.store))
-        trainable = n_trained > 0
-        learns = np.zeros(n, np.bool_)
-        learns[row_of[trainable]] = True
-        given = self.table.files() >= len(self.files.train)
-        copies = (duplicates.copy_of != np.arange(n)) & (given[duplicates.copy_of] == given)
+        example_trainable = n_trained > 0
+        is_trainable = np.zeros(n, np.bool_)
+        is_trainable[row_of[example_trainable]] = True
+        from_valid_file = self.table.files() >= len(self.files.train)
+        is_duplicate = (duplicates.copy_of != np.arange(n)) & (
+            from_valid_file[duplicates.copy_of] == from_valid_file
+        )
         if self.options.keep_duplicates:
-            copies[:] = False
-        usable = learns & ~copies
-        valid = usable & (given if self.files.valid else self._hold_out(duplicates, usable))
-        self._account(duplicates, learns, copies, valid, given)
-        view = [
-            StoreView(self.store, np.flatnonzero(trainable & side[row_of]), max_length)
-            for side in (usable & ~valid, valid)
+            is_duplicate[:] = False
+        usable = is_trainable & ~is_duplicate
+        is_held_out = usable & (
+            from_valid_file if self.files.valid else self._hold_out(duplicates, usable)
+        )
+        self._account(duplicates, is_trainable, is_duplicate, is_held_out, from_valid_file)
+        views = [
+            StoreView(self.store, np.flatnonzero(example_trainable & side[row_of]), max_length)
+            for side in (usable & ~is_held_out, is_held_out)
         ]
-        account.n_kept, account.n_held_out = len(view[0]), len(view[1])
-        account.n_tokens = int(view[0].lengths.sum(dtype=np.int64))
-        account.n_trained = int(n_trained[trainable & (usable & ~valid)[row_of]].sum())
-        cut = trainable & usable[row_of] & (self.store.lengths > max_length)
+        account.n_kept, account.n_held_out = len(views[0]), len(views[1])
+        account.n_tokens = int(views[0].lengths.sum(dtype=np.int64))
+        account.n_trained = int(
+            n_trained[example_trainable & (usable & ~is_held_out)[row_of]].sum()
+        )
+        cut = example_trainable & usable[row_of] & (self.store.lengths > max_length)
         account.n_truncated = int(cut.sum())
         if account.n_truncated:
             account.warnings.append(
                 f"{account.n_truncated} examples are longer than {max_length} tokens and lose their"
                 " end (--max-length)"
             )
-        if not len(view[0]):
+        if not len(views[0]):
             raise InputError(
                 "the data holds nothing to train on",
                 path=self.table.paths[0],
                 found=f"{n} rows, {account.n_untrainable} without a token to learn",
                 hint="each row needs an answer that is not empty and not beyond --max-length",
             )
-        fate = np.where(valid, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
-        fate[~learns] = Fate.SILENT
-        fate[copies] = Fate.DUPLICATE
-        return Corpus(view[0], view[1], account, max_length, fate, duplicates, self.table)
+        fate = np.where(is_held_out, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
+        fate[~is_trainable] = Fate.UNTRAINABLE
+        fate[is_duplicate] = Fate.DUPLICATE
+        return Corpus(views[0], views[1], account, max_length, fate, duplicates, self.table)
 
-    def read(self, number: int, path: Path, moved: Callable[[int], object]) -> None:
-        """Read and tokenize one file; `moved` is told now and then how many bytes are read."""
+    def read(self, number: int, path: Path, on_bytes: Callable[[int], object]) -> None:
+        """Read and tokenize one file; `on_bytes` is told now and then how many bytes are read."""
         empty = True
-        for example, encoded in self._encoded(path, moved):
+        for example, encoded in self._examples_of(path, on_bytes):
             empty = False
             self.check()
             row = len(self.table)
@@ -258,12 +264,12 @@ class _Loader:
                 else "add rows, or leave this file out",
             )
 
-    def _encoded(
-        self, path: Path, moved: Callable[[int], object]
+    def _examples_of(
+        self, path: Path, on_bytes: Callable[[int], object]
     ) -> Iterator[tuple[Example, list[Tokens]]]:
         """Yield the rows of a file, each with the examples that it makes."""
-        examples = read_examples(path, self.options.format_name, moved)
-        for example, tokens in self._worked(examples):
+        examples = read_examples(path, self.options.format_name, on_bytes)
+        for example, tokens in self._encoded(examples):
             try:
                 if isinstance(tokens, UnstableError):
                     yield example, self._turn_by_turn(example.messages)
@@ -283,10 +289,12 @@ class _Loader:
                     hint=error.hint or "correct or remove this row, or choose another --template",
                 ) from None
 
-    def _worked(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Tokens | InputError]]:
-        """Yield examples with their tokens, and keep their fingerprints."""
-        for batch, (tokens, prints) in encode_ahead(examples, self.encode):
-            self.prints.extend(prints)
+    def _encoded(
+        self, examples: Iterator[Example]
+    ) -> Iterator[tuple[Example, Tokens | InputError]]:
+        """Yield examples with their tokens, and keep their hashes."""
+        for batch, (tokens, hashes) in encode_ahead(examples, self.encode):
+            self.hashes.extend(hashes)
             yield from zip(batch, tokens, strict=True)
 
     def _turn_by_turn(self, messages: list[Message]) -> list[Tokens]:
@@ -335,34 +343,34 @@ class _Loader:
     def _account(
         self,
         duplicates: Duplicates,
-        learns: BoolArray,
-        copies: BoolArray,
-        valid: BoolArray,
-        given: BoolArray,
+        is_trainable: BoolArray,
+        is_duplicate: BoolArray,
+        is_held_out: BoolArray,
+        from_valid_file: BoolArray,
     ) -> None:
         """Count what is dropped and warn of what a user should look at."""
         import numpy as np
 
         account = self.account
-        account.n_untrainable = int((~learns).sum())
-        account.n_duplicates = int(copies.sum())
-        near = (duplicates.near >= 0) & ~copies
+        account.n_untrainable = int((~is_trainable).sum())
+        account.n_duplicates = int(is_duplicate.sum())
+        near = (duplicates.near >= 0) & ~is_duplicate
         account.n_near = int(near.sum())
         for rows, what in (
-            (~learns, "without an answer to learn, left out"),
-            (copies, "equal to an earlier row, left out"),
+            (~is_trainable, "without an answer to learn, left out"),
+            (is_duplicate, "equal to an earlier row, left out"),
             (near, "nearly equal to an earlier row; a split keeps them together"),
         ):
             if rows.any():
                 account.warnings.append(f"{int(rows.sum())} rows {what} ({self._places(rows)})")
-        if given.any():
-            seen = np.isin(duplicates.group[valid], duplicates.group[~given])
+        if from_valid_file.any():
+            seen = np.isin(duplicates.group[is_held_out], duplicates.group[~from_valid_file])
             if seen.any():
-                rows = np.zeros(len(valid), np.bool_)
-                rows[np.flatnonzero(valid)[seen]] = True
+                rows = np.zeros(len(is_held_out), np.bool_)
+                rows[np.flatnonzero(is_held_out)[seen]] = True
                 account.warnings.append(
-                    f"{int(seen.sum())} of {int(valid.sum())} validation rows are (nearly) in the"
-                    f" training data; their loss says little ({self._places(rows)})"
+                    f"{int(seen.sum())} of {int(is_held_out.sum())} validation rows are (nearly) in"
+                    f" the training data; their loss says little ({self._places(rows)})"
                 )
 
     def _places(self, rows: BoolArray) -> str:

@@ -52,25 +52,25 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
-class Prints:
-    """Fingerprints of some rows: hashes of all that is said and of what is asked, and signatures.
+class RowHashes:
+    """Hashes of some rows: of the whole row, of its question, and MinHash signatures.
 
     Attributes:
-        whole: Hash of roles and texts; (N,).
-        asked: Hash of the normalized questions; (N,).
+        row_hash: Hash of roles and texts; (N,).
+        question_hash: Hash of the normalized questions; (N,).
         signatures: MinHash signatures of the normalized texts; (N, N_HASHES).
     """
 
-    whole: npt.NDArray[np.uint64]
-    asked: npt.NDArray[np.uint64]
+    row_hash: npt.NDArray[np.uint64]
+    question_hash: npt.NDArray[np.uint64]
     signatures: npt.NDArray[np.uint16]
 
 
-def fingerprint(rows: Iterable[Sequence[Message] | str]) -> Prints:
-    """Return the fingerprints of rows: conversations, or plain texts."""
+def hash_rows(rows: Iterable[Sequence[Message] | str]) -> RowHashes:
+    """Hash rows: conversations, or plain texts."""
     import numpy as np
 
-    whole, asked, texts = array("Q"), array("Q"), list[str]()
+    row_hash, question_hash, texts = array("Q"), array("Q"), list[str]()
     for row in rows:
         if isinstance(row, str):
             all_said = words = question = row
@@ -79,10 +79,14 @@ def fingerprint(rows: Iterable[Sequence[Message] | str]) -> Prints:
             all_said = "\x1e".join(f"{role}\x1f{text}" for role, text in said)
             words = " ".join(text for _, text in said)
             question = " ".join(text for role, text in said if role != "assistant")
-        whole.append(_hash(all_said))
-        asked.append(_hash(normalized(question)))
+        row_hash.append(_hash(all_said))
+        question_hash.append(_hash(normalized(question)))
         texts.append(normalized(words[:MAX_CHARS]))
-    return Prints(np.array(whole, np.uint64), np.array(asked, np.uint64), _signatures(texts))
+    return RowHashes(
+        row_hash=np.array(row_hash, np.uint64),
+        question_hash=np.array(question_hash, np.uint64),
+        signatures=_signatures(texts),
+    )
 
 
 def _signatures(texts: Sequence[str]) -> npt.NDArray[np.uint16]:
@@ -108,6 +112,8 @@ def _signatures(texts: Sequence[str]) -> npt.NDArray[np.uint16]:
         start = bounds[first, 0]
         last = max(first + 1, int(np.searchsorted(ends, start + PIECE, "right")))
         hashes = mixed[start : ends[last - 1]] * factors
+        # reduceat reduces between every two neighbours in (start, end, start, end, …): the odd
+        # results are of the unused shingles between two texts, and go.
         least = np.minimum.reduceat(hashes, (bounds[first:last] - start).ravel(), axis=1)[:, ::2]
         # The least of many hashes has small upper bits.
         signatures[first:last] = least.T & np.uint32(0xFFFF)
@@ -127,34 +133,34 @@ def _hash_functions() -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]:
     return factors, powers
 
 
-class Fingerprints:
-    """Fingerprints of all rows, one batch after the other."""
+class HashTable:
+    """The hashes of all rows, collected batch by batch, to be compared at the end."""
 
     def __init__(self) -> None:
-        self._whole = array("Q")
-        self._asked = array("Q")
+        self._row_hash = array("Q")
+        self._question_hash = array("Q")
         self._signatures = array("H")
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._whole)
+        return len(self._row_hash)
 
-    def extend(self, prints: Prints) -> None:
-        """Take in the next rows."""
-        self._whole.frombytes(prints.whole.tobytes())
-        self._asked.frombytes(prints.asked.tobytes())
-        self._signatures.frombytes(prints.signatures.tobytes())
+    def extend(self, hashes: RowHashes) -> None:
+        """Add the next rows."""
+        self._row_hash.frombytes(hashes.row_hash.tobytes())
+        self._question_hash.frombytes(hashes.question_hash.tobytes())
+        self._signatures.frombytes(hashes.signatures.tobytes())
 
     def duplicates(self) -> Duplicates:
         """Compare all rows."""
         import numpy as np
 
         n = len(self)
-        whole = np.frombuffer(self._whole, np.uint64) if n else np.zeros(0, np.uint64)
-        asked = np.frombuffer(self._asked, np.uint64) if n else np.zeros(0, np.uint64)
-        copy_of = _first_of(whole)
+        row_hash = np.frombuffer(self._row_hash, np.uint64) if n else np.zeros(0, np.uint64)
+        question_hash = np.frombuffer(self._question_hash, np.uint64) if n else row_hash
+        copy_of = _first_of(row_hash)
         union = _Union(n)
-        for first in (copy_of, _first_of(asked)):
+        for first in (copy_of, _first_of(question_hash)):
             for i in np.flatnonzero(first != np.arange(n)).tolist():
                 union.join(i, int(first[i]))
         near = self._near(copy_of)

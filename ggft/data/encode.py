@@ -1,4 +1,4 @@
-"""Processes that encode large data beside this one: Python's threads take turns, they do not."""
+"""Processes that encode large data, because Python threads share one interpreter lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ggft.data.duplicates import Prints, fingerprint
+from ggft.data.duplicates import RowHashes, hash_rows
 from ggft.data.examples import Example
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaTokenizer
@@ -27,7 +27,7 @@ from ggft.system.processes import Child
 N_PROCESSES = 2  # of about 100 MB each; with more, reading the rows is what takes time
 
 
-class Crew:
+class EncoderPool:
     """Encodes batches in processes of its own; several threads may call it, one for each.
 
     A context manager, which ends the processes.
@@ -145,13 +145,13 @@ N_THREADS = min(4, os.cpu_count() or 1)
 BATCH_ROWS = 64
 
 Texts = Sequence[Sequence[Message] | str]  # conversations and plain texts
-Encoded = tuple[list[Tokens | InputError], Prints]
+Encoded = tuple[list[Tokens | InputError], RowHashes]
 Encode = Callable[[Texts], Encoded]
 
 
 def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> Encoded:
-    """Return the tokens of rows, or what is wrong with one, and their fingerprints."""
-    return template.encode_all(batch, train_on_prompt=train_on_prompt), fingerprint(batch)
+    """Return the tokens of rows, or what is wrong with one, and their hashes."""
+    return template.encode_all(batch, train_on_prompt=train_on_prompt), hash_rows(batch)
 
 
 def encode_ahead(

@@ -74,7 +74,7 @@ class _Item:
 
 
 class UnstableError(InputError):
-    """A template writes a conversation otherwise than the prompts within it; see `Splitter`."""
+    """A template writes a conversation otherwise than its prompts; see `AssistantMask`."""
 
 
 RenderAll = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
@@ -91,7 +91,7 @@ def joined(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-class Splitter:
+class AssistantMask:
     """Split renderings of one template into parts.
 
     Some templates write earlier turns otherwise than the last one (without its reasoning, or with

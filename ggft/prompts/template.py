@@ -14,11 +14,11 @@ from pathlib import Path
 from ggft.prompts.assistant_mask import (
     MARK_CLOSE,
     MARK_OPEN,
+    AssistantMask,
     Message,
     Part,
     RenderAll,
     Side,
-    Splitter,
     joined,
 )
 from ggft.prompts.builtin import BUILTIN, KNOW_INPUT
@@ -72,7 +72,7 @@ class Template:
         self.tokenizer = tokenizer
         self.added_end: int | None = None
         self.notes: list[str] = []
-        self._splitter = Splitter(render)
+        self._mask = AssistantMask(render)
         # Whether the tokenizer puts a space before text that follows a special token.
         self._space_prefix = metadata.get("tokenizer.ggml.model") == "llama" and bool(
             metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -91,7 +91,7 @@ class Template:
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
         ]
-        parts = self._splitter.split(probe, prompt=False)
+        parts = self._mask.split(probe, prompt=False)
         t = self.tokenizer
         units = self._units("".join(p.text for p in parts if p.side is Side.TAIL))
         n = next((n for n, u in enumerate(units) if isinstance(u, SpecialToken)), None)
@@ -132,7 +132,7 @@ class Template:
         n = _answered(messages)
         if not n:
             raise InputError("the conversation has no answer to learn")
-        parts = self._splitter.split(self._prepared(messages[:n]), prompt=False)
+        parts = self._mask.split(self._prepared(messages[:n]), prompt=False)
         segments = self._segments(parts, closed=True, learn_all=train_on_prompt)
         return self._encoder.tokens([segments])[0]
 
@@ -179,7 +179,7 @@ class Template:
 
     def prompt_parts(self, messages: Sequence[Message]) -> list[Part]:
         """Return fixed texts and contents of a prompt, as `encode_prompt` tokenizes them."""
-        return self._splitter.split(self._prepared(messages), prompt=True)
+        return self._mask.split(self._prepared(messages), prompt=True)
 
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
@@ -196,7 +196,7 @@ class Template:
         for example in examples:
             if not isinstance(example, str) and (n := _answered(example)):
                 usable.append(self._prepared(example[:n]))
-        split = iter(self._splitter.split_all(usable, prompt=False))
+        split = iter(self._mask.split_all(usable, prompt=False))
         return [
             e if isinstance(e, str) else next(split) if _answered(e) else list[Part]()
             for e in examples

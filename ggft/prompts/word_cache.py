@@ -1,4 +1,4 @@
-"""Token ids of words met before, so that large data is not tokenized word for word anew.
+"""Token ids by word, so that large data tokenizes each distinct word once.
 
 Text is cut where no token of the vocabulary reaches over: before a space, or after a line break,
 with a visible character on both sides. Neither side's ids then depend on the other: merges stay
@@ -26,15 +26,20 @@ _LETTERS = frozenset(string.ascii_letters)
 _MODELS = ("gpt2", "llama")  # vocabularies whose tokens are made by merges
 # What stands for a blank in vocabularies: byte-level (GPT-2's 33 + DEL) and SentencePiece's.
 _BLANK_SYMBOLS = {*map(chr, range(0x100, 0x122)), "\u2581"}
+# A word that may stand beside any other, between two that must not touch.
+SEPARATOR = "a"
 _USER_DEFINED = 4  # token type: found in text before all else, and may swallow blanks
 
 
 class Cuts:
-    """Where text is cut into words.
+    r"""Where text is cut into words.
 
     A word is written without the space before it. One at the start of a text or a line begins with
     a line break instead, and a space within a word, where text cannot be cut, is a NUL. Where the
     tokenizer puts a space before a text, the first word is written like any other.
+
+    Example: "to be\nor  not" is cut into `\nto`, `be\n` and `\nor\0\0not`: there is no cut between
+    two spaces, and a line break at the start of a word only marks where it stands.
 
     Args:
         before: Matches a character that a space may follow where text is cut.
@@ -89,9 +94,9 @@ class Cuts:
             if pieces:
                 after_break, spaced = pieces[-1][0][-1] == "\n", piece[0] == " "
                 if after_break and spaced:
-                    pieces.append(("a", None))
+                    pieces.append((SEPARATOR, None))
                 elif not (after_break or spaced):
-                    pieces.append((" a\n", None))
+                    pieces.append((f" {SEPARATOR}\n", None))
             pieces.append((piece, word))
         return pieces
 
@@ -202,29 +207,32 @@ class WordCache:
                 joined.append(word)
             else:
                 ids[word] = self._direct(cuts.text(word)[cuts.space_prefix :])
-        ids.update(self._together(cuts, joined))
+        ids.update(self._tokenize_joined(cuts, joined))
         new = {word: array("i", i).tobytes() for word, i in ids.items()}
         if len(self._known) < MAX_WORDS:
             self._known.update((w, i) for w, i in new.items() if len(w) <= MAX_WORD_CHARS)
         return new
 
-    def _together(self, cuts: Cuts, words: list[str]) -> dict[str, list[int]]:
+    def _tokenize_joined(self, cuts: Cuts, words: list[str]) -> dict[str, list[int]]:
         """Tokenize words as one text; by halves where it is too long or its ids do not say."""
         pieces = cuts.join(words)
         text = "".join(piece for piece, _ in pieces)[cuts.space_prefix :]
         if len(words) <= 1:
             return {word: self._direct(text) for word in words}
         if len(text) <= MAX_JOINED_CHARS:
-            divided = self._divide(self._direct(text), pieces)
-            if divided is not None:
-                return divided
+            split = self._split_ids(self._direct(text), pieces)
+            if split is not None:
+                return split
         half = len(words) // 2
-        return {**self._together(cuts, words[:half]), **self._together(cuts, words[half:])}
+        return {
+            **self._tokenize_joined(cuts, words[:half]),
+            **self._tokenize_joined(cuts, words[half:]),
+        }
 
-    def _divide(
+    def _split_ids(
         self, ids: list[int], pieces: list[tuple[str, str | None]]
     ) -> dict[str, list[int]] | None:
-        """Divide a text's ids among its words; None where they stand for other bytes."""
+        """Split a text's ids among its words; None where they stand for other bytes."""
         n_bytes = self._n_bytes
         n_bytes.update((i, len(self._tokenizer.decode([i]))) for i in set(ids).difference(n_bytes))
         sizes = [n_bytes[i] for i in ids]

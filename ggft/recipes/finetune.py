@@ -11,7 +11,7 @@ from ggft.gguf.read import check_model, read_gguf
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
 from ggft.setup.course import with_general
-from ggft.setup.inputs import Base, Data, load_data, open_base
+from ggft.setup.inputs import BaseModel, Data, load_data, open_base
 from ggft.setup.open import (
     BATCH_SIZE,
     MAX_LENGTH,
@@ -124,7 +124,9 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
         progress.result(line)
 
 
-def announce(config: SettledConfig, base: Base, data: Data, plan: Plan, progress: Progress) -> None:
+def announce(
+    config: SettledConfig, base: BaseModel, data: Data, plan: Plan, progress: Progress
+) -> None:
     """Say what will be done, with warnings about the data."""
     account = data.account
     progress.note(f"model        {base.name} ({base.file.path.name})")

@@ -39,7 +39,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         GgftError: a file, a row or the template does not serve; nothing is written then.
     """
     from ggft.data.corpus import CorpusOptions, load_corpus
-    from ggft.data.encode import Crew
+    from ggft.data.encode import EncoderPool
     from ggft.gguf.read import read_gguf
     from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
     from ggft.llama.model import LlamaTokenizer
@@ -64,7 +64,9 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
             seed=config.seed,
             keep_tokens=False,
         ),
-        helpers=partial(Crew, model.path, config.template, train_on_prompt=config.train_on_prompt),
+        helpers=partial(
+            EncoderPool, model.path, config.template, train_on_prompt=config.train_on_prompt
+        ),
     )
     for text in (*template.notes, *corpus.account.notes):
         progress.note(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ggft.adapters.adapter import Adapter, _text
 from ggft.data.batches import Course
 from ggft.data.corpus import Account, CorpusOptions, load_corpus
-from ggft.data.encode import Crew
+from ggft.data.encode import EncoderPool
 from ggft.data.store import StoreView
 from ggft.gguf.finite import check_values
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
@@ -23,7 +23,7 @@ from ggft.system.errors import InputError
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """The base model, seen from outside the engine."""
 
     file: GGUFFile
@@ -37,7 +37,7 @@ class Base:
         return name if isinstance(name, str) and name else self.file.path.stem
 
 
-def open_base(path: str, template: str) -> Base:
+def open_base(path: str, template: str) -> BaseModel:
     """Check a model file and bind a prompt template to it.
 
     Raises:
@@ -47,7 +47,7 @@ def open_base(path: str, template: str) -> Base:
     info = check_model(file)
     check_values(file)
     tokenizer = LlamaTokenizer(file.path)
-    return Base(file, info, make_template(template, file.metadata, tokenizer))
+    return BaseModel(file, info, make_template(template, file.metadata, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Data:
 
 def load_data(
     paths: tuple[str, ...],
-    base: Base,
+    base: BaseModel,
     *,
     form: str,
     max_length: int | None,
@@ -99,7 +99,7 @@ def load_data(
         seed=seed,
     )
     helpers = partial(
-        Crew, base.file.path, base.template.name, train_on_prompt=options.train_on_prompt
+        EncoderPool, base.file.path, base.template.name, train_on_prompt=options.train_on_prompt
     )
     corpus = load_corpus(paths, base.template, options, check, helpers)
     course = Course(corpus.train, len(corpus.train))
@@ -154,7 +154,7 @@ def check_template_hash(template: Template, path: Path, wanted: str | None) -> N
         )
 
 
-def with_template(config: EvalConfig, adapter: Adapter) -> Base:
+def with_template(config: EvalConfig, adapter: Adapter) -> BaseModel:
     """Open the base with the template that the adapter was trained with, or the one asked for.
 
     Raises:

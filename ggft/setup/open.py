@@ -13,7 +13,7 @@ from ggft.engine.memory import Limits, Plan, Shape, make_plan, weights_bytes
 from ggft.gguf.linears import TARGETS, parse_layers, parse_targets
 from ggft.gguf.read import GGUFFile, ModelInfo
 from ggft.settings.training import EvalConfig, FinetuneConfig, SettledConfig
-from ggft.setup.inputs import Base, Data
+from ggft.setup.inputs import BaseModel, Data
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.machine import physical_cores
 from ggft.system.signals import StopSignals
@@ -22,7 +22,7 @@ from ggft.system.text import parse_size
 MAX_ROWS = 8
 
 
-def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
+def plan_evaluation(config: EvalConfig, base: BaseModel, data: Data) -> Plan:
     """Choose the micro-batch; nothing is kept, as there is no backward pass."""
     device = find_device(config.device)
     shape = Shape(
@@ -48,7 +48,7 @@ def plan_evaluation(config: EvalConfig, base: Base, data: Data) -> Plan:
 
 
 def engine_settings(
-    config: EvalConfig, base: Base, adapter: Adapter | None, plan: Plan
+    config: EvalConfig, base: BaseModel, adapter: Adapter | None, plan: Plan
 ) -> EngineSettings:
     """Return the settings that hold the adapter's matrices.
 
@@ -228,7 +228,7 @@ def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
 
 @contextlib.contextmanager
 def open_engine(
-    config: SettledConfig, base: Base, shape: Shape, plan: Plan, stop: StopSignals
+    config: SettledConfig, base: BaseModel, shape: Shape, plan: Plan, stop: StopSignals
 ) -> Iterator[Engine]:
     """Open the engine as planned; a signal cancels its calls."""
     settings = EngineSettings(

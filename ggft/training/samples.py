@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ggft.llama.model import LlamaModel
 from ggft.settings.training import SettledConfig
-from ggft.setup.inputs import Base, Data
+from ggft.setup.inputs import BaseModel, Data
 from ggft.system.errors import ResourceError
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
@@ -15,7 +15,7 @@ MAX_TOKENS = 64
 
 
 def ask(
-    base: Base,
+    base: BaseModel,
     data: Data,
     adapter: Path,
     config: SettledConfig,
@@ -61,7 +61,7 @@ def choose_prompts(data: Data, n: int) -> list[list[int]]:
     return prompts
 
 
-def _answer(base: Base, model: LlamaModel, prompt: list[int], stop: StopSignals) -> str:
+def _answer(base: BaseModel, model: LlamaModel, prompt: list[int], stop: StopSignals) -> str:
     ids: list[int] = []
     for token in model.generate(
         prompt, stop_ids=base.template.stop_ids, max_tokens=MAX_TOKENS, temperature=0.0
@@ -72,7 +72,7 @@ def _answer(base: Base, model: LlamaModel, prompt: list[int], stop: StopSignals)
     return _text(base, ids)
 
 
-def _question(base: Base, prompt: list[int]) -> str:
+def _question(base: BaseModel, prompt: list[int]) -> str:
     """Return what was asked; without the template's text where that is the usual one."""
     parts = base.template.prompt_parts([{"role": "user", "content": "?"}])
     at = next(n for n, part in enumerate(parts) if part.is_content)
@@ -86,5 +86,5 @@ def _question(base: Base, prompt: list[int]) -> str:
     return text
 
 
-def _text(base: Base, ids: list[int]) -> str:
+def _text(base: BaseModel, ids: list[int]) -> str:
     return base.template.tokenizer.decode(ids).decode("utf-8", "replace").strip()

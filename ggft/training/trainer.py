@@ -14,7 +14,7 @@ from ggft.engine.engine import Cancelled, Engine, mean_nats
 from ggft.engine.memory import Plan
 from ggft.settings.option import to_record, to_yaml
 from ggft.settings.training import SettledConfig
-from ggft.setup.inputs import Base, Data
+from ggft.setup.inputs import BaseModel, Data
 from ggft.system.errors import Interrupted, NumericError
 from ggft.system.machine import peak_rss_bytes
 from ggft.system.progress import Progress
@@ -54,7 +54,7 @@ class Trainer:
     """The loop of one run."""
 
     config: SettledConfig
-    base: Base
+    base: BaseModel
     data: Data
     steps: Steps
     plan: Plan

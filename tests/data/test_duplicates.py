@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggft.data.duplicates import Duplicates, Fingerprints, fingerprint, normalized, split
+from ggft.data.duplicates import Duplicates, HashTable, hash_rows, normalized, split
 from ggft.prompts.assistant_mask import Message
 
 WORDS = ("lamp", "tide", "sea", "robot", "copper", "window", "stair", "tea", "fog", "whale")
@@ -19,9 +19,9 @@ def sentence(rng: random.Random, n: int = 40) -> str:
 
 
 def find(texts: list[str]) -> Duplicates:
-    prints = Fingerprints()
-    prints.extend(fingerprint(texts))
-    return prints.duplicates()
+    table = HashTable()
+    table.extend(hash_rows(texts))
+    return table.duplicates()
 
 
 def test_every_copy_of_a_copied_half_is_found() -> None:
@@ -76,14 +76,14 @@ def test_the_estimate_is_the_overlap() -> None:
         other = [w if rng.random() < 0.9 else f"new{rng.randrange(99)}" for w in words]
         texts = [" ".join(words), " ".join(other)]
         a, b = ({t[i : i + 5] for i in range(len(t) - 4)} for t in map(normalized, texts))
-        signatures = fingerprint(texts).signatures
+        signatures = hash_rows(texts).signatures
         errors.append((signatures[0] == signatures[1]).mean() - len(a & b) / len(a | b))
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.08
 
 
 def test_the_same_question_is_one_group() -> None:
-    prints = Fingerprints()
+    table = HashTable()
     for question, answer in (
         ("What now?", "Tea."),
         ("what  now", "Fog and more fog."),
@@ -93,8 +93,8 @@ def test_the_same_question_is_one_group() -> None:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        prints.extend(fingerprint([chat]))
-    found = prints.duplicates()
+        table.extend(hash_rows([chat]))
+    found = table.duplicates()
     assert found.copy_of.tolist() == [0, 1, 2]
     assert found.group.tolist() == [0, 0, 2]
 

@@ -13,7 +13,7 @@ import pytest
 
 from ggft.data import corpus
 from ggft.data.corpus import Corpus, CorpusOptions, load_corpus
-from ggft.data.encode import Crew, encode_with
+from ggft.data.encode import EncoderPool, encode_with
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.assistant_mask import Message
@@ -36,7 +36,7 @@ def bound(model: Path, name: str) -> Template:
 def load(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def load(path: Path, name: str = "gguf", *, helped: bool, **options: Any) -> Corpus:
         monkeypatch.setattr(corpus, "LARGE_BYTES", 0 if helped else 1 << 40)
-        helpers = partial(Crew, model, name, train_on_prompt=False)
+        helpers = partial(EncoderPool, model, name, train_on_prompt=False)
         return load_corpus([path], bound(model, name), CorpusOptions(**options), helpers=helpers)
 
     return load
@@ -86,7 +86,7 @@ def test_a_template_that_is_gone_is_said(model: Path, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.jinja")
     with (
         pytest.raises(InputError, match="no such template"),
-        Crew(model, gone, train_on_prompt=False, n=1) as encode,
+        EncoderPool(model, gone, train_on_prompt=False, n=1) as encode,
     ):
         encode(["text"])
 
@@ -96,11 +96,11 @@ def test_a_process_that_is_killed_is_said(model: Path) -> None:
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    crew = Crew(model, "gguf", train_on_prompt=True, n=1)
-    with crew as encode:
+    pool = EncoderPool(model, "gguf", train_on_prompt=True, n=1)
+    with pool as encode:
         expected = encode_with(bound(model, "gguf"), [chat, "text"], train_on_prompt=True)
         assert encode([chat, "text"])[0] == expected[0]
-        os.kill(crew._members[0]._process.pid, signal.SIGKILL)
+        os.kill(pool._members[0]._process.pid, signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(ResourceError, match=r"ended early.*SIGKILL"):
                 encode([chat])
@@ -109,11 +109,11 @@ def test_a_process_that_is_killed_is_said(model: Path) -> None:
 def test_no_process_is_left(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the reading ends."""
     monkeypatch.setattr(corpus, "LARGE_BYTES", 0)
-    crews: list[Crew] = []
+    pools: list[EncoderPool] = []
 
-    def helpers() -> Crew:
-        crews.append(Crew(model, "gguf", train_on_prompt=False))
-        return crews[-1]
+    def helpers() -> EncoderPool:
+        pools.append(EncoderPool(model, "gguf", train_on_prompt=False))
+        return pools[-1]
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -122,13 +122,13 @@ def test_no_process_is_left(tmp_path: Path, model: Path, monkeypatch: pytest.Mon
     load_corpus([path], bound(model, "gguf"), CorpusOptions(), helpers=helpers)
     with pytest.raises(KeyboardInterrupt):
         load_corpus([path], bound(model, "gguf"), CorpusOptions(), stop, helpers)
-    assert len(crews) == 2
-    for crew in crews:
-        assert [member._process.poll() for member in crew._members] == [-9, -9]
+    assert len(pools) == 2
+    for pool in pools:
+        assert [member._process.poll() for member in pool._members] == [-9, -9]
 
 
 def test_small_data_starts_no_process(tmp_path: Path, model: Path) -> None:
-    def helpers() -> Crew:
+    def helpers() -> EncoderPool:
         raise AssertionError
 
     path = save(tmp_path / "x.jsonl", distinct(50))
