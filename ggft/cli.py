@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-Each function below is one command; its options are declared once, in the dataclass that `verb`
+Each function below is one command; its options are declared once, in the dataclass that `command`
 names. Bodies import what they need when they run, so that `ggft --help` loads neither NumPy nor
 native code.
 """
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ggft import __version__
-from ggft.command import VerbGroup, debug_option, run, verb
+from ggft.command import CommandGroup, command, debug_option, run
 
 if TYPE_CHECKING:
-    from ggft.settings.training import BenchConfig, EvalConfig, FinetuneConfig
-    from ggft.settings.verbs import (
+    from ggft.settings.commands import (
         ConvertConfig,
         DoctorConfig,
         DownloadConfig,
@@ -32,13 +31,14 @@ if TYPE_CHECKING:
         QuantizeConfig,
         ReportConfig,
     )
+    from ggft.settings.training import BenchConfig, EvalConfig, FinetuneConfig
 
 ConfigT = TypeVar("ConfigT")
 # Whether this process is `ggft` itself, which can be started again as a child, and not a test.
 _is_program = False
 
 
-@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ggft", message="%(prog)s %(version)s")
 def cli() -> None:
     """Fine-tune a language model on the quantized GGUF file that you already have."""
@@ -54,7 +54,7 @@ def _with_model(config: ConfigT) -> ConfigT:
     return replace(config, model=str(find_model(config.model)))  # type: ignore[type-var,attr-defined]
 
 
-@verb(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
+@command(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
 def finetune(config: FinetuneConfig) -> Any:
     """Train a LoRA adapter on a quantized model."""
     if _is_program and not config.dry_run:
@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig) -> Any:
         return action(replace(config, model=str(path)))
 
 
-@verb(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
+@command(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
 def plan(config: FinetuneConfig) -> None:
     """Say what training would need, from the model's header alone."""
     from ggft.hub.header import model_outline
@@ -83,7 +83,7 @@ def plan(config: FinetuneConfig) -> None:
         action(replace(config, model=str(path)))
 
 
-@verb(cli, "ggft.settings.verbs:PrepareConfig")
+@command(cli, "ggft.settings.commands:PrepareConfig")
 def prepare(config: PrepareConfig) -> None:
     """Show what training would see of some data, and write it out cleaned."""
     from ggft.recipes.prepare import prepare as action
@@ -91,7 +91,7 @@ def prepare(config: PrepareConfig) -> None:
     action(_with_model(config))
 
 
-@verb(cli, "ggft.settings.training:EvalConfig", name="eval", config_file=True)
+@command(cli, "ggft.settings.training:EvalConfig", name="eval", config_file=True)
 def evaluate(config: EvalConfig) -> None:
     """Measure the loss of data under a model and an adapter."""
     from ggft.recipes.evaluate import evaluate as action
@@ -99,7 +99,7 @@ def evaluate(config: EvalConfig) -> None:
     action(_with_model(config))
 
 
-@verb(cli, "ggft.settings.verbs:GenerateConfig")
+@command(cli, "ggft.settings.commands:GenerateConfig")
 @click.argument("prompt", required=False)
 @click.option("--input", "extra", metavar="TEXT", help="The instruction's input, if it has one")
 def generate(config: GenerateConfig, prompt: str | None, extra: str | None) -> None:
@@ -111,7 +111,7 @@ def generate(config: GenerateConfig, prompt: str | None, extra: str | None) -> N
     action(_with_model(config), text, extra)
 
 
-@verb(cli, "ggft.settings.verbs:GenerateConfig")
+@command(cli, "ggft.settings.commands:GenerateConfig")
 def chat(config: GenerateConfig) -> None:
     """Talk with a model, with or without an adapter."""
     from ggft.recipes.generate import chat as action
@@ -119,7 +119,7 @@ def chat(config: GenerateConfig) -> None:
     action(_with_model(config))
 
 
-@verb(cli, "ggft.settings.verbs:DownloadConfig")
+@command(cli, "ggft.settings.commands:DownloadConfig")
 @click.argument("model", required=False)
 def download(config: DownloadConfig, model: str | None) -> None:
     """Download a model by name, checked by its SHA-256.
@@ -133,7 +133,7 @@ def download(config: DownloadConfig, model: str | None) -> None:
     click.echo(action(DEFAULT_MODEL if model is None else model, config.folder, force=config.force))
 
 
-@verb(cli, "ggft.settings.verbs:ModelsConfig")
+@command(cli, "ggft.settings.commands:ModelsConfig")
 def models(config: ModelsConfig) -> None:
     """List the models known by name, and which fit."""
     from ggft.hub.registry import models_text
@@ -141,7 +141,7 @@ def models(config: ModelsConfig) -> None:
     click.echo(models_text(config))
 
 
-@verb(cli, "ggft.settings.verbs:InfoConfig")
+@command(cli, "ggft.settings.commands:InfoConfig")
 @click.argument("file")
 def info(config: InfoConfig, file: str) -> None:
     """Say what a model file is, and what ggft can do with it.
@@ -153,7 +153,7 @@ def info(config: InfoConfig, file: str) -> None:
     click.echo(action(file, config))
 
 
-@verb(cli, "ggft.settings.verbs:ConvertConfig")
+@command(cli, "ggft.settings.commands:ConvertConfig")
 @click.argument("old")
 @click.argument("new")
 def convert(config: ConvertConfig, old: str, new: str) -> None:
@@ -170,7 +170,7 @@ def convert(config: ConvertConfig, old: str, new: str) -> None:
     click.echo(action(old, new, config))
 
 
-@verb(cli, "ggft.settings.verbs:MergeConfig")
+@command(cli, "ggft.settings.commands:MergeConfig")
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("output")
@@ -193,7 +193,7 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
     click.echo(action(str(find_model(base)), adapter, output, config, measure))
 
 
-@verb(cli, "ggft.settings.verbs:QuantizeConfig")
+@command(cli, "ggft.settings.commands:QuantizeConfig")
 @click.argument("model")
 @click.argument("output")
 @click.argument("type_name", metavar="TYPE")
@@ -205,7 +205,7 @@ def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) ->
     click.echo(action(str(find_model(model)), output, type_name, config))
 
 
-@verb(cli, "ggft.settings.verbs:ExportConfig")
+@command(cli, "ggft.settings.commands:ExportConfig")
 @click.argument("model")
 @click.argument("folder")
 def export(config: ExportConfig, model: str, folder: str) -> None:
@@ -219,7 +219,7 @@ def export(config: ExportConfig, model: str, folder: str) -> None:
     click.echo(action(str(find_model(model)), folder, config))
 
 
-@verb(cli, "ggft.settings.verbs:ReportConfig")
+@command(cli, "ggft.settings.commands:ReportConfig")
 @click.argument("run", metavar="RUN")
 def report(config: ReportConfig, run: str) -> None:
     """Say what a training run came to.
@@ -231,7 +231,7 @@ def report(config: ReportConfig, run: str) -> None:
     click.echo(action(run, config))
 
 
-@verb(cli, "ggft.settings.verbs:DoctorConfig")
+@command(cli, "ggft.settings.commands:DoctorConfig")
 def doctor(config: DoctorConfig) -> int:
     """Say what this machine can do, and what to mend."""
     from ggft.recipes.doctor import doctor as action
@@ -239,7 +239,7 @@ def doctor(config: DoctorConfig) -> int:
     return action(config)
 
 
-@verb(cli, "ggft.settings.training:BenchConfig")
+@command(cli, "ggft.settings.training:BenchConfig")
 def bench(config: BenchConfig) -> None:
     """Measure a model's training speed and memory here."""
     from ggft.recipes.bench import bench as action

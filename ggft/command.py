@@ -1,6 +1,6 @@
-"""How a verb becomes a command: options from its configuration dataclass, errors to exit codes.
+"""How a function becomes a command: options from its configuration dataclass, errors to exit codes.
 
-`verb` turns a function of one configuration into a click command. Its options are read from the
+`command` turns a function of one configuration into a click command. Its options are read from the
 dataclass only when that command runs or shows its help, so `ggft --help` stays light. `run` is the
 one place where errors are printed and exit codes are made.
 """
@@ -60,7 +60,7 @@ class _ReaderGoneError(Exception):
     """Whoever read our output has closed it; click would make exit code 1 of a BrokenPipeError."""
 
 
-class VerbGroup(click.Group):
+class CommandGroup(click.Group):
     """Commands in the order of declaration, with a suggestion for a mistyped one."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -90,7 +90,7 @@ class VerbGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class Verb(click.Command):
+class SettingsCommand(click.Command):
     """A command whose options are the fields of a dataclass, `module:Class` in `config`."""
 
     def __init__(self, *, config: str, config_file: bool, action: Callable[..., Any], **kw: Any):
@@ -162,9 +162,9 @@ def _click_option(entry: Option) -> click.Option:
     )  # fmt: skip
 
 
-def verb(
+def command(
     group: click.Group, config: str, *, name: str | None = None, config_file: bool = False
-) -> Callable[[Callable[..., Any]], Verb]:
+) -> Callable[[Callable[..., Any]], SettingsCommand]:
     """Make the decorated function, which takes one configuration, a command of `group`.
 
     Args:
@@ -174,14 +174,14 @@ def verb(
         config_file: Whether `--config` may give settings.
     """
 
-    def decorate(action: Callable[..., Any]) -> Verb:
+    def decorate(action: Callable[..., Any]) -> SettingsCommand:
         arguments = list(reversed(getattr(action, "__click_params__", [])))
-        command = Verb(
+        made = SettingsCommand(
             name=name or action.__name__.replace("_", "-"), help=action.__doc__, params=arguments,
             config=config, config_file=config_file, action=action,
         )  # fmt: skip
-        group.add_command(command)
-        return command
+        group.add_command(made)
+        return made
 
     return decorate
 

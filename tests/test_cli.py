@@ -13,7 +13,7 @@ import click
 import pytest
 
 from ggft.cli import cli
-from ggft.command import VerbGroup, run, verb
+from ggft.command import CommandGroup, command, run
 from ggft.system.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
 from tests.support.models import CHATML, Spec, write_model
 
@@ -123,9 +123,9 @@ def test_every_command_has_help_and_debug(name: str, capsys: pytest.CaptureFixtu
 
 
 def test_no_flag_means_two_things() -> None:
-    for name, command in cli.commands.items():
+    for name, entry in cli.commands.items():
         seen: dict[str, str | None] = {}
-        for parameter in command.get_params(click.Context(command)):
+        for parameter in entry.get_params(click.Context(entry)):
             for flag in (*parameter.opts, *parameter.secondary_opts):
                 if flag.startswith("-"):
                     assert flag not in seen, f"ggft {name}: {flag} is declared twice"
@@ -145,11 +145,11 @@ def test_help_loads_nothing_heavy() -> None:
         subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
 
 
-def toy(action: object) -> VerbGroup:
+def toy(action: object) -> CommandGroup:
     """Return a group whose one command, `act`, runs `action`."""
-    group = VerbGroup(name="toy")
+    group = CommandGroup(name="toy")
 
-    @verb(group, "ggft.settings.verbs:DownloadConfig")
+    @command(group, "ggft.settings.commands:DownloadConfig")
     def act(config: object) -> object:
         """Act."""
         if isinstance(action, BaseException):

@@ -15,7 +15,7 @@ from ggft.adapters.receipt import Losses, MergeReport, TensorReceipt, to_json
 from ggft.engine.quants import can_quantize, dequantize_rows, quantize_rows, read_rows
 from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, ValueType, read_array, read_gguf
 from ggft.gguf.write import TensorSource, write_gguf
-from ggft.settings.verbs import MergeConfig
+from ggft.settings.commands import MergeConfig
 from ggft.system.errors import InputError
 from ggft.system.files import atomic_output
 

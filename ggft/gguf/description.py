@@ -40,7 +40,7 @@ class TensorRow:
 class Ability:
     """Whether ggft can do something with the file, and why not or how."""
 
-    verb: str
+    command: str
     possible: bool
     note: str = ""
 
@@ -93,7 +93,7 @@ def render(description: ModelDescription, *, tensors: bool = False, keys: bool =
     for ability in description.abilities:
         answer = "yes" if ability.possible else "no"
         note = f": {_line(ability.note, 300)}" if ability.note else ""
-        lines.append(f"  {'can ' + ability.verb + '?':16} {answer}{note}")
+        lines.append(f"  {'can ' + ability.command + '?':16} {answer}{note}")
     lines += [f"  warning: {_line(warning, 300)}" for warning in description.warnings]
     if keys:
         lines.append("keys")
@@ -134,7 +134,7 @@ def to_json(description: ModelDescription, *, tensors: bool = False, keys: bool 
         **description.values,
         "types": [asdict(share) for share in description.types],
         "can": {
-            ability.verb: {"possible": ability.possible, "note": ability.note}
+            ability.command: {"possible": ability.possible, "note": ability.note}
             for ability in description.abilities
         },
         "warnings": description.warnings,

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggft.settings.verbs import ModelsConfig
+from ggft.settings.commands import ModelsConfig
 from ggft.system.errors import InputError
 from ggft.system.machine import memory_bytes
 

@@ -21,7 +21,7 @@ from ggft.legacy.family import Inference, infer
 from ggft.legacy.parse import LegacyTensor
 from ggft.legacy.reader import JoinedTensor, LegacyFile, read_legacy
 from ggft.legacy.vocabulary import SpmVocabulary, load_vocabulary, rebuild_vocabulary
-from ggft.settings.verbs import ConvertConfig
+from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
 from ggft.system.files import require_regular_file
 

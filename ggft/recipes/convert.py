@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ggft.adapters.peft import convert_peft, is_peft
 from ggft.gguf.read import read_gguf
 from ggft.legacy.convert import ConvertReport, convert_model
-from ggft.settings.verbs import ConvertConfig
+from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
 from ggft.system.progress import ByteBar
 from ggft.system.text import format_bytes

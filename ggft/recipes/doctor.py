@@ -18,7 +18,7 @@ from typing import Any
 
 from ggft import __version__
 from ggft.engine.metal import metal_rules
-from ggft.settings.verbs import DoctorConfig
+from ggft.settings.commands import DoctorConfig
 from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError
 from ggft.system.text import printable
 

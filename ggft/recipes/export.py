@@ -16,7 +16,7 @@ from ggft.adapters.peft import write_peft
 from ggft.gguf.read import GGUFFile, check_model, read_gguf
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.ollama import go_template, learn_turns, modelfile
-from ggft.settings.verbs import ExportConfig
+from ggft.settings.commands import ExportConfig
 from ggft.setup.inputs import choose_template
 from ggft.system.errors import InputError
 from ggft.system.files import atomic_output

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from ggft.settings.verbs import GenerateConfig
+from ggft.settings.commands import GenerateConfig
 from ggft.setup.answers import Speaker, _say, checked_text, note
 from ggft.system.errors import GgftError, InputError
 from ggft.system.text import printable

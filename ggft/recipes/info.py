@@ -20,7 +20,7 @@ from ggft.gguf.read import (
     read_gguf,
 )
 from ggft.legacy.reader import LegacyFile, read_legacy
-from ggft.settings.verbs import InfoConfig
+from ggft.settings.commands import InfoConfig
 from ggft.system.errors import InputError
 from ggft.system.files import require_regular_file
 

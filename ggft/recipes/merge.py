@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ggft.adapters.merge import Measure, merge
 from ggft.adapters.receipt import render
-from ggft.settings.verbs import MergeConfig
+from ggft.settings.commands import MergeConfig
 from ggft.system.progress import ByteBar
 
 

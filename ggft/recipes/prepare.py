@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ggft.settings.verbs import PrepareConfig
+from ggft.settings.commands import PrepareConfig
 from ggft.system.text import printable
 
 if TYPE_CHECKING:

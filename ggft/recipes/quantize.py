@@ -16,7 +16,7 @@ from pathlib import Path
 from ggft.gguf.finite import check_values
 from ggft.gguf.read import GGMLType, GGUFFile, read_gguf
 from ggft.llama.library import complaint, load
-from ggft.settings.verbs import QuantizeConfig
+from ggft.settings.commands import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import atomic_output
 from ggft.system.processes import Child

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ggft.settings.verbs import ReportConfig
+from ggft.settings.commands import ReportConfig
 from ggft.system.errors import GgftError
 from ggft.system.text import printable
 from ggft.training.outcome import _DAMAGE, Outcome, _damaged, read_outcome

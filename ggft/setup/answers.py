@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from ggft.prompts.assistant_mask import Message
-from ggft.settings.verbs import GenerateConfig
+from ggft.settings.commands import GenerateConfig
 from ggft.system.errors import InputError
 from ggft.system.text import printable
 

@@ -19,7 +19,7 @@ MODES = ("auto", "bar", "lines", "json", "quiet")
 
 
 class Progress:
-    """The one way to print from a verb.
+    """The one way to print from a command.
 
     `mode` is one of MODES; `auto` is a bar on a terminal and lines elsewhere. People read stderr,
     programs read the JSON lines of stdout.

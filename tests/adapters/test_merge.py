@@ -18,7 +18,7 @@ from ggft.command import run
 from ggft.engine.quants import can_quantize, dequantize_rows, quantize_rows
 from ggft.gguf.read import GGMLType, dequantize, read_array, read_gguf
 from ggft.llama.model import LlamaModel
-from ggft.settings.verbs import MergeConfig
+from ggft.settings.commands import MergeConfig
 from ggft.system.errors import InputError
 from tests.gguf.test_read import write_shards
 from tests.support.adapters import random_adapter

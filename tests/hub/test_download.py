@@ -14,7 +14,7 @@ import pytest
 
 from ggft.hub import download as hub
 from ggft.hub import fetch, registry
-from ggft.settings.verbs import ModelsConfig
+from ggft.settings.commands import ModelsConfig
 from ggft.system.errors import GgftError, InputError, NetworkError, ResourceError
 from tests.support.hub_server import Hub, serve
 

@@ -15,7 +15,7 @@ from ggft.legacy.convert import convert_model
 from ggft.legacy.reader import LegacyFile, read_legacy
 from ggft.llama.model import LlamaModel, LlamaTokenizer
 from ggft.recipes.convert import render
-from ggft.settings.verbs import ConvertConfig
+from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
 from tests.legacy.test_reader import dequantized
 from tests.support.legacy_files import DATA, MANIFEST, NAMES, RawGGML, place

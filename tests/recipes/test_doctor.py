@@ -10,7 +10,7 @@ import pytest
 from ggft.engine.engine import load_native
 from ggft.recipes import doctor as module
 from ggft.recipes.doctor import doctor, examine
-from ggft.settings.verbs import DoctorConfig
+from ggft.settings.commands import DoctorConfig
 from ggft.system.errors import ResourceError
 from tests.support.models import spec_for, write_model
 

@@ -12,7 +12,7 @@ from ggft.llama.model import LlamaModel, LlamaTokenizer
 from ggft.prompts.template import make_template
 from ggft.recipes import generate as module
 from ggft.recipes.generate import Chat, read_prompt
-from ggft.settings.verbs import GenerateConfig
+from ggft.settings.commands import GenerateConfig
 from ggft.setup.answers import Speaker, checked_text
 from ggft.system.errors import InputError
 from tests.support.adapters import random_adapter

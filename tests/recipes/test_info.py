@@ -14,7 +14,7 @@ from ggft.gguf.description import render, to_json
 from ggft.gguf.read import Value
 from ggft.gguf.write import write_gguf
 from ggft.recipes.info import describe, info
-from ggft.settings.verbs import InfoConfig
+from ggft.settings.commands import InfoConfig
 from ggft.system.errors import InputError
 from tests.gguf.test_read import write_shards
 from tests.support.legacy_files import place
@@ -22,8 +22,8 @@ from tests.support.models import CHATML, Spec, write_model
 from tests.support.raw_gguf import model, numbers, strings, text, u32
 
 
-def ability(path: Path, verb: str) -> tuple[bool, str]:
-    found = next(a for a in describe(path).abilities if a.verb == verb)
+def ability(path: Path, command: str) -> tuple[bool, str]:
+    found = next(a for a in describe(path).abilities if a.command == command)
     return found.possible, found.note
 
 

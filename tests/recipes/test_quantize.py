@@ -9,7 +9,7 @@ import pytest
 
 from ggft.gguf.read import check_model, dequantize, read_gguf
 from ggft.recipes.quantize import FILE_TYPES, quantize, quantize_file
-from ggft.settings.verbs import QuantizeConfig
+from ggft.settings.commands import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.processes import Child
 from tests.gguf.test_read import write_shards

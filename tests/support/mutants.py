@@ -30,7 +30,7 @@ from ggft.legacy.convert import convert_model
 from ggft.legacy.reader import read_legacy
 from ggft.llama.model import LlamaModel
 from ggft.recipes.info import info
-from ggft.settings.verbs import InfoConfig
+from ggft.settings.commands import InfoConfig
 from ggft.system.errors import GgftError
 from tests.gguf.test_read import DATA, TENSORS, some_kvs
 from tests.support.legacy_files import RawGGML, content

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ggft.recipes.report import report
-from ggft.settings.verbs import ReportConfig
+from ggft.settings.commands import ReportConfig
 from ggft.system.errors import InputError
 from ggft.system.machine import peak_rss_bytes
 from ggft.training.outcome import Outcome
