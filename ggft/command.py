@@ -129,15 +129,8 @@ class SettingsCommand(click.Command):
             if entry is None:
                 rest[name] = value
             elif value is not None and value != ():
-                given[name] = _as_list(entry, value) if entry.multiple else value
+                given[name] = value
         return self._action(make(self._config_class(), given, config_file), **rest)
-
-
-def _as_list(entry: Option, values: Sequence[str]) -> list[str]:
-    """Return the parts of a repeated flag; NAMES may also be separated by commas, a PATH not."""
-    if entry.metavar is not None and entry.metavar.endswith("S"):
-        return [part for value in values for part in value.split(",") if part.strip()]
-    return list(values)
 
 
 def _click_option(entry: Option) -> click.Option:

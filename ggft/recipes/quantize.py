@@ -131,7 +131,7 @@ def _run_child(
         OSError: The disk takes no more.
         ResourceError: The quantizer failed.
     """
-    settings = (number, config.threads, int(config.requantize), int(config.pure))
+    settings = (number, config.threads or 0, int(config.requantize), int(config.pure))
     child = Child("ggft.recipes.quantize:serve", str(path), str(output), *map(str, settings))
     try:
         code = child.wait(progress and (lambda: progress(output.stat().st_size)))

@@ -9,10 +9,13 @@ from ggft.settings.declared import (
     adapter_scale_option,
     data_option,
     device_option,
+    force_option,
     format_option,
+    json_option,
     keep_duplicates_option,
     max_length_option,
     model_option,
+    overwrite_option,
     seed_option,
     system_option,
     template_option,
@@ -30,23 +33,21 @@ class DownloadConfig:
     folder: str | None = option(
         "--to", default=None, metavar="DIR", shown="models/", help="Where the file goes"
     )
-    force: bool = option(
-        "--force", default=False, help="Download it although it is too large for this machine"
-    )
+    force: bool = force_option("Download it although it is too large for this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Settings of `ggft report`."""
 
-    json: bool = option("--json", default=False, help="Print the report as JSON")
+    json: bool = json_option("Print the report as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig:
     """Settings of `ggft models`."""
 
-    json: bool = option("--json", default=False, help="Print the list as JSON")
+    json: bool = json_option("Print the list as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class PrepareConfig:
     train_on_prompt: bool = train_on_prompt_option()
     keep_duplicates: bool = keep_duplicates_option("Keep rows that equal an earlier one")
     seed: int = seed_option()
-    json: bool = option("--json", default=False, help="Print the result as JSON")
+    json: bool = json_option("Print the result as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +104,9 @@ class GenerateConfig:
         help="Tokens of prompt and answer together, at most the model's own context",
     )  # fmt: skip
     threads: int | None = threads_option("llama.cpp's choice")
-    device: str = option(
-        "--device", default="auto", choices=("auto", "cpu"),
-        help="auto: the GPU where there is one; cpu: never the GPU",
-    )  # fmt: skip
+    device: str = device_option(
+        "auto: the GPU where there is one; cpu: never the GPU", choices=("auto", "cpu")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class InfoConfig:
     check: bool = option(
         "--check", default=False, help="Read all data, too, and refuse NaN and infinity"
     )
-    json: bool = option("--json", default=False, help="Print JSON")
+    json: bool = json_option("Print JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,7 @@ class MergeConfig:
     receipt: str | None = option(
         "--receipt", default=None, metavar="FILE", help="Write the receipt as JSON, too"
     )
-    force: bool = option(
-        "--force", default=False, help="Merge although the adapter names another base file"
-    )
+    force: bool = force_option("Merge although the adapter names another base file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +197,7 @@ class QuantizeConfig:
     pure: bool = option(
         "--pure", default=False, help="One type for all matrices, none of them finer"
     )
-    threads: int = option(
-        "-t", "--threads", default=0, minimum=0, maximum=1024, shown="all", help="CPU threads"
-    )
+    threads: int | None = threads_option("all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +208,7 @@ class ExportConfig:
     adapter: str | None = adapter_option()
     template: str = template_option(trained=True)
     system: str | None = system_option()
-    overwrite: bool = option(
-        "--overwrite", default=False, help="Replace files in a folder that is not empty"
-    )
+    overwrite: bool = overwrite_option("Replace files in a folder that is not empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,4 +224,4 @@ class DoctorConfig:
     device: str = device_option(
         "The device for --graph: auto, cpu or NAME; metal is judged by its rules anywhere"
     )
-    json: bool = option("--json", default=False, help="Print the findings as JSON")
+    json: bool = json_option("Print the findings as JSON")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ggft.gguf.linears import TARGETS
 from ggft.settings.option import option
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -113,9 +114,13 @@ def threads_option(shown: str = "physical cores") -> Any:
     )
 
 
-def device_option(help: str = "auto, cpu or a name from `ggft doctor`") -> Any:  # noqa: A002
+def device_option(
+    help: str = "auto, cpu or a name from `ggft doctor`",  # noqa: A002
+    *,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
     """Declare --device."""
-    return option("--device", default="auto", metavar="NAME", help=help)
+    return option("--device", default="auto", metavar="NAME", choices=choices, help=help)
 
 
 def memory_option() -> Any:
@@ -124,3 +129,59 @@ def memory_option() -> Any:
         "--memory", default=None, metavar="SIZE", shown="a safe share of what is free",
         help="Memory that the run may use, such as 6G",
     )  # fmt: skip
+
+
+def rank_option(default: int | None = None, *, shown: str | None = None) -> Any:
+    """Declare --rank."""
+    return option(
+        "--rank", "-r", "--lora-r", "--lora-rank", default=default, minimum=1, maximum=1024,
+        shown=shown, help="LoRA rank",
+    )  # fmt: skip
+
+
+def target_modules_option() -> Any:
+    """Declare --target-modules."""
+    return option(
+        "--target-modules", "--lora-target-modules", default=("all",), metavar="NAMES",
+        split_commas=True, help="Linears to train, comma separated: all, attention, mlp, "
+        + ", ".join(TARGETS) + " (or Hugging Face's names)",
+    )  # fmt: skip
+
+
+def layers_option() -> Any:
+    """Declare --layers."""
+    return option(
+        "--layers", "--num-layers", default="all", metavar="N|FIRST-LAST",
+        help="Blocks to train: all, the last N, or FIRST-LAST counted from 0",
+    )  # fmt: skip
+
+
+def recompute_option() -> Any:
+    """Declare --recompute."""
+    return option(
+        "--recompute", "--gradient-checkpointing", off=("--keep",), default=None,
+        shown="by memory", help="Recompute block internals in the backward pass, or keep them",
+    )  # fmt: skip
+
+
+def kernels_option() -> Any:
+    """Declare --kernels."""
+    return option(
+        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
+        help="CPU kernels: our fused ones or ggml's portable graph",
+    )  # fmt: skip
+
+
+def json_option(help: str) -> Any:  # noqa: A002
+    """Declare --json."""
+    return option("--json", default=False, recorded=False, help=help)
+
+
+def force_option(help: str) -> Any:  # noqa: A002
+    """Declare --force."""
+    return option("--force", default=False, help=help)
+
+
+def overwrite_option(help: str, *aliases: str) -> Any:  # noqa: A002
+    """Declare --overwrite."""
+    return option("--overwrite", *aliases, default=False, recorded=False, help=help)

@@ -27,8 +27,9 @@ ConfigT = TypeVar("ConfigT")
 class Option:
     """One setting, described once.
 
-    `kind` is bool, int, float or str; `multiple` means a tuple of `kind`; `flags_off` are the
-    flags that set a bool to False. `shown` is the default in words where the value is None.
+    `kind` is bool, int, float or str; `multiple` means a tuple of `kind`, whose parts may stand in
+    one value when `split_commas` is set; `flags_off` are the flags that set a bool to False.
+    `shown` is the default in words where the value is None.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Option:
     metavar: str | None
     shown: str | None
     recorded: bool
+    split_commas: bool
 
     @property
     def flag(self) -> str:
@@ -68,13 +70,15 @@ def option(
     metavar: str | None = None,
     shown: str | None = None,
     recorded: bool = True,
+    split_commas: bool = False,
 ) -> Any:
     """Declare a dataclass field that is also a flag.
 
     The main flag comes first, aliases after it; `off` flags turn a bool off. `help` is one clause
     without a final period. `minimum` and `maximum` are inclusive bounds, `above` and `below` are
     exclusive. `shown` is the default in words where it is None. `recorded` says whether a run's
-    config.yaml repeats the setting.
+    config.yaml repeats the setting. `split_commas` lets one value of a tuple name several parts;
+    a path, which may hold commas, does not have it.
     """
     meta = {
         "flags": flags,
@@ -88,6 +92,7 @@ def option(
         "metavar": metavar,
         "shown": shown,
         "recorded": recorded,
+        "split_commas": split_commas,
     }
     if default is MISSING:
         return field(metadata=meta)
@@ -230,9 +235,9 @@ def _convert(entry: Option, value: Any, where: str | None) -> Any:
             return None
         raise InputError(f"{entry.flag} has no value", path=where, expected=entry.kind.__name__)
     if entry.multiple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            parts = [parts]
+        parts = value if isinstance(value, list | tuple) else [value]
+        if entry.split_commas:
+            parts = [part for text in parts for part in str(text).split(",") if part.strip()]
         return tuple(_convert_one(entry, part, where) for part in parts)
     return _convert_one(entry, value, where)
 

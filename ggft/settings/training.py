@@ -11,19 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggft.gguf.linears import TARGETS
 from ggft.settings.declared import (
     adapter_option,
     adapter_scale_option,
     data_option,
     device_option,
     format_option,
+    json_option,
     keep_duplicates_option,
+    kernels_option,
+    layers_option,
     max_length_option,
     memory_option,
     model_option,
+    overwrite_option,
     precision_option,
+    rank_option,
+    recompute_option,
     seed_option,
+    target_modules_option,
     template_option,
     threads_option,
     train_on_prompt_option,
@@ -87,10 +93,7 @@ class FinetuneConfig:
         "--max-grad-norm", "--grad-clip", default=1.0, minimum=0.0,
         help="Clip the gradient's global norm; 0 is off",
     )  # fmt: skip
-    rank: int | None = option(
-        "--rank", "-r", "--lora-r", "--lora-rank", default=None, minimum=1, maximum=1024,
-        shown="8", help="LoRA rank",
-    )  # fmt: skip
+    rank: int | None = rank_option(shown="8")
     alpha: float | None = option(
         "--alpha", "--lora-alpha", default=None, above=0.0, maximum=65_536.0,
         shown="4 x rank", help="LoRA alpha; the delta is scaled by alpha / rank",
@@ -99,15 +102,8 @@ class FinetuneConfig:
         "--dropout", "--lora-dropout", default=None, minimum=0.0, below=1.0,
         shown="0.1, less for tiny data", help="Dropout of the LoRA input",
     )  # fmt: skip
-    target_modules: tuple[str, ...] = option(
-        "--target-modules", "--lora-target-modules", default=("all",), metavar="NAMES",
-        help="Linears to train, comma separated: all, attention, mlp, "
-        + ", ".join(TARGETS) + " (or Hugging Face's names)",
-    )  # fmt: skip
-    layers: str = option(
-        "--layers", "--num-layers", default="all", metavar="N|FIRST-LAST",
-        help="Blocks to train: all, the last N, or FIRST-LAST counted from 0",
-    )  # fmt: skip
+    target_modules: tuple[str, ...] = target_modules_option()
+    layers: str = layers_option()
     max_length: int | None = max_length_option(shown="512")
     packing: bool = option(
         "--packing", off=("--no-packing",), default=True,
@@ -116,10 +112,7 @@ class FinetuneConfig:
     train_on_prompt: bool = train_on_prompt_option()
     template: str = template_option(trained=False)
     precision: str = precision_option()
-    recompute: bool | None = option(
-        "--recompute", "--gradient-checkpointing", off=("--keep",), default=None,
-        shown="by memory", help="Recompute block internals in the backward pass, or keep them",
-    )  # fmt: skip
+    recompute: bool | None = recompute_option()
     val_split: float | None = val_split_option()
     keep_duplicates: bool = keep_duplicates_option("Train on rows that equal an earlier one, too")
     mix: str = option(
@@ -149,17 +142,13 @@ class FinetuneConfig:
         "--resume", "--resume-from-checkpoint", default=False, recorded=False,
         help="Continue the run in the output directory; starts one if there is none",
     )  # fmt: skip
-    overwrite: bool = option(
-        "--overwrite", "--overwrite-output-dir", default=False, recorded=False,
-        help="Replace the run in the output directory",
-    )  # fmt: skip
+    overwrite: bool = overwrite_option(
+        "Replace the run in the output directory", "--overwrite-output-dir"
+    )
     seed: int = seed_option()
     threads: int | None = threads_option()
     device: str = device_option()
-    kernels: str = option(
-        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
-        help="CPU kernels: our fused ones or ggml's portable graph",
-    )  # fmt: skip
+    kernels: str = kernels_option()
     memory: str | None = memory_option()
     samples: int = option(
         "--samples", default=3, minimum=0, maximum=100,
@@ -168,9 +157,7 @@ class FinetuneConfig:
     dry_run: bool = option(
         "--dry-run", default=False, recorded=False, help="Check everything, print the plan and stop"
     )
-    json: bool = option(
-        "--json", default=False, recorded=False, help="Print events as JSON lines on stdout"
-    )
+    json: bool = json_option("Print events as JSON lines on stdout")
 
     @staticmethod
     def default_file(given: Mapping[str, Any]) -> Path | None:
@@ -213,7 +200,7 @@ class EvalConfig:
     threads: int | None = threads_option()
     device: str = device_option()
     memory: str | None = memory_option()
-    json: bool = option("--json", default=False, help="Print the result as JSON")
+    json: bool = json_option("Print the result as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,25 +214,14 @@ class BenchConfig:
     steps: int = option(
         "--steps", default=5, minimum=1, help="Timed steps, after a short one to warm up"
     )
-    rank: int = option("--rank", "-r", default=8, minimum=1, maximum=1024, help="LoRA rank")
-    target_modules: tuple[str, ...] = option(
-        "--target-modules", default=("all",), metavar="NAMES",
-        help="Linears to train, comma separated",
-    )  # fmt: skip
-    layers: str = option(
-        "--layers", default="all", metavar="N|FIRST-LAST", help="Blocks to train, as in finetune"
-    )
+    rank: int = rank_option(8)
+    target_modules: tuple[str, ...] = target_modules_option()
+    layers: str = layers_option()
     precision: str = precision_option()
-    recompute: bool | None = option(
-        "--recompute", off=("--keep",), default=None, shown="by memory",
-        help="Recompute block internals in the backward pass, or keep them",
-    )  # fmt: skip
+    recompute: bool | None = recompute_option()
     threads: int | None = threads_option()
     device: str = device_option()
-    kernels: str = option(
-        "--kernels", default="auto", choices=("auto", "fused", "ggml"),
-        help="CPU kernels: our fused ones or ggml's portable graph",
-    )  # fmt: skip
+    kernels: str = kernels_option()
     memory: str | None = memory_option()
     peak: bool = option(
         "--peak", off=("--no-peak",), default=True,
@@ -254,4 +230,4 @@ class BenchConfig:
     profile: bool = option(
         "--profile", off=("--no-profile",), default=True, help="Say where a step's time goes"
     )
-    json: bool = option("--json", default=False, help="Print the result as one line of JSON")
+    json: bool = json_option("Print the result as one line of JSON")
