@@ -16,8 +16,8 @@ from typing import Any
 from ggft.gguf.read import GGUFFile, ModelInfo
 from ggft.system.errors import ResourceError
 from ggft.system.machine import available_bytes
+from ggft.system.text import format_bytes
 
-GIB = 2**30
 F32 = 4
 # Tokens per micro-batch beyond which larger ones no longer train faster.
 MAX_TOKENS = 4096
@@ -76,8 +76,9 @@ class Plan:
         if self.limits.hold(self.parts):
             return None
         return (
-            f"the run needs {_size(self.total_bytes)} and {_size(self.limits.free_bytes)} are "
-            "free: weights may have to be read from the disk again and again; close other programs"
+            f"the run needs {format_bytes(self.total_bytes)} and"
+            f" {format_bytes(self.limits.free_bytes)} are free: weights may have to be read from"
+            " the disk again and again; close other programs"
         )
 
     def record(self) -> dict[str, Any]:
@@ -102,9 +103,9 @@ class Plan:
             f"{'kept' if self.keep else 'recomputed'}",
             f"trained      {self.n_trained:,} parameters",
         ]
-        lines += [f"  {name:<{width}}  {_size(n):>9}" for name, n in self.parts.items()]
-        lines.append(f"  {'total':<{width}}  {_size(self.total_bytes):>9}")
-        lines.append(f"  {'budget':<{width}}  {_size(self.limits.budget_bytes):>9}")
+        lines += [f"  {name:<{width}}  {format_bytes(n):>10}" for name, n in self.parts.items()]
+        lines.append(f"  {'total':<{width}}  {format_bytes(self.total_bytes):>10}")
+        lines.append(f"  {'budget':<{width}}  {format_bytes(self.limits.budget_bytes):>10}")
         return lines
 
 
@@ -338,20 +339,16 @@ def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:
             hint = f"use --max-length {shorter}, a smaller model, or --memory {_flag(smallest)}"
             break
         shorter //= 2
-    expected = f"at most {_size(limits.budget_bytes)}"
+    expected = f"at most {format_bytes(limits.budget_bytes)}"
     expected += ", as --memory says" if limits.given else f", {SAFE_SHARE:.0%} of what is free"
     if limits.device_bytes is not None:
-        expected += f"; {_size(int(SAFE_SHARE * limits.device_bytes))} on the device"
+        expected += f"; {format_bytes(int(SAFE_SHARE * limits.device_bytes))} on the device"
     return ResourceError(
         f"rows of {n_tokens} tokens would not fit into memory",
-        found=f"{_size(smallest.total_bytes)} needed",
+        found=f"{format_bytes(smallest.total_bytes)} needed",
         expected=expected,
         hint=hint,
     )
-
-
-def _size(n: int) -> str:
-    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / 2**20:.0f} MiB"
 
 
 def _flag(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ggft.system.text import _MAX_SHOWN, _finite, _line, format_bytes
+from ggft.system.text import MAX_SHOWN, finite, format_bytes, one_line
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class ModelDescription:
 def render(description: ModelDescription, *, tensors: bool = False, keys: bool = False) -> str:
     """Return a description as lines for a terminal; no colours, nothing a terminal obeys."""
     lines = [
-        f"{_line(str(description.path), 500)}: {_line(description.kind)}, {description.format}, "
-        + format_bytes(description.n_bytes)
+        f"{one_line(str(description.path), 500)}: {one_line(description.kind)},"
+        f" {description.format}, {format_bytes(description.n_bytes)}"
     ]
-    lines += [f"  {label:16} {_line(text)}" for label, text in description.facts]
+    lines += [f"  {label:16} {one_line(text)}" for label, text in description.facts]
     total = sum(share.n_bytes for share in description.types)
     width = max((len(share.type) for share in description.types), default=0)
     for i, share in enumerate(description.types):
@@ -92,23 +92,23 @@ def render(description: ModelDescription, *, tensors: bool = False, keys: bool =
         )
     for ability in description.abilities:
         answer = "yes" if ability.possible else "no"
-        note = f": {_line(ability.note, 300)}" if ability.note else ""
+        note = f": {one_line(ability.note, 300)}" if ability.note else ""
         lines.append(f"  {'can ' + ability.command + '?':16} {answer}{note}")
-    lines += [f"  warning: {_line(warning, 300)}" for warning in description.warnings]
+    lines += [f"  warning: {one_line(warning, 300)}" for warning in description.warnings]
     if keys:
         lines.append("keys")
-        width = max((len(_line(key)) for key, _, _ in description.keys), default=0)
+        width = max((len(one_line(key)) for key, _, _ in description.keys), default=0)
         lines += [
-            f"  {_line(key):{width}}  {kind:8} {_line(_shown(value))}"
+            f"  {one_line(key):{width}}  {kind:8} {one_line(_shown(value))}"
             for key, kind, value in description.keys
         ]
     if tensors:
         lines.append("tensors")
-        width = max((len(_line(row.name)) for row in description.tensors), default=0)
+        width = max((len(one_line(row.name)) for row in description.tensors), default=0)
         for row in description.tensors:
             shape = " × ".join(map(str, row.shape))
             lines.append(
-                f"  {_line(row.name):{width}}  {row.type:8} {shape:>15}  {row.n_bytes:>12} bytes"
+                f"  {one_line(row.name):{width}}  {row.type:8} {shape:>15}  {row.n_bytes:>12} bytes"
                 f" at {row.offset}"
             )
     return "\n".join(lines)
@@ -117,7 +117,7 @@ def render(description: ModelDescription, *, tensors: bool = False, keys: bool =
 def _shown(value: Any) -> str:
     """Return a metadata value as text; of long lists the first few elements."""
     if isinstance(value, str):
-        return repr(value[: 2 * _MAX_SHOWN])
+        return repr(value[: 2 * MAX_SHOWN])
     if isinstance(value, Sequence):
         first = ", ".join(repr(x) for x in value[:4])
         return f"[{first}{', …' if len(value) > 4 else ''}] ({len(value)})"
@@ -146,4 +146,4 @@ def to_json(description: ModelDescription, *, tensors: bool = False, keys: bool 
         }
     if tensors:
         record["tensors"] = [asdict(row) for row in description.tensors]
-    return json.dumps(_finite(record), indent=2)
+    return json.dumps(finite(record, str), indent=2)

@@ -5,7 +5,6 @@ Plain data without file access, so that the reader, the checks and the writer sh
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,12 @@ from enum import IntEnum
 from pathlib import Path
 from typing import overload
 
+from ggft.system.files import sha256_of
+
 ALIGNMENT_DEFAULT = 32
 ALIGNMENT_MAX = 65536
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
-
-_HASH_CHUNK_BYTES = 1 << 20
 
 
 class ValueType(IntEnum):
@@ -297,10 +296,5 @@ class GGUFFile:
     def sha256(self) -> str:
         """Return the SHA-256 of the file (of the shards, one after another), read in pieces."""
         if "sha256" not in self._hashes:
-            digest = hashlib.sha256()
-            for path in self.paths:
-                with path.open("rb") as file:
-                    while chunk := file.read(_HASH_CHUNK_BYTES):
-                        digest.update(chunk)
-            self._hashes["sha256"] = digest.hexdigest()
+            self._hashes["sha256"] = sha256_of(self.paths)
         return self._hashes["sha256"]

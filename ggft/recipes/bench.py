@@ -10,7 +10,6 @@ that is done again where block internals are recomputed.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +21,8 @@ from ggft.gguf.linears import parse_layers, parse_targets
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.settings.training import BenchConfig
 from ggft.system.errors import InputError
-from ggft.system.machine import physical_cores, process_seconds
-from ggft.system.text import parse_size
+from ggft.system.machine import peak_rss_bytes, physical_cores, process_seconds
+from ggft.system.text import format_bytes, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,14 +193,6 @@ def profile_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int) -> dict[
     return parts
 
 
-def peak_rss_bytes() -> int:
-    """Return the largest resident set so far, mapped weights included."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def block_matrices(info: ModelInfo) -> dict[tuple[int, int], int]:
     """Return how often each (C_out, C_in) occurs in a block."""
     q, kv = info.n_head * info.n_embd_head, info.n_head_kv * info.n_embd_head
@@ -251,7 +242,7 @@ def print_table(result: dict[str, Any]) -> None:
         + ("kept" if plan["keep"] else "recomputed")
     )
     print(f"tokens/s     {result['tokens_per_s']:.1f}")
-    print(f"peak memory  {result['peak_rss_bytes'] / 2**20:.0f} MiB, mapped weights included")
+    print(f"peak memory  {format_bytes(result['peak_rss_bytes'])}, mapped weights included")
     print(f"first step   {result['start_to_first_step_s']:.2f} s after the start of the process")
     for name, flops in result.get("gemm_flops", {}).items():
         print(f"GEMM {name:8}{flops / 1e9:.0f} GFLOP/s")

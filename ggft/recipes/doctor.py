@@ -20,7 +20,7 @@ from ggft import __version__
 from ggft.engine.metal import metal_rules
 from ggft.settings.commands import DoctorConfig
 from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError
-from ggft.system.text import printable
+from ggft.system.text import format_bytes, printable
 
 LOW_MEMORY_BYTES = 1_500_000_000
 LOW_DISK_BYTES = 1_000_000_000
@@ -199,9 +199,9 @@ def _lines(found: Findings) -> list[str]:
         f"Python      {facts['python']}",
         f"system      {facts['system']}",
         f"CPU         {facts['cores']} cores; {llama.get('features', 'unknown features')}",
-        f"memory      {facts['memory_bytes'] / 1e9:.1f} GB, "
-        f"{facts['memory_free_bytes'] / 1e9:.1f} GB free",
-        f"disk        {facts['disk_free_bytes'] / 1e9:.1f} GB free here",
+        f"memory      {format_bytes(facts['memory_bytes'])}, "
+        f"{format_bytes(facts['memory_free_bytes'])} free",
+        f"disk        {format_bytes(facts['disk_free_bytes'])} free here",
         f"compiler    {facts['compiler'] or 'none'}",
         f"llama.cpp   llama-cpp-python {llama.get('package', '-')} in {llama.get('folder', '-')}",
         f"engine      ggml {native.get('ggml_loaded', '-')} loaded, "
@@ -210,7 +210,7 @@ def _lines(found: Findings) -> list[str]:
     for device in facts["devices"] or ():
         lines.append(
             f"device      {device['name']}: {device['description']}, {device['type']}, "
-            f"{device['memory_free'] / 1e9:.1f} of {device['memory_total'] / 1e9:.1f} GB free"
+            f"{format_bytes(device['memory_free'])} of {format_bytes(device['memory_total'])} free"
         )
     for row in facts.get("graph") or ():
         verdict = "supported" if row["supported"] else "NOT SUPPORTED"

@@ -7,7 +7,6 @@ a folder that `PeftModel.from_pretrained` loads.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ggft.prompts.ollama import go_template, learn_turns, modelfile
 from ggft.settings.commands import ExportConfig
 from ggft.setup.inputs import choose_template
 from ggft.system.errors import InputError
-from ggft.system.files import atomic_output
+from ggft.system.files import atomic_output, copy_file
 from ggft.system.text import printable
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
@@ -48,7 +47,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
         texts, notes = _for_ollama(base, adapter, config)
         with _folder(target, config.overwrite):
             if adapter is not None and adapter.path.resolve() != (target / ADAPTER).resolve():
-                _copy(adapter.path, target / ADAPTER)
+                copy_file(adapter.path, target / ADAPTER)
             with atomic_output(target / MODELFILE) as temporary:
                 temporary.write_text(texts, encoding="utf-8")
         todo = f"ollama create NAME -f {target / MODELFILE}"
@@ -115,9 +114,3 @@ def _folder(path: Path, overwrite: bool) -> Iterator[None]:
         if created:
             path.rmdir()
         raise
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all."""
-    with atomic_output(target, expected_bytes=source.stat().st_size, inputs=[source]) as temporary:
-        shutil.copyfile(source, temporary)

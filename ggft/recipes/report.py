@@ -9,7 +9,7 @@ from ggft.settings.commands import ReportConfig
 from ggft.system.errors import GgftError
 from ggft.system.text import printable
 from ggft.training.outcome import _DAMAGE, Outcome, _damaged, read_outcome
-from ggft.training.page import _mib, html
+from ggft.training.page import html, size_cell
 from ggft.training.run_directory import RunDirectory
 
 
@@ -39,7 +39,9 @@ def _lines(outcome: Outcome) -> list[str]:
     """Return the report as lines for a terminal."""
     lines = [outcome.verdict().text, ""]
     lines += [f"{'memory':<30}{'predicted':>14}{'used':>14}"]
-    lines += [f"  {part:<28}{_mib(a):>14}{_mib(b):>14}" for part, a, b in outcome.memory()]
+    lines += [
+        f"  {part:<28}{size_cell(a):>14}{size_cell(b):>14}" for part, a, b in outcome.memory()
+    ]
     lines += [
         "",
         f"steps     {len(outcome.steps)}, {outcome.tokens_per_s():.1f} tokens/s",

@@ -10,11 +10,12 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ggft.system.errors import InputError, ResourceError
+from ggft.system.text import format_bytes
 
 _HINT_PEFT = "an adapter becomes GGUF with ggft convert FOLDER NEW.gguf --base MODEL.gguf"
 
@@ -56,7 +57,6 @@ _REMEDIES = {
     errno.EDQUOT: "free some disk space: your share of it is used up",
     errno.EFBIG: "files of this size are not allowed here: see ulimit -f, or use another disk",
 }
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.ggft-(?P<pid>\d+)\.tmp")
 # Bytes left free on the disk after a write that was allowed to start.
 _SPARE_BYTES = 16 << 20
 
@@ -81,9 +81,10 @@ def atomic_output(
     """
     target = Path(os.path.realpath(path))
     _check_output(Path(path), target, inputs)
-    _check_space(target, expected_bytes)
+    if expected_bytes:
+        require_space(target, expected_bytes)
     temporary = target.with_name(f".{target.name}.ggft-{os.getpid()}.tmp")
-    _sweep(target)
+    sweep(target.parent, rf"\.{re.escape(target.name)}\.ggft-(?P<pid>\d+)\.tmp")
     try:
         with temporary.open("xb"):
             pass
@@ -126,30 +127,46 @@ def _check_output(path: Path, target: Path, inputs: Sequence[Path]) -> None:
             )
 
 
-def _check_space(target: Path, expected_bytes: int) -> None:
-    """Refuse to start what cannot fit."""
-    free_bytes = shutil.disk_usage(target.parent).free
-    if expected_bytes and free_bytes < expected_bytes + _SPARE_BYTES:
+def require_space(
+    path: Path,
+    n_bytes: int,
+    *,
+    spare_bytes: int = _SPARE_BYTES,
+    hint: str = "free some space or choose an output on another disk",
+) -> None:
+    """Refuse to start writing `n_bytes` at `path`, which need not exist, where they cannot fit.
+
+    Raises:
+        ResourceError: Too little space is free.
+    """
+    place = Path(os.path.abspath(path))
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < n_bytes + spare_bytes:
         raise ResourceError(
             "not enough disk space",
-            path=target,
-            found=f"{free_bytes / 1e9:.2f} GB free",
-            expected=f"{(expected_bytes + _SPARE_BYTES) / 1e9:.2f} GB",
-            hint="free some space or choose an output on another disk",
+            path=path,
+            found=f"{format_bytes(free_bytes)} free",
+            expected=f"at least {format_bytes(n_bytes + spare_bytes)}",
+            hint=hint,
         )
 
 
-def _sweep(target: Path) -> None:
-    """Remove temporary files of this target whose process is gone."""
-    for leftover in target.parent.glob(f".{_glob_escape(target.name)}.ggft-*.tmp"):
-        match = _TEMPORARY.fullmatch(leftover.name)
-        if match and not _is_running(int(match["pid"])):
-            with suppress(OSError):
-                leftover.unlink()
+def sweep(folder: Path, leftover: str) -> None:
+    """Remove what processes that are gone left in a folder.
 
-
-def _glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+    Args:
+        folder: Where to look.
+        leftover: Pattern of the names of such files and folders; its group `pid` is the process.
+    """
+    pattern = re.compile(leftover, re.DOTALL)
+    with suppress(OSError):
+        for path in folder.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match and not _is_running(int(match["pid"])):
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -180,30 +197,53 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder that a model goes to.
+def make_folder(folder: Path, error: str, *, hint: str) -> list[Path]:
+    """Make a folder and those around it; return what was made, innermost first.
+
+    Args:
+        folder: The folder, which may be there already.
+        error: The message if it cannot be made or written.
+        hint: What to do then.
 
     Raises:
-        InputError: It cannot be made, or nothing can be written there.
+        InputError: As `error` says, with the reason.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        why = None if os.access(folder, os.W_OK | os.X_OK) else "no permission"
-    except OSError as error:
-        why = error.strerror
-    if why is not None:
-        raise InputError(
-            f"the model cannot be put here: {why}", path=folder,
-            hint="choose another folder with ggft download --to, or for all models with"
-            " GGFT_MODELS",
-        )  # fmt: skip
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "no permission"
+    except OSError as failure:
+        reason = failure.strerror
+    if reason is not None:
+        remove_empty(made)
+        raise InputError(f"{error}: {reason}", path=folder, hint=hint)
+    return made
 
 
-def _sha256(path: Path) -> str:
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all.
+
+    Raises:
+        InputError, ResourceError: As `atomic_output`.
+    """
+    with atomic_output(target, expected_bytes=source.stat().st_size, inputs=[source]) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files, one after another, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

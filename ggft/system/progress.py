@@ -7,11 +7,12 @@ training goes on.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
 from typing import Any, TextIO
+
+from ggft.system.text import finite
 
 MIN_COLUMNS = 40
 BAR_DELAY_S = 2.0
@@ -57,7 +58,7 @@ class Progress:
         """Print one JSON line in JSON mode; NaN and infinity, which JSON lacks, become null."""
         if self.mode == "json":
             record = {"event": kind, **fields}
-            self._write(self._out, json.dumps(_finite(record), ensure_ascii=False))
+            self._write(self._out, json.dumps(finite(record), ensure_ascii=False))
 
     def start(self, total: int, first: int = 0) -> None:
         """Begin counting steps; `first` of `total` are done already."""
@@ -124,7 +125,8 @@ class ByteBar:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            desc=name or None, total=total, initial=first, unit="B", unit_scale=True,
+            desc=name or None, total=total, initial=first, unit="iB", unit_scale=True,
+            unit_divisor=1024,
             file=sys.stderr, disable=None, leave=False, delay=delay_s,
         )  # fmt: skip
 
@@ -155,13 +157,3 @@ def _clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{whole % 60:02}"
     return f"{minutes}:{whole % 60:02}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value

@@ -7,6 +7,7 @@ retitle the terminal; they are shown, not obeyed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ggft.system.errors import InputError
@@ -22,31 +23,33 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-_MAX_SHOWN = 100
+MAX_SHOWN = 100
 
 
-def _line(text: str, limit: int = _MAX_SHOWN) -> str:
+def one_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return text from a file as one harmless line."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def format_bytes(n_bytes: int) -> str:
-    """Return a size as people say it: 98.4 MB."""
-    if n_bytes >= 10**9:
-        return f"{n_bytes / 1e9:.2f} GB"
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 10**6 else f"{n_bytes / 1e3:.1f} KB"
+def format_bytes(n_bytes: float) -> str:
+    """Return a size of a file or of memory in the units that `--memory` takes: 93.9 MiB."""
+    if n_bytes < 2**10:
+        return f"{n_bytes:.0f} bytes"
+    if n_bytes < 2**20:
+        return f"{n_bytes / 2**10:.1f} KiB"
+    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
 
 
-def _finite(value: Any) -> Any:
-    """Return a value with NaN and infinity, which JSON does not have, as text."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
+def finite(value: Any, shown: Callable[[float], object] = lambda _: None) -> Any:
+    """Return a value with what `shown` makes of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return shown(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return {key: finite(part, shown) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part, shown) for part in value]
     return value
 
 

@@ -24,7 +24,7 @@ from ggft.adapters.adapter import AdapterMeta, matrix_source, read_adapter, writ
 from ggft.gguf.read import dequantize, read_gguf
 from ggft.gguf.write import write_gguf
 from ggft.system.errors import InputError, ResourceError
-from ggft.system.files import flush
+from ggft.system.files import flush, sha256_of
 
 if TYPE_CHECKING:
     from ggft.engine.engine import Engine
@@ -138,7 +138,7 @@ def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     body = {
         "format": FORMAT_VERSION,
         "step": step,
-        "files": {name: _sha256(folder / name) for name in (ADAPTER, OPTIMIZER)},
+        "files": {name: sha256_of([folder / name]) for name in (ADAPTER, OPTIMIZER)},
         "state": dict(state),
     }
     record = {"sha256": _body_sha256(body), **body}
@@ -196,7 +196,7 @@ def _load(path: Path) -> Checkpoint:
         raise _Damaged(f"{STATE} has a wrong checksum")
     for name, expected in record["files"].items():
         try:
-            found = _sha256(path / name)
+            found = sha256_of([path / name])
         except OSError as error:
             raise _Damaged(f"{name} cannot be read: {error.strerror}") from None
         if found != expected:
@@ -243,14 +243,6 @@ def _paths(folder: Path) -> list[Path]:
         return []
     steps = {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
     return [folder / name for name in sorted(steps, key=steps.__getitem__, reverse=True)]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _body_sha256(body: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from ggft import __version__
+from ggft.system.text import format_bytes
 from ggft.training.outcome import Outcome
 from ggft.training.run_directory import RunDirectory
 
@@ -76,7 +77,10 @@ def html(outcome: Outcome) -> str:
         *_samples(outcome),
         "<h2>Memory, predicted and used</h2>",
         _table(
-            [(part, _mib(planned), _mib(used)) for part, planned, used in outcome.memory()],
+            [
+                (part, size_cell(planned), size_cell(used))
+                for part, planned, used in outcome.memory()
+            ],
             head=("part", "predicted", "used"),
         ),
         f"<h2>Speed (tokens per second; {outcome.tokens_per_s():.1f} on average)</h2>",
@@ -124,8 +128,9 @@ def _plain(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _mib(n: int | None) -> str:
-    return "" if n is None else f"{n / 2**20:,.0f} MiB"
+def size_cell(n: int | None) -> str:
+    """Return a size, or nothing where it is not known."""
+    return "" if n is None else format_bytes(n)
 
 
 def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:

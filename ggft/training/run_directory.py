@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ggft.system.errors import InputError, ResourceError
-from ggft.system.files import LOCK, atomic_output, run_lock
+from ggft.system.files import (
+    LOCK,
+    atomic_output,
+    make_folder,
+    remove_empty,
+    require_space,
+    run_lock,
+)
 from ggft.training.checkpoint import sweep
 
 ADAPTER = "adapter.gguf"
@@ -142,17 +149,10 @@ def check_free(run: Path, checkpoint_bytes: int, keep: int) -> None:
     Raises:
         ResourceError: too little space.
     """
-    place = run
-    while not place.exists():
-        place = place.parent
-    needed = checkpoint_bytes * (keep + 2) + _SPARE_BYTES
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ResourceError(
-            "too little free space for the run", path=run,
-            found=f"{free / 2**20:.0f} MiB", expected=f"at least {needed / 2**20:.0f} MiB",
-            hint="free some space, or use a smaller --rank or --keep-checkpoints 1",
-        )  # fmt: skip
+    require_space(
+        run, checkpoint_bytes * (keep + 2), spare_bytes=_SPARE_BYTES,
+        hint="free some space, or use a smaller --rank or --keep-checkpoints 1",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -164,14 +164,9 @@ def open_run(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunDirect
         ResourceError: another run is using it.
     """
     run = RunDirectory(path)
-    made = [place for place in (path, *path.parents) if not place.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the output directory cannot be made: {error.strerror}", path=path,
-            hint="choose another directory with --output",
-        ) from None  # fmt: skip
+    made = make_folder(
+        path, "the output directory cannot be used", hint="choose another directory with --output"
+    )
     try:
         with run_lock(path):
             if run.holds_run() and not resume and not overwrite:
@@ -190,6 +185,4 @@ def open_run(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunDirect
                     with contextlib.suppress(OSError):
                         (path / LOCK).unlink()
     finally:
-        with contextlib.suppress(OSError):
-            for place in made:
-                place.rmdir()  # only what is empty
+        remove_empty(made)

@@ -283,7 +283,7 @@ def test_too_large_is_refused_before_any_request(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "memory_bytes", lambda: 4_000_000_000)
     with pytest.raises(ResourceError, match="too large to train") as error:
         hub.download("llama-2-7b-chat")
-    assert "4.0 GB" in str(error.value)
+    assert "3.73 GiB" in str(error.value)
     assert "too large" in registry.models_text(ModelsConfig())
 
 

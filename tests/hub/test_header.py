@@ -160,4 +160,4 @@ def test_without_the_hub() -> None:
     with pytest.raises(NetworkError) as error, model_outline("smollm2-135m-instruct"):
         pass
     assert "a plan needs the header" in str(error.value)
-    assert "ggft download smollm2-135m-instruct takes it (98 MB)" in str(error.value)
+    assert "ggft download smollm2-135m-instruct takes it (93.8 MiB)" in str(error.value)

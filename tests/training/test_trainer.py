@@ -260,7 +260,7 @@ def test_nothing_is_written_by_a_dry_run(case: Case) -> None:
         ({"data": ["none.json"]}, InputError, ["none.json"]),
         ({"model": "none.gguf"}, InputError, ["none.gguf"]),
         ({"template": "nope"}, InputError, ["'nope'"]),
-        ({"memory": "1M"}, ResourceError, ["--memory", "needed", "at most 1 MiB"]),
+        ({"memory": "1M"}, ResourceError, ["--memory", "needed", "at most 1.0 MiB"]),
         ({"max_length": 8}, InputError, ["nothing to train on"]),
     ],
 )
@@ -312,7 +312,7 @@ def test_too_little_disk_space(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     usage = shutil.disk_usage(case.folder)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = case.fails(ResourceError)
-    assert "1 MiB" in message
+    assert "1.0 MiB" in message
     assert not (case.folder / "run").exists()
 
 
