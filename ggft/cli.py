@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -54,13 +53,16 @@ def _with_model(config: ConfigT) -> ConfigT:
     return replace(config, model=str(find_model(config.model)))  # type: ignore[type-var,attr-defined]
 
 
-@command(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
+@command(
+    cli, "ggft.settings.training:FinetuneConfig", config_file=True,
+    default_file="ggft.training.run_directory:settings_to_resume",
+)  # fmt: skip
 def finetune(config: FinetuneConfig) -> Any:
     """Train a LoRA adapter on a quantized model."""
     if _is_program and not config.dry_run:
-        from ggft.system.processes import supervise
+        from ggft.training.run_directory import supervise_run
 
-        code = supervise(Path(config.output))
+        code = supervise_run(config.output)
         if code is not None:
             return code
     from ggft.recipes.finetune import finetune as action
@@ -73,7 +75,10 @@ def finetune(config: FinetuneConfig) -> Any:
         return action(replace(config, model=str(path)))
 
 
-@command(cli, "ggft.settings.training:FinetuneConfig", config_file=True)
+@command(
+    cli, "ggft.settings.training:FinetuneConfig", config_file=True,
+    default_file="ggft.training.run_directory:settings_to_resume",
+)  # fmt: skip
 def plan(config: FinetuneConfig) -> None:
     """Say what training would need, from the model's header alone."""
     from ggft.hub.header import model_outline

@@ -91,19 +91,37 @@ class CommandGroup(click.Group):
 
 
 class SettingsCommand(click.Command):
-    """A command whose options are the fields of a dataclass, `module:Class` in `config`."""
+    """A command whose options are the fields of a dataclass.
 
-    def __init__(self, *, config: str, config_file: bool, action: Callable[..., Any], **kw: Any):
+    Args:
+        config: `module:Class` of the dataclass.
+        config_file: Whether `--config` may give settings.
+        default_file: `module:function` that returns the config file where the user names none, of
+            the settings that were given; None: no file.
+        action: What runs, called with the settings.
+        kw: What else click takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: str,
+        config_file: bool,
+        default_file: str | None,
+        action: Callable[..., Any],
+        **kw: Any,
+    ) -> None:
         super().__init__(**kw)
         self._config = config
         self._config_file = config_file
+        self._default_file = default_file
         self._action = action
         self._complete = False
         self.callback = self._call
 
     def _config_class(self) -> type:
-        module, _, name = self._config.partition(":")
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        found: type = _import(self._config)
+        return found
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, reading them from the dataclass the first time."""
@@ -130,7 +148,15 @@ class SettingsCommand(click.Command):
                 rest[name] = value
             elif value is not None and value != ():
                 given[name] = value
+        if config_file is None and self._default_file is not None:
+            config_file = _import(self._default_file)(given)
         return self._action(make(self._config_class(), given, config_file), **rest)
+
+
+def _import(name: str) -> Any:
+    """Return what `module:name` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _click_option(entry: Option) -> click.Option:
@@ -156,7 +182,12 @@ def _click_option(entry: Option) -> click.Option:
 
 
 def command(
-    group: click.Group, config: str, *, name: str | None = None, config_file: bool = False
+    group: click.Group,
+    config: str,
+    *,
+    name: str | None = None,
+    config_file: bool = False,
+    default_file: str | None = None,
 ) -> Callable[[Callable[..., Any]], SettingsCommand]:
     """Make the decorated function, which takes one configuration, a command of `group`.
 
@@ -165,13 +196,15 @@ def command(
         config: `module:Class` of the dataclass that declares its options.
         name: The command's name; the function's, unless given.
         config_file: Whether `--config` may give settings.
+        default_file: `module:function` that names the file where the user does not; see
+            `SettingsCommand`.
     """
 
     def decorate(action: Callable[..., Any]) -> SettingsCommand:
         arguments = list(reversed(getattr(action, "__click_params__", [])))
         made = SettingsCommand(
             name=name or action.__name__.replace("_", "-"), help=action.__doc__, params=arguments,
-            config=config, config_file=config_file, action=action,
+            config=config, config_file=config_file, default_file=default_file, action=action,
         )  # fmt: skip
         group.add_command(made)
         return made

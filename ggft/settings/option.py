@@ -143,17 +143,13 @@ def make(
     """Build a config from flags over a config file over defaults, all values checked.
 
     `given` holds what the user gave, by field name. Keys of the YAML `config_file` are field names
-    or long flags without the leading dashes. A class may have a `default_file(given)`, which names
-    the file where the user named none.
+    or long flags without the leading dashes.
 
     Raises:
         InputError: an unknown key (names the nearest), a wrong type, a value out of range.
     """
     values: dict[str, Any] = {}
     options = {entry.name: entry for entry in options_of(config_class)}
-    default_file = getattr(config_class, "default_file", None)
-    if config_file is None and default_file is not None:
-        config_file = default_file(given)
     if config_file is not None:
         for name, value in read_config_file(config_class, config_file).items():
             values[name] = _convert(options[name], value, where=str(config_file))

@@ -6,10 +6,8 @@ and recorded. A run's config.yaml repeats the settings and can be given back wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ggft.settings.declared import (
     adapter_option,
@@ -158,12 +156,6 @@ class FinetuneConfig:
         "--dry-run", default=False, recorded=False, help="Check everything, print the plan and stop"
     )
     json: bool = json_option("Print events as JSON lines on stdout")
-
-    @staticmethod
-    def default_file(given: Mapping[str, Any]) -> Path | None:
-        """Return the settings of the run that is to be continued, if there is one."""
-        path = Path(str(given.get("output", "results"))) / "config.yaml"
-        return path if given.get("resume") and path.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)

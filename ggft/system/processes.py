@@ -172,10 +172,10 @@ _CAUSES = {
 }
 
 
-def supervise(run: Path) -> int | None:
+def supervise(advice: Callable[[str], str]) -> int | None:
     """Run this very command again as a child and return its exit code; None in the child.
 
-    `run` is the run directory, whose newest checkpoint is named when the child is killed.
+    `advice` says how to continue after the child was killed by the signal of this name.
 
     Raises:
         ResourceError: the child was killed; the exit code is 128 + the signal's number.
@@ -200,7 +200,7 @@ def supervise(run: Path) -> int | None:
     name = signal_name(-code)
     error = ResourceError(
         f"training was killed by {name}: {_CAUSES.get(name, 'the cause is not known')}",
-        hint=_advice(run, name),
+        hint=advice(name),
     )
     error.exit_code = 128 - code
     raise error
@@ -210,18 +210,6 @@ def _end_with_parent(pipe: int) -> None:
     """Wait for the parent's end of the pipe to close; then stop this process as SIGTERM does."""
     os.read(pipe, 1)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _advice(run: Path, name: str) -> str:
-    """Return how to go on."""
-    checkpoints = sorted((run / "checkpoints").glob("step-*"))
-    if not checkpoints:
-        text = "there is no checkpoint yet; start again"
-    else:
-        text = f"the last checkpoint is {checkpoints[-1]}; continue with --resume"
-    if name == "SIGKILL":
-        text += " and a smaller --memory"
-    return text
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ outcome.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ggft.system.files import (
     require_space,
     run_lock,
 )
+from ggft.system.processes import supervise
 from ggft.training.checkpoint import sweep
 
 ADAPTER = "adapter.gguf"
@@ -117,6 +119,33 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def supervise_run(output: str) -> int | None:
+    """Train in a child process, as `supervise`, whose checkpoints are named if it is killed."""
+    return supervise(functools.partial(_advice, RunDirectory(Path(output))))
+
+
+def _advice(run: RunDirectory, signal_name: str) -> str:
+    """Return how to continue a run that a signal ended."""
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    if not checkpoints:
+        text = "there is no checkpoint yet; start again"
+    else:
+        text = f"the last checkpoint is {checkpoints[-1]}; continue with --resume"
+    if signal_name == "SIGKILL":
+        text += " and a smaller --memory"
+    return text
+
+
+def settings_to_resume(given: Mapping[str, Any]) -> Path | None:
+    """Return the settings of the run that is to be resumed, if there is one.
+
+    Args:
+        given: The settings that the user gave, by name.
+    """
+    run = RunDirectory(Path(str(given.get("output", "results"))))
+    return run.config if given.get("resume") and run.config.is_file() else None
 
 
 def check_output(path: Path) -> None:

@@ -16,9 +16,16 @@ from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import GgftError, InputError, Interrupted, NumericError, ResourceError
 from ggft.system.progress import Progress
 from ggft.training.checkpoint import load_newest
+from ggft.training.run_directory import settings_to_resume
 from tests.support.fakes import FakeEngine, native_module
 from tests.support.models import Spec, write_model
 from tests.support.runs import ROWS, Case, metrics, snapshot, use_engine
+
+
+def resumed(**given: Any) -> FinetuneConfig:
+    """Return the settings of `ggft finetune --resume` with these flags."""
+    values = {**given, "resume": True}
+    return make(FinetuneConfig, values, settings_to_resume(values))
 
 
 def test_a_run_directory_holds_all_that_it_should(case: Case) -> None:
@@ -141,7 +148,7 @@ def test_resume_takes_the_settings_of_the_run(case: Case) -> None:
     run = case.train(epochs=2, rank=3, lr=1e-3)
     (newest,) = (run / "checkpoints").glob("step-000012")
     shutil.rmtree(newest)
-    config = make(FinetuneConfig, {"output": str(run), "resume": True})
+    config = resumed(output=str(run))
     assert (config.rank, config.lr, config.epochs) == (3, 1e-3, 2)
     finetune(config, Progress("quiet"))
     assert len(metrics(run)) == 12
@@ -155,7 +162,7 @@ def test_what_was_chosen_from_the_data_stays_when_resuming(case: Case) -> None:
     assert any("val_loss" in line for line in metrics(whole))
     newest = max((parts / "checkpoints").iterdir())
     shutil.rmtree(newest)
-    config = make(FinetuneConfig, {"output": str(parts), "resume": True, "samples": 0})
+    config = resumed(output=str(parts), samples=0)
     assert config.val_split
     finetune(config, Progress("quiet"))
     assert metrics(parts) == metrics(whole)
