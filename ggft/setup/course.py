@@ -11,14 +11,16 @@ from ggft.data.advice import n_general
 from ggft.data.batches import Chain, Course
 from ggft.data.store import StoreView
 from ggft.settings.training import SettledConfig
-from ggft.setup.inputs import Base, Data, load_data
+from ggft.setup.inputs import BaseModel, Data, load_data
 from ggft.system.errors import InputError
 
 PACKAGED = Path(ggft.__file__).parent / "data"
 GENERAL = PACKAGED / "general.json"
 
 
-def with_general(config: SettledConfig, base: Base, data: Data, check: Callable[[], None]) -> Data:
+def with_general(
+    config: SettledConfig, base: BaseModel, data: Data, check: Callable[[], None]
+) -> Data:
     """Return the data with general rows mixed into each epoch, as many as the settings say.
 
     Raises:
@@ -33,7 +35,7 @@ def with_general(config: SettledConfig, base: Base, data: Data, check: Callable[
     return replace(data, course=course)
 
 
-def load_general(mix: str, base: Base, check: Callable[[], None]) -> StoreView:
+def load_general(mix: str, base: BaseModel, check: Callable[[], None]) -> StoreView:
     """Return the tokenized general rows: the packaged ones, or those of a file.
 
     Raises:
