@@ -13,13 +13,14 @@ from tests.support.architectures import ARCHITECTURES, Tiny, write_tiny
 
 
 def logits(path: Path, n_tokens: int = 16) -> Any:
-    """Return llama.cpp's logits after a few tokens."""
+    """Return llama.cpp's logits after a few tokens, attention and caches in F32."""
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     assert model
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
+    settings.type_k = settings.type_v = settings.flash_attn_type = 0
     context = llama_cpp.llama_init_from_model(model, settings)
     assert context
     tokens = (ctypes.c_int32 * n_tokens)(*[7 * i % 200 for i in range(n_tokens)])
