@@ -55,12 +55,14 @@ class Adapter:
         """Names of the base tensors that the adapter changes."""
         return tuple(n.removesuffix(A_SUFFIX) for n in self.tensors if n.endswith(A_SUFFIX))
 
+    def array(self, name: str) -> FloatArray:
+        """Read a matrix as float32: lora_a (R, C_in) or lora_b (C_out, R)."""
+        tensor = self.tensors[name]
+        return dequantize(tensor).reshape(-1, tensor.shape[0])
+
     def arrays(self) -> dict[str, FloatArray]:
-        """Read all matrices as float32: lora_a (R, C_in), lora_b (C_out, R)."""
-        return {
-            name: dequantize(tensor).reshape(-1, tensor.shape[0])
-            for name, tensor in self.tensors.items()
-        }
+        """Read all matrices."""
+        return {name: self.array(name) for name in self.tensors}
 
 
 def matrix_source(name: str, shape: tuple[int, int], get: Callable[[], FloatArray]) -> TensorSource:

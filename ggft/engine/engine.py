@@ -34,9 +34,10 @@ class Cancelled(Exception):  # noqa: N818
 class EngineSettings:
     """What the engine is opened with.
 
-    `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps the internals of blocks instead
-    of recomputing them. `prepacked_bytes` bounds the weights that the CPU's kernels keep as their
-    products read them. `n_rows` and `n_tokens` bound a micro-batch.
+    `train=False` is for evaluation: no gradients, no moments, no backward pass, and the adapter in
+    16 bits with precision fast. `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps
+    the internals of blocks instead of recomputing them. `prepacked_bytes` bounds the weights that
+    the CPU's kernels keep as their products read them. `n_rows` and `n_tokens` bound a micro-batch.
     """
 
     paths: list[str]
@@ -45,6 +46,7 @@ class EngineSettings:
     layer_last: int
     rank: int
     alpha: float
+    train: bool = True
     dropout: float = 0.0
     precision: str = "fast"
     device: str = "auto"
@@ -213,7 +215,8 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
-        self._engine.zero_grad()
+        with _native_errors(self._native):
+            self._engine.zero_grad()
 
     def cancel(self) -> None:
         """Stop the running call at the next block border; callable from any thread."""

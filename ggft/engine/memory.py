@@ -46,6 +46,7 @@ NEARLY_BEST = 1.01
 SAFE_SHARE = 0.8
 WEIGHTS = "weights (mapped)"
 PREPACKED = "prepacked weights"
+LORA, ADAPTER = "LoRA, gradients, moments", "adapter"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Plan:
 class Shape:
     """What memory depends on, besides the micro-batch.
 
-    `fused` says whether the CPU's fused kernels run, or the portable graph that GPUs run.
+    `fused` says whether the CPU's fused kernels run, or the portable graph that GPUs run; `train`
+    whether there is a backward pass.
     """
 
     model: ModelInfo
@@ -123,6 +125,7 @@ class Shape:
     layer_last: int
     rank: int
     fused: bool = True
+    train: bool = True
 
     @property
     def q(self) -> int:
@@ -137,7 +140,7 @@ class Shape:
     @property
     def n_blocks(self) -> int:
         """Blocks that the backward pass visits."""
-        return self.model.n_layer - self.layer_first
+        return self.model.n_layer - self.layer_first if self.train else 0
 
     def n_trained(self) -> int:
         """Return the number of LoRA parameters."""
@@ -162,7 +165,10 @@ class Shape:
         block = (self.q, self.kv, self.kv, self.q, m.n_ff, m.n_ff, m.n_ff)
         sizes = [(width * m.n_embd * PREPACKED_BYTES, m.n_layer) for width in block]
         sizes.append((m.n_vocab * m.n_embd * PREPACKED_BYTES, 1))
-        return sum(int(size) * n for size, n in sizes if size / 2 <= PREPACKED_MOST)
+        directions = 2 if self.train else 1
+        return (
+            sum(int(size) * n for size, n in sizes if size / 2 <= PREPACKED_MOST) // 2 * directions
+        )
 
 
 def predict(
@@ -173,12 +179,14 @@ def predict(
     # Queries, keys, values, attention with a number per head, x between, gate and up.
     internals = 2 * shape.q + 2 * shape.kv + m.n_head + m.n_embd + 2 * m.n_ff
     # The input of every block that is trained, the last one's output, and a gradient.
-    saved = (shape.n_blocks + 2) * n * m.n_embd * F32
+    saved = (shape.n_blocks + 1 + shape.train) * n * m.n_embd * F32
+    # Values, gradients and two moments; or values in 16 bits, and a layer of them as float32.
+    lora = 4 * F32 if shape.train else F32 // 2
     if keep:
         saved += shape.n_blocks * n * internals * F32
     parts = {
         WEIGHTS: shape.weights_bytes,
-        "LoRA, gradients, moments": 4 * F32 * shape.n_trained(),
+        LORA if shape.train else ADAPTER: lora * shape.n_trained(),
         "saved for the backward pass": saved,
         "scratch": _scratch(shape, n_rows, n_tokens, 0 if keep else internals),
         "program": RUNTIME_BYTES,

@@ -10,7 +10,7 @@ from ggft.data.batches import Batches
 from ggft.engine.engine import Cancelled, Engine, mean_nats
 from ggft.settings.training import EvalConfig
 from ggft.setup.inputs import load_data, open_base, with_template
-from ggft.setup.open import engine_settings, plan_evaluation, put_adapter
+from ggft.setup.open import engine_settings, evaluation_shape, plan_evaluation, put_adapter
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
 
@@ -37,8 +37,9 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
             check=stop.check,
         )
         stop.check()
-        plan = plan_evaluation(config, base, data)
-        with Engine(engine_settings(config, base, adapter, plan)) as engine:
+        shape = evaluation_shape(config, base, adapter)
+        plan = plan_evaluation(config, shape, data)
+        with Engine(engine_settings(config, base, adapter, shape, plan)) as engine:
             stop.on_stop(engine.cancel)
             try:
                 put_adapter(engine, adapter, config.adapter_scale)

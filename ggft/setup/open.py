@@ -22,35 +22,8 @@ from ggft.system.text import parse_size
 MAX_ROWS = 8
 
 
-def plan_evaluation(config: EvalConfig, base: BaseModel, data: Data) -> Plan:
-    """Choose the micro-batch; nothing is kept, as there is no backward pass."""
-    device = find_device(config.device)
-    shape = Shape(
-        model=base.info,
-        weights_bytes=weights_bytes(base.file),
-        targets=TARGETS,
-        layer_first=0,
-        layer_last=base.info.n_layer,
-        rank=1,
-        fused=device["type"] == "cpu",
-    )
-    lengths = data.train.lengths
-    all_tokens = -(-int(lengths.sum()) // 32) * 32
-    n_tokens = max(min(data.max_length, all_tokens), int(lengths.max()))
-    return make_plan(
-        shape,
-        Limits.of(device, None if config.memory is None else parse_size(config.memory)),
-        n_tokens=n_tokens,
-        max_rows=MAX_ROWS,
-        joined_tokens=min(MAX_ROWS * n_tokens, all_tokens) if shape.fused else None,
-        keep=False,
-    )
-
-
-def engine_settings(
-    config: EvalConfig, base: BaseModel, adapter: Adapter | None, plan: Plan
-) -> EngineSettings:
-    """Return the settings that hold the adapter's matrices.
+def evaluation_shape(config: EvalConfig, base: BaseModel, adapter: Adapter | None) -> Shape:
+    """Return what memory depends on: the linears and the rank of the adapter, nothing trained.
 
     Raises:
         InputError: the adapter changes tensors that the engine does not.
@@ -70,13 +43,46 @@ def engine_settings(
                 )
             targets.add(target)
             layers.add(int(number))
-    return EngineSettings(
-        paths=[str(path) for path in base.file.paths],
-        targets=[name for name in TARGETS if name in targets],
+    return Shape(
+        model=base.info,
+        weights_bytes=weights_bytes(base.file),
+        targets=tuple(name for name in TARGETS if name in targets),
         layer_first=min(layers),
         layer_last=max(layers) + 1,
         rank=rank,
+        fused=find_device(config.device)["type"] == "cpu",
+        train=False,
+    )
+
+
+def plan_evaluation(config: EvalConfig, shape: Shape, data: Data) -> Plan:
+    """Choose the micro-batch; nothing is kept, as there is no backward pass."""
+    lengths = data.train.lengths
+    all_tokens = -(-int(lengths.sum()) // 32) * 32
+    n_tokens = max(min(data.max_length, all_tokens), int(lengths.max()))
+    memory = None if config.memory is None else parse_size(config.memory)
+    return make_plan(
+        shape,
+        Limits.of(find_device(config.device), memory),
+        n_tokens=n_tokens,
+        max_rows=MAX_ROWS,
+        joined_tokens=min(MAX_ROWS * n_tokens, all_tokens) if shape.fused else None,
+        keep=False,
+    )
+
+
+def engine_settings(
+    config: EvalConfig, base: BaseModel, adapter: Adapter | None, shape: Shape, plan: Plan
+) -> EngineSettings:
+    """Return the settings that hold the adapter's matrices and train nothing."""
+    return EngineSettings(
+        paths=[str(path) for path in base.file.paths],
+        targets=list(shape.targets),
+        layer_first=shape.layer_first,
+        layer_last=shape.layer_last,
+        rank=shape.rank,
         alpha=adapter.meta.alpha if adapter else 1.0,
+        train=False,
         precision=config.precision,
         device=config.device,
         threads=config.threads or physical_cores(),
@@ -93,11 +99,10 @@ def put_adapter(engine: Engine, adapter: Adapter | None, scale: float) -> None:
     """
     import numpy as np
 
-    arrays = {} if adapter is None else adapter.arrays()
     for name, shape in engine.parameters.items():
         value = np.zeros(shape, dtype=np.float32)
-        array = arrays.get(name)
-        if array is not None:
+        if adapter is not None and name in adapter.tensors:
+            array = adapter.array(name)
             value[: array.shape[0], : array.shape[1]] = array
             if name.endswith(B_SUFFIX):
                 value *= np.float32(scale * shape[1] / array.shape[1])

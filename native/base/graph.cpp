@@ -3,10 +3,90 @@
 #include "base/error.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <utility>
 
 namespace ggft {
 
-Graph::Graph(size_t n_nodes_max) {
+static std::string failing_kernel; // see fail_kernels
+
+void fail_kernels(const std::string & name) {
+    failing_kernel = name;
+}
+
+// The first exception of a graph's kernels, and whose it was. Kernels of other threads may be
+// running.
+struct Graph::Failure {
+    std::atomic<bool> any{false};
+    std::mutex mutex;
+    std::exception_ptr exception;
+    const char * kernel = nullptr;
+
+    void set(const char * name) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!any.exchange(true)) {
+            exception = std::current_exception();
+            kernel = name;
+        }
+    }
+
+    void raise() {
+        any = false;
+        try {
+            std::rethrow_exception(std::exchange(exception, nullptr));
+        } catch (const Error &) {
+            throw;
+        } catch (const std::bad_alloc &) {
+            fail(ErrorKind::resource, std::string("out of memory in the kernel '") + kernel + "'");
+        } catch (const std::exception & e) {
+            fail(ErrorKind::resource,
+                 std::string("the kernel '") + kernel + "' failed: " + e.what());
+        }
+    }
+};
+
+struct Graph::Kernel {
+    const char * name;
+    CustomKernel run;
+    Failure & failure;
+
+    static void call(Tensor dst, int ith, int nth, void * data) noexcept {
+        auto & kernel = *(Kernel *)data;
+        if (kernel.failure.any.load(std::memory_order_relaxed)) {
+            return;
+        }
+        try {
+            if (kernel.name == failing_kernel) {
+                throw std::bad_alloc();
+            }
+            kernel.run(dst, ith, nth);
+        } catch (...) {
+            kernel.failure.set(kernel.name);
+        }
+    }
+};
+
+Graph::Graph(Graph &&) noexcept = default;
+Graph::~Graph() = default;
+
+Graph::Kernel * Graph::add_kernel(const char * name, CustomKernel kernel) {
+    return &kernels_.emplace_back(Kernel{name, std::move(kernel), *failure_});
+}
+
+void Graph::compute(ggml_backend_t backend, ggml_cgraph * part) {
+    const ggml_status status = ggml_backend_graph_compute(backend, part ? part : graph_);
+    if (failure_->any) {
+        failure_->raise();
+    }
+    require(status == GGML_STATUS_SUCCESS, ErrorKind::resource,
+            std::string(ggml_backend_name(backend)) +
+                " could not compute a graph: " + ggml_status_to_string(status));
+}
+
+Graph::Graph(size_t n_nodes_max) : failure_(std::make_unique<Failure>()) {
     const size_t bytes =
         ggml_tensor_overhead() * n_nodes_max + ggml_graph_overhead_custom(n_nodes_max, false);
     ctx_.reset(ggml_init({bytes, nullptr, /*no_alloc=*/true}));
@@ -19,26 +99,20 @@ Tensor Graph::expand(Tensor t) {
     return t;
 }
 
-static void run_kernel(Tensor dst, int ith, int nth, void * kernel) {
-    (*(CustomKernel *)kernel)(dst, ith, nth);
-}
-
 Tensor Graph::custom(const char * name, ggml_type type, std::initializer_list<int64_t> ne,
                      std::vector<Tensor> args, CustomKernel kernel) {
     int64_t n[4] = {1, 1, 1, 1};
     std::copy(ne.begin(), ne.end(), n);
-    kernels_.push_back(std::move(kernel));
     Tensor t = ggml_custom_4d(ctx(), type, n[0], n[1], n[2], n[3], args.data(), (int)args.size(),
-                              run_kernel, GGML_N_TASKS_MAX, &kernels_.back());
+                              Kernel::call, GGML_N_TASKS_MAX, add_kernel(name, std::move(kernel)));
     ggml_set_name(t, name);
     return t;
 }
 
 Tensor Graph::custom_inplace(const char * name, Tensor target, std::vector<Tensor> args,
                              CustomKernel kernel) {
-    kernels_.push_back(std::move(kernel));
-    Tensor t = ggml_custom_inplace(ctx(), target, args.data(), (int)args.size(), run_kernel,
-                                   GGML_N_TASKS_MAX, &kernels_.back());
+    Tensor t = ggml_custom_inplace(ctx(), target, args.data(), (int)args.size(), Kernel::call,
+                                   GGML_N_TASKS_MAX, add_kernel(name, std::move(kernel)));
     ggml_set_name(t, name);
     return t;
 }

@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,13 +16,19 @@ namespace ggft {
 
 using Tensor = ggml_tensor *;
 
-// Work of thread `ith` of `nth` on a custom node. Runs on ggml's threads: must not throw.
+// Work of thread `ith` of `nth` on a custom node, on ggml's threads. What it throws ends the
+// computation with an error.
 using CustomKernel = std::function<void(Tensor dst, int ith, int nth)>;
+
+// Makes kernels of a name ("" for none) run out of memory, so that a test can see the message.
+void fail_kernels(const std::string & name);
 
 // A context that holds tensor descriptions only, and the graph over them.
 class Graph {
 public:
     explicit Graph(size_t n_nodes_max);
+    Graph(Graph &&) noexcept;
+    ~Graph();
 
     ggml_context * ctx() const { return ctx_.get(); }
     ggml_cgraph * graph() const { return graph_; }
@@ -33,9 +40,17 @@ public:
     // The same, writing into `target`'s memory; the result is a view of it.
     Tensor custom_inplace(const char * name, Tensor target, std::vector<Tensor> args,
                           CustomKernel kernel);
+    // Computes the graph, which is allocated, or a part of its nodes. Throws Error(resource).
+    void compute(ggml_backend_t backend, ggml_cgraph * part = nullptr);
 
 private:
-    std::deque<CustomKernel> kernels_; // addresses stay valid as it grows
+    struct Failure;
+    struct Kernel;
+
+    Kernel * add_kernel(const char * name, CustomKernel kernel);
+
+    std::unique_ptr<Failure> failure_; // of any kernel
+    std::deque<Kernel> kernels_;       // addresses stay valid as it grows
     ggml_context_ptr ctx_;
     ggml_cgraph * graph_;
 };

@@ -68,6 +68,7 @@ EngineConfig config_of(const nb::dict & settings) {
     for (const std::string & target : targets) {
         c.lora.targets[site_of(target)] = true;
     }
+    s.take("train", c.lora.train);
     s.take("layer_first", c.lora.layer_first);
     s.take("layer_last", c.lora.layer_last);
     s.take("rank", c.lora.rank);

@@ -43,6 +43,7 @@ void bind_tools(nb::module_ & m) {
     m.def("devices", &devices);
     m.def("build_info", &build_info);
     m.def("deny_family", &deny_family, "family"_a);
+    m.def("fail_kernels", &fail_kernels, "name"_a);
 }
 
 } // namespace ggft

@@ -46,6 +46,7 @@ Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
     const Hparams & h = model_.hparams;
     const Layer & layer = model_.layers[(size_t)l];
     Block b;
+    lora_.load(g, l);
 
     b.attn_in = norm_input(g, l, IN_ATTN, x, layer.attn_norm, dropout);
     Tensor q = as_heads(g, linear(g, l, ATTN_Q, b.attn_in), h.n_embd_head);

@@ -15,7 +15,19 @@ namespace ggft {
 static constexpr size_t LOGIT_BYTES = 96u << 20;
 static constexpr int64_t CHUNK_ALIGN = 64;
 
-Engine::Engine(const EngineConfig & config) : config_(config) {
+// An engine that trains nothing needs less: no dropout, nothing kept, and in fast mode the adapter
+// in 16 bits, as weights and activations are.
+static EngineConfig settled(EngineConfig config) {
+    if (!config.lora.train) {
+        config.lora.dropout = 0;
+        config.lora.type = config.mode == Mode::fast ? GGML_TYPE_F16 : GGML_TYPE_F32;
+        config.keep = false;
+    }
+    return config;
+}
+
+Engine::Engine(const EngineConfig & given) : config_(settled(given)) {
+    const EngineConfig & config = config_;
     require(config.n_rows >= 1 && config.n_tokens >= 2, ErrorKind::input,
             "a micro-batch needs rows and tokens");
     require(config.threads >= 1, ErrorKind::input, "threads must be at least 1");
@@ -64,10 +76,7 @@ void Engine::compute(Graph & g) {
     if (profiling_) {
         return run_profiled(g);
     }
-    const ggml_status status = ggml_backend_graph_compute(backend_.get(), g.graph());
-    require(status == GGML_STATUS_SUCCESS, ErrorKind::resource,
-            std::string(ggml_backend_dev_name(device_)) +
-                " could not compute a graph: " + ggml_status_to_string(status));
+    g.compute(backend_.get());
 }
 
 void Engine::run(Graph & g) {
@@ -86,7 +95,7 @@ void Engine::run_profiled(Graph & g) {
         ggml_graph_add_node(one.graph(), node);
         const double before = panel_seconds();
         const auto start = std::chrono::steady_clock::now();
-        ggml_backend_graph_compute(backend_.get(), one.graph());
+        g.compute(backend_.get(), one.graph());
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         const std::string name = node->op == GGML_OP_CUSTOM ? node->name : ggml_op_desc(node);
         const double dequantizing = panel_seconds() - before;
@@ -102,6 +111,11 @@ void Engine::set_profiling(bool on) {
 }
 
 // ---- the step ----
+
+void Engine::require_training() const {
+    require(config_.lora.train, ErrorKind::input,
+            "the engine was opened for evaluation and cannot train");
+}
 
 void Engine::forward(bool training) {
     Graph embed = embed_graph(training);
@@ -161,6 +175,7 @@ double Engine::sum_nats(int64_t n) {
 }
 
 LossSum Engine::forward_backward(const MicroBatch & batch) {
+    require_training();
     cancelled_ = false;
     set_inputs(batch);
     if (n_targets_ == 0) {
@@ -229,6 +244,7 @@ void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint6
 }
 
 double Engine::optimizer_step(float lr, int64_t n_targets) {
+    require_training();
     require(n_targets > 0, ErrorKind::input, "an optimizer step needs trained tokens");
     const double norm = lora_->step(config_.adamw, lr, n_targets, step + 1);
     step++;

@@ -108,6 +108,7 @@ private:
     void compute(Graph & g);
     void run_profiled(Graph & g);
     void check_cancelled() const;
+    void require_training() const;
     double sum_nats(int64_t n);
     std::vector<double> read_nats(int64_t n);
     int64_t chunk_of(int64_t n) const;
@@ -137,8 +138,8 @@ private:
 
     Inputs in_;
     std::unique_ptr<TensorBuffer> inputs_, saved_buffer_;
-    std::vector<Tensor>
-        saved_; // [C, Nmax] inputs of the adapted blocks, then the last block's output
+    std::vector<Tensor> saved_; // [C, Nmax] inputs of the adapted blocks, then the last block's
+                                // output; one where nothing is trained
     struct KeptField {
         Tensor Activations::* field;
         ggml_type type;

@@ -25,14 +25,16 @@ static constexpr Tensor Activations::* FIELDS[] = {
 void Engine::allocate_saved() {
     const int64_t C = model_->hparams.n_embd, N = config_.n_rows * config_.n_tokens;
     const int64_t n_adapted =
-        config_.lora.layer_last > 0 ? model_->hparams.n_layer - config_.lora.layer_first : 0;
+        config_.lora.train ? model_->hparams.n_layer - config_.lora.layer_first : 0;
     saved_buffer_ = std::make_unique<TensorBuffer>(
         "saved inputs", ggml_backend_get_default_buffer_type(backend_.get()),
         (size_t)(2 * n_adapted + 8));
     for (int64_t i = 0; i <= n_adapted; i++) {
         saved_.push_back(saved_buffer_->add(GGML_TYPE_F32, {C, N}, "saved." + std::to_string(i)));
     }
-    dx_ = saved_buffer_->add(GGML_TYPE_F32, {C, N}, "dx");
+    if (config_.lora.train) {
+        dx_ = saved_buffer_->add(GGML_TYPE_F32, {C, N}, "dx");
+    }
     nats_ = saved_buffer_->add(fused_ ? GGML_TYPE_F64 : GGML_TYPE_F32, {N}, "nats");
     if (config_.keep) {
         // Sized by a block's graph at the largest shape.

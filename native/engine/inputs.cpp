@@ -256,15 +256,17 @@ std::vector<NodeReport> Engine::graph_report(bool gpu) {
         report.add(embed_graph(training));
         report.add(head_graph(0, n, training));
     };
-    for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
-        report.add(block_forward_graph(l, true));
-        if (l >= first) {
-            report.add(block_backward_graph(l));
+    if (config_.lora.train) {
+        for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
+            report.add(block_forward_graph(l, true));
+            if (l >= first) {
+                report.add(block_backward_graph(l));
+            }
         }
+        walk_head(true);
+        report.add(lora_->norm_graph());
+        report.add(lora_->step_graph());
     }
-    walk_head(true);
-    report.add(lora_->norm_graph());
-    report.add(lora_->step_graph());
     in_.seed = 0;
     for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
         report.add(block_forward_graph(l, false));
@@ -290,9 +292,12 @@ void Engine::reserve() {
                     ggml_backend_dev_name(device_));
     };
     const int64_t last = model_->hparams.n_layer - 1;
-    largest(block_forward_graph(last, true));
-    largest(block_backward_graph(last));
-    largest(head_graph(0, std::min(chunk_, in_.N()), true));
+    const bool train = config_.lora.train;
+    largest(block_forward_graph(last, train));
+    if (train) {
+        largest(block_backward_graph(last));
+    }
+    largest(head_graph(0, std::min(chunk_, in_.N()), train));
 }
 
 } // namespace ggft

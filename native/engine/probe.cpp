@@ -80,6 +80,7 @@ int site_of(const std::string & name) {
 } // namespace
 
 Arrays Engine::probe(const std::string & op, const MicroBatch & batch, const Arrays & given) {
+    require_training();
     set_inputs(batch);
     const Hparams & h = model_->hparams;
     const Layer & w = model_->layers[0];

@@ -2,14 +2,16 @@
 
 #include "base/error.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <map>
 
 namespace ggft {
 
 // Width of the flat tensors; each parameter starts on a multiple of ALIGN elements.
 static constexpr int64_t ROW = 1024;
-static constexpr int64_t ALIGN = 64;
+static constexpr int64_t ALIGN = 128;
+static constexpr float LARGEST_HALF = 65504;
 
 Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_t backend)
     : config_(config), backend_(backend),
@@ -20,74 +22,98 @@ Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_t backen
                 config.layer_last <= n_layer,
             ErrorKind::input,
             "layer range is outside the model's " + std::to_string(n_layer) + " layers");
-    int64_t offset = 0;
+    place_parameters(model);
+    value_ = buffer_.add(config.type, {ROW, n_rows_}, "value");
+    if (config.type != GGML_TYPE_F32) {
+        loaded_ = buffer_.add(GGML_TYPE_F32, {layer_size()}, "loaded");
+    }
+    if (config.train) {
+        grad_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "grad");
+        m_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "m");
+        v_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "v");
+        options_ = buffer_.add(GGML_TYPE_F32, {7}, "adamw");
+        factor_ = buffer_.add(GGML_TYPE_F32, {1}, "factor");
+        ggml_set_param(value_);
+    }
+    buffer_.allocate();
+    make_pairs(n_layer);
+}
+
+void Lora::place_parameters(const Model & model) {
     auto place = [&](const std::string & name, int64_t ne0, int64_t ne1) {
-        parameters_.push_back({name, ne0, ne1, offset});
-        offset += (ne0 * ne1 + ALIGN - 1) / ALIGN * ALIGN;
+        parameters_.push_back({name, ne0, ne1, n_elements_});
+        n_elements_ += (ne0 * ne1 + ALIGN - 1) / ALIGN * ALIGN;
     };
-    for (int64_t l = config.layer_first; l < config.layer_last; l++) {
+    for (int64_t l = config_.layer_first; l < config_.layer_last; l++) {
         for (int s = 0; s < N_SITES; s++) {
-            if (!config.targets[s]) {
+            if (!config_.targets[s]) {
                 continue;
             }
             const Tensor w = model.layers[(size_t)l].linear[s].weight;
             const std::string base =
                 std::string("blk.") + std::to_string(l) + "." + site_name(s) + ".weight";
-            place(base + ".lora_a", w->ne[0], config.rank);
-            place(base + ".lora_b", config.rank, w->ne[1]);
+            place(base + ".lora_a", w->ne[0], config_.rank);
+            place(base + ".lora_b", config_.rank, w->ne[1]);
         }
     }
     require(!parameters_.empty(), ErrorKind::input, "no target module is selected");
-    n_rows_ = (offset + ROW - 1) / ROW;
-    value_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "value");
-    grad_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "grad");
-    m_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "m");
-    v_ = buffer_.add(GGML_TYPE_F32, {ROW, n_rows_}, "v");
-    options_ = buffer_.add(GGML_TYPE_F32, {7}, "adamw");
-    factor_ = buffer_.add(GGML_TYPE_F32, {1}, "factor");
-    buffer_.allocate();
-    ggml_set_param(value_);
+    n_rows_ = (n_elements_ + ROW - 1) / ROW;
+}
 
+int64_t Lora::layer_size() const {
+    return n_elements_ / (config_.layer_last - config_.layer_first);
+}
+
+void Lora::make_pairs(int64_t n_layer) {
     views_.reset(ggml_init({ggml_tensor_overhead() * 2 * (parameters_.size() + 1), nullptr, true}));
     require(views_ != nullptr, ErrorKind::resource, "out of memory for the adapter's tensors");
     pairs_.resize((size_t)n_layer * N_SITES);
-    auto view = [&](Tensor flat, const Parameter & p, const char * prefix) {
-        const size_t size = sizeof(float);
-        Tensor t = ggml_view_2d(views_.get(), flat, p.ne0, p.ne1, (size_t)p.ne0 * size,
-                                (size_t)p.offset * size);
+    auto view = [&](Tensor flat, const Parameter & p, const char * prefix) -> Tensor {
+        if (flat == nullptr) {
+            return nullptr;
+        }
+        const int64_t at = flat == loaded_ ? p.offset % layer_size() : p.offset;
+        Tensor t = ggml_view_2d(views_.get(), flat, p.ne0, p.ne1, (size_t)p.ne0 * sizeof(float),
+                                (size_t)at * sizeof(float));
         ggml_backend_view_init(t);
         ggml_set_name(t, (prefix + p.name).c_str());
         return t;
     };
+    const Tensor value = loaded_ != nullptr ? loaded_ : value_;
     size_t i = 0;
-    for (int64_t l = config.layer_first; l < config.layer_last; l++) {
+    for (int64_t l = config_.layer_first; l < config_.layer_last; l++) {
         for (int s = 0; s < N_SITES; s++) {
-            if (!config.targets[s]) {
+            if (!config_.targets[s]) {
                 continue;
             }
             const Parameter &a = parameters_[i], &b = parameters_[i + 1];
-            pairs_[(size_t)l * N_SITES + (size_t)s] = {view(value_, a, ""), view(value_, b, ""),
+            pairs_[(size_t)l * N_SITES + (size_t)s] = {view(value, a, ""), view(value, b, ""),
                                                        view(grad_, a, "d "), view(grad_, b, "d "),
-                                                       config.alpha / (float)config.rank};
+                                                       config_.alpha / (float)config_.rank};
             i += 2;
         }
     }
 }
 
+void Lora::load(Graph & g, int64_t layer) const {
+    if (loaded_ == nullptr || layer < config_.layer_first || layer >= config_.layer_last) {
+        return;
+    }
+    const auto at = (size_t)((layer - config_.layer_first) * layer_size());
+    g.expand(ggml_cpy(
+        g.ctx(), ggml_view_1d(g.ctx(), value_, layer_size(), at * ggml_type_size(value_->type)),
+        loaded_));
+}
+
 Tensor Lora::flat(const std::string & which) const {
-    if (which == "value") {
-        return value_;
-    }
-    if (which == "grad") {
-        return grad_;
-    }
-    if (which == "m") {
-        return m_;
-    }
-    if (which == "v") {
-        return v_;
-    }
-    fail(ErrorKind::input, "unknown state '" + which + "' (expected value, grad, m or v)");
+    const std::map<std::string, Tensor> known = {
+        {"value", value_}, {"grad", grad_}, {"m", m_}, {"v", v_}};
+    const auto it = known.find(which);
+    require(it != known.end(), ErrorKind::input,
+            "unknown state '" + which + "' (expected value, grad, m or v)");
+    require(it->second != nullptr, ErrorKind::input,
+            "the engine was opened for evaluation: it has no '" + which + "'");
+    return it->second;
 }
 
 const Parameter & Lora::parameter(const std::string & name) const {
@@ -101,16 +127,35 @@ const Parameter & Lora::parameter(const std::string & name) const {
 
 void Lora::get(const std::string & name, const std::string & which, float * out) const {
     const Parameter & p = parameter(name);
-    ggml_backend_tensor_get(flat(which), out, (size_t)p.offset * 4, (size_t)(p.ne0 * p.ne1) * 4);
+    const Tensor t = flat(which);
+    const size_t size = ggml_type_size(t->type), n = (size_t)(p.ne0 * p.ne1);
+    if (t->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_get(t, out, (size_t)p.offset * size, n * size);
+        return;
+    }
+    std::vector<ggml_fp16_t> half(n);
+    ggml_backend_tensor_get(t, half.data(), (size_t)p.offset * size, n * size);
+    ggml_fp16_to_fp32_row(half.data(), out, (int64_t)n);
 }
 
 void Lora::set(const std::string & name, const std::string & which, const float * in) {
     const Parameter & p = parameter(name);
-    ggml_backend_tensor_set(flat(which), in, (size_t)p.offset * 4, (size_t)(p.ne0 * p.ne1) * 4);
+    const Tensor t = flat(which);
+    const size_t size = ggml_type_size(t->type), n = (size_t)(p.ne0 * p.ne1);
+    if (t->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_set(t, in, (size_t)p.offset * size, n * size);
+        return;
+    }
+    const bool fits = std::all_of(in, in + n, [](float x) { return std::fabs(x) <= LARGEST_HALF; });
+    require(fits, ErrorKind::input, name + " has values that 16 bits cannot hold");
+    std::vector<ggml_fp16_t> half(n);
+    ggml_fp32_to_fp16_row(in, half.data(), (int64_t)n);
+    ggml_backend_tensor_set(t, half.data(), (size_t)p.offset * size, n * size);
 }
 
 void Lora::zero_grad() {
-    ggml_backend_tensor_memset(grad_, 0, 0, ggml_nbytes(grad_));
+    const Tensor grad = flat("grad");
+    ggml_backend_tensor_memset(grad, 0, 0, ggml_nbytes(grad));
 }
 
 std::string Lora::first_nonfinite_grad() const {
@@ -150,7 +195,7 @@ double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t)
     Graph squares = norm_graph();
     require(ggml_gallocr_alloc_graph(alloc.get(), squares.graph()), ErrorKind::resource,
             "out of memory for the gradient norm");
-    ggml_backend_graph_compute(backend_, squares.graph());
+    squares.compute(backend_);
     std::vector<float> rows((size_t)n_rows_);
     ggml_backend_tensor_get(ggml_graph_node(squares.graph(), -1), rows.data(), 0,
                             rows.size() * sizeof(float));
@@ -178,7 +223,7 @@ double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t)
     Graph update = step_graph();
     require(ggml_gallocr_alloc_graph(alloc.get(), update.graph()), ErrorKind::resource,
             "out of memory for the optimizer step");
-    ggml_backend_graph_compute(backend_, update.graph());
+    update.compute(backend_);
     zero_grad();
     return norm;
 }

@@ -1,6 +1,6 @@
-// Trainable state: lora_a and lora_b of every adapted linear, their gradients and AdamW moments.
-// Each of the four lies in one flat F32 tensor, so that clipping and the optimizer are a handful of
-// nodes.
+// The adapter: lora_a and lora_b of every adapted linear, and, where it is trained, their gradients
+// and AdamW moments. Each of the four lies in one flat tensor, so that clipping and the optimizer
+// are a handful of nodes.
 #pragma once
 
 #include "base/graph.h"
@@ -17,13 +17,15 @@ struct LoraConfig {
     int rank = 8;
     float alpha = 32;
     float dropout = 0;
+    bool train = true; // else there are values only, which may be F16
+    ggml_type type = GGML_TYPE_F32;
 };
 
 // The adapter of one linear: y += scale * lora_b (lora_a x).
 struct LoraPair {
     Tensor a = nullptr;  // [C_in, R]
     Tensor b = nullptr;  // [R, C_out]
-    Tensor da = nullptr; // gradients, summed over micro-batches
+    Tensor da = nullptr; // gradients, summed over micro-batches; null where nothing is trained
     Tensor db = nullptr;
     float scale = 0;
 
@@ -48,9 +50,13 @@ public:
         return pairs_[(size_t)layer * N_SITES + (size_t)site];
     }
 
+    // The first node of a graph that reads a layer's pairs: F16 matrices become F32 there.
+    void load(Graph & g, int64_t layer) const;
+
     const std::vector<Parameter> & parameters() const { return parameters_; }
 
-    // `which`: "value", "grad", "m" or "v". Throws Error(input) for unknown names.
+    // `which`: "value", "grad", "m" or "v". Throws Error(input) for unknown names, for state that
+    // is not trained, and for values that F16 cannot hold.
     void get(const std::string & name, const std::string & which, float * out) const;
     void set(const std::string & name, const std::string & which, const float * in);
 
@@ -68,6 +74,9 @@ public:
     Graph step_graph() const;
 
 private:
+    void place_parameters(const Model & model);
+    void make_pairs(int64_t n_layer);
+    int64_t layer_size() const; // elements of a layer in the flat tensors
     Tensor flat(const std::string & which) const;
     const Parameter & parameter(const std::string & name) const;
 
@@ -77,8 +86,9 @@ private:
     ggml_context_ptr views_;
     std::vector<LoraPair> pairs_;
     std::vector<Parameter> parameters_;
-    int64_t n_rows_ = 0; // of the flat tensors, ROW wide
+    int64_t n_elements_ = 0, n_rows_ = 0; // of the flat tensors, ROW wide
     Tensor value_ = nullptr, grad_ = nullptr, m_ = nullptr, v_ = nullptr;
+    Tensor loaded_ = nullptr; // [layer_size()] F32, the matrices of one layer; null if value is F32
     Tensor options_ = nullptr; // [7], as OPT_STEP_ADAMW reads them
     Tensor factor_ = nullptr;  // [1], multiplies the gradient
 };

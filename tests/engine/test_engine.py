@@ -4,10 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ggft.engine.engine import EngineSettings, load_native
-from tests.support.models import Spec, write_model
+from ggft.system.errors import InputError, ResourceError
+from tests.support.engines import make_batch, open_engine, set_random_lora
+from tests.support.models import Spec, Tiny, write_model
 
 
 def given(folder: Path) -> dict[str, Any]:
@@ -46,3 +49,72 @@ def test_a_setting_that_is_missing(tmp_path: Path) -> None:
     del settings["weight_decay"]
     with pytest.raises(native.Error, match="'weight_decay' is missing"):
         native.Engine(settings)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Tiny:
+    return write_model(tmp_path / "m.gguf", Spec())
+
+
+@pytest.mark.parametrize("kernels", ["fused", "ggml"])
+def test_an_evaluation_engine_has_the_same_loss(tiny: Tiny, kernels: str) -> None:
+    batch = make_batch(tiny.shape.n_vocab)
+    losses: dict[tuple[str, bool], float] = {}
+    for precision in ("f32", "fast"):
+        for train in (True, False):
+            changes = {"kernels": kernels, "precision": precision, "train": train, "dropout": 0.1}
+            with open_engine(tiny, layer_first=1, **changes) as engine:
+                set_random_lora(engine)
+                losses[precision, train] = engine.evaluate(batch)[0]
+    assert losses["f32", False] == losses["f32", True]
+    # The adapter's values are rounded to 11 bits.
+    assert losses["fast", False] == pytest.approx(losses["fast", True], rel=1e-4)
+    assert losses["fast", False] != losses["fast", True]
+
+
+def test_an_evaluation_engine_holds_no_more_than_it_needs(tiny: Tiny) -> None:
+    buffers = {}
+    for train in (True, False):
+        changes = {"rank": 64, "prepacked_bytes": 1 << 24, "keep": True, "precision": "fast"}
+        with open_engine(tiny, kernels="fused", train=train, **changes) as engine:
+            buffers[train] = engine.info()["buffers"]
+            n_values = sum(a * b for a, b in engine.parameters.values())
+    # All layers in 16 bits, and one as F32.
+    per_layer = 4 * n_values / tiny.spec.n_layer
+    assert buffers[False]["lora"] == pytest.approx(2 * n_values + per_layer, abs=4096)
+    assert buffers[False]["saved"] < buffers[True]["saved"] / 4
+    assert buffers[False]["compute"] < buffers[True]["compute"]
+    assert buffers[False]["prepacked"] == pytest.approx(buffers[True]["prepacked"] / 2, rel=0.2)
+
+
+def test_an_evaluation_engine_cannot_train(tiny: Tiny) -> None:
+    batch = make_batch(tiny.shape.n_vocab)
+    with open_engine(tiny, train=False, precision="fast") as engine:
+        name, shape = next(iter(engine.parameters.items()))
+        for refused in (
+            lambda: engine.forward_backward(batch, 0),
+            lambda: engine.optimizer_step(0.1, 1),
+            lambda: engine.get(name, "grad"),
+            lambda: engine.zero_grad(),
+        ):
+            with pytest.raises(InputError, match="opened for evaluation"):
+                refused()
+        engine.set(name, "value", np.full(shape, 0.1, np.float32))
+        assert engine.get(name)[0, 0] == np.float16(0.1)
+        with pytest.raises(InputError, match="16 bits cannot hold"):
+            engine.set(name, "value", np.full(shape, 1e5, np.float32))
+
+
+def test_a_kernel_without_memory_is_an_error(tiny: Tiny) -> None:
+    """And leaves an engine that works."""
+    native = load_native()
+    batch = make_batch(tiny.shape.n_vocab)
+    with open_engine(tiny, threads=2) as engine:
+        loss, _ = engine.evaluate(batch)
+        native.fail_kernels("attention")
+        try:
+            with pytest.raises(ResourceError, match="out of memory in the kernel 'attention'"):
+                engine.evaluate(batch)
+        finally:
+            native.fail_kernels("")
+        assert engine.evaluate(batch)[0] == loss
