@@ -34,7 +34,7 @@ from ggft.engine.peak import measure_peak
 from ggft.gguf.read import check_model, read_gguf
 from ggft.recipes.bench import block_matrices
 
-GGFT = "from ggft.cli import main; main()"
+GGFT = "from ggft.__main__ import main; main()"
 SHAPES = ((1, 512), (4, 512))
 HOPELESS = 4.0
 NAMES = {"BF16": "bf16", "16-bit integers": "int16", "F32": "f32"}

@@ -101,7 +101,7 @@ def main() -> None:
     new = arguments.folder / "converted.gguf"
     try:
         write_old(old, arguments.version)
-        command = [sys.executable, "-c", "from ggft.cli import main; main()", "convert"]
+        command = [sys.executable, "-c", "from ggft.__main__ import main; main()", "convert"]
         started_s = time.monotonic()
         child = subprocess.Popen([*command, str(old), str(new)])
         _, status, usage = os.wait4(child.pid, 0)

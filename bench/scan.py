@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import ROOT, SMOLLM2, run_json
 
-GGFT = "from ggft.cli import main; main()"
+GGFT = "from ggft.__main__ import main; main()"
 
 
 @dataclass

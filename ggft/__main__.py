@@ -7,14 +7,44 @@ from __future__ import annotations
 
 import sys
 
+# The commands that run native code, which may crash: they run in a child.
+SUPERVISED = (
+    "finetune", "plan", "prepare", "eval", "generate", "chat", "merge", "quantize", "export",
+    "doctor", "bench",
+)  # fmt: skip
+
 
 def main() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line, in a child where native code is part of it; exit with its code."""
     try:
-        from ggft.cli import main as run
+        sys.exit(_run())
     except KeyboardInterrupt:
+        from ggft.system.supervisor import tell
+
+        print("ggft: interrupted", file=sys.stderr)
+        tell(ended=True)
         sys.exit(130)
-    run()
+
+
+def _run() -> int:
+    from ggft.system.errors import GgftError
+    from ggft.system.supervisor import supervise, tell
+
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command in SUPERVISED and not {"-h", "--help"} & set(sys.argv):
+        try:
+            code = supervise()
+        except GgftError as error:
+            from ggft.command import report
+
+            return report(error)
+        if code is not None:
+            return code
+    from ggft.cli import main as run
+
+    code = run()
+    tell(ended=True)
+    return code
 
 
 if __name__ == "__main__":

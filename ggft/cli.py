@@ -7,7 +7,6 @@ native code.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from ggft.settings.training import BenchConfig, EvalConfig, FinetuneConfig
 
 ConfigT = TypeVar("ConfigT")
-# Whether this process is `ggft` itself, which can be started again as a child, and not a test.
-_is_program = False
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,12 +56,6 @@ def _with_model(config: ConfigT) -> ConfigT:
 )  # fmt: skip
 def finetune(config: FinetuneConfig) -> Any:
     """Train a LoRA adapter on a quantized model."""
-    if _is_program and not config.dry_run:
-        from ggft.training.run_directory import supervise_run
-
-        code = supervise_run(config.output)
-        if code is not None:
-            return code
     from ggft.recipes.finetune import finetune as action
 
     if not config.dry_run:
@@ -252,8 +243,6 @@ def bench(config: BenchConfig) -> None:
     action(_with_model(config))
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
-    global _is_program
-    _is_program = True
-    sys.exit(run(cli))
+def main() -> int:
+    """Run the command line and return its exit code."""
+    return run(cli)

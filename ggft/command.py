@@ -236,10 +236,10 @@ def run(group: click.Group, args: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        return _report(error)
+        return report(error)
 
 
-def _report(error: BaseException) -> int:
+def report(error: BaseException) -> int:
     """Print an error's message to stderr and return its exit code."""
     if isinstance(error, BrokenPipeError | _ReaderGoneError):
         # Whoever read our output has seen enough, as in `ggft info FILE | head`.

@@ -17,7 +17,7 @@ from ggft.command import CommandGroup, command, run
 from ggft.system.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
 from tests.support.models import CHATML, Spec, write_model
 
-GGFT = [sys.executable, "-c", "from ggft.cli import main; main()"]
+GGFT = [sys.executable, "-c", "from ggft.__main__ import main; main()"]
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_the_commands_run(smollm2: Path, tmp_path: Path, monkeypatch: pytest.Mon
     short = {"finetune": ["--max-steps", "1"], "generate": ["-n", "4"], "chat": ["-n", "4"]}
     lines = [shlex.split(line)[1:] for line in shell_lines() if line.startswith("ggft ")]
     assert len(lines) >= 8
-    start = [sys.executable, "-c", "from ggft.cli import main; main()"]
+    start = [sys.executable, "-c", "from ggft.__main__ import main; main()"]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for args in lines:
         process = subprocess.run(

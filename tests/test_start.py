@@ -29,6 +29,6 @@ def test_the_package_runs_as_a_module() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ggft {ggft.__version__}\n", "")
 
 
-def test_ctrl_c_while_modules_are_imported_ends_quietly() -> None:
+def test_ctrl_c_while_modules_are_imported_ends_in_one_line() -> None:
     done = start("-c", INTERRUPTED)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (130, "ggft: interrupted\n")

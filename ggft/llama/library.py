@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
+import sys
+from enum import Enum, auto
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from ggft.gguf.read import read_gguf
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.signals import deferred
+from ggft.system.supervisor import tell
 
 _log = logging.getLogger("ggft.llama.model")
+# Tokens per call of llama_decode: small enough that Ctrl-C is heard, large enough for fast GEMMs.
+N_BATCH = 512
 _LEVELS = {2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _first_complaint: str | None = None
 _lib: Any = None
 _callback: Any = None  # the C side holds no reference to it
+
+
+class Part(Enum):
+    """What of a model is loaded."""
+
+    ALL = auto()
+    HEADER = auto()  # hyper-parameters, vocabulary and tensors, without the weights' values
+    VOCABULARY = auto()
 
 
 def load() -> Any:
@@ -23,16 +38,36 @@ def load() -> Any:
     global _lib, _callback
     if _lib is None:
         try:
-            import llama_cpp
+            _lib = _import()
         except (ImportError, OSError, RuntimeError) as error:
             raise ResourceError(
                 f"llama-cpp-python cannot be loaded: {error}", hint="make clean setup"
             ) from None
-        _lib = llama_cpp.llama_cpp
         _callback = _lib.llama_log_callback(_on_log)
         _lib.llama_log_set(_callback, None)
         _lib.llama_backend_init()
     return _lib
+
+
+def _import() -> Any:
+    """Import `llama_cpp.llama_cpp`, the C API, without the package's own start.
+
+    That imports servers, caches and templates that are of no use here, and takes four times as
+    long as the rest.
+    """
+    name = "llama_cpp"
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"no package {name}")
+        bare = ModuleType(name)
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules[name] = bare
+        try:
+            return importlib.import_module("llama_cpp.llama_cpp")
+        finally:
+            del sys.modules[name]  # who imports the package later gets all of it
+    return importlib.import_module("llama_cpp.llama_cpp")
 
 
 def library_info() -> dict[str, str]:
@@ -55,6 +90,7 @@ def _on_log(level: int, text: bytes, _data: object) -> None:
     line = text.decode("utf-8", "replace").rstrip()
     if level == 4 and line and _first_complaint is None:
         _first_complaint = line
+        tell(complaint=complaint())  # what follows may be a crash
     if line.strip("."):  # the loader's dots of progress
         _log.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
 
@@ -76,14 +112,20 @@ def forget_complaints() -> None:
     _first_complaint = None
 
 
-def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
-    """Check the file, then return llama.cpp's handle of it."""
+def open_model(path: Path, part: Part = Part.ALL, *, on_gpu: bool = False) -> Any:
+    """Return llama.cpp's handle of a file that `read_gguf` accepts.
+
+    Raises:
+        InputError: llama.cpp refuses it.
+        ResourceError: Not enough memory.
+    """
     lib = load()
-    # llama.cpp wants the first shard of a split model; any may be given.
-    path = read_gguf(path).path
     params = lib.llama_model_default_params()
-    params.vocab_only = vocab_only
+    params.vocab_only = part is Part.VOCABULARY
     params.n_gpu_layers = -1 if on_gpu else 0
+    if part is Part.HEADER:
+        params.no_alloc = True
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE
     forget_complaints()
     with deferred():
         model = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -98,7 +140,31 @@ def _open_model(path: Path, *, vocab_only: bool, on_gpu: bool) -> Any:
     return model
 
 
-def _free(handles: list[tuple[Any, Any]]) -> None:
+def open_context(model: Any, path: Path, *, n_ctx: int, threads: int | None = None) -> Any:
+    """Return a context of `n_ctx` tokens of an open model.
+
+    Raises:
+        ResourceError: Not enough memory.
+    """
+    lib = load()
+    params = lib.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = N_BATCH
+    params.no_perf = True
+    if threads:
+        params.n_threads = params.n_threads_batch = threads
+    forget_complaints()
+    with deferred():
+        context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise ResourceError(
+            f"no memory for a context of {n_ctx} tokens", path=path, found=complaint(),
+            hint="ask for a shorter one: --context",
+        )  # fmt: skip
+    return context
+
+
+def free(handles: list[tuple[Any, Any]]) -> None:
     """Free a model's handles, the last one made first; the model frees its adapters."""
     while handles:
         free, handle = handles.pop()

@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggft.gguf.read import read_gguf
-from ggft.llama.library import _free, _log, _open_model, complaint, forget_complaints, load
+from ggft.llama.library import (
+    N_BATCH,
+    Part,
+    _log,
+    complaint,
+    forget_complaints,
+    free,
+    load,
+    open_context,
+    open_model,
+)
 from ggft.llama.vocabulary import Vocabulary
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.signals import deferred
+from ggft.system.supervisor import loading
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Tokens per call of llama_decode: small enough that Ctrl-C is heard, large enough for fast GEMMs.
-N_BATCH = 512
+_TRIAL_TOKENS = 64
 
 _log.addHandler(logging.NullHandler())
 
@@ -36,17 +46,26 @@ class LlamaTokenizer(Vocabulary):
 
     Args:
         path: A GGUF model; of a split one, any shard.
+        of_model: Also have llama.cpp look at all of the model but the values of its weights, so
+            that what it refuses, or crashes at, is known before any work is done.
 
     Raises:
         InputError: Not a usable GGUF, or one without a vocabulary.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, of_model: bool = False) -> None:
         api = load()
-        model = _open_model(Path(path), vocab_only=True, on_gpu=False)
-        # Also runs at exit, while Python can still take llama.cpp's log.
-        weakref.finalize(self, api.llama_model_free, model)
-        super().__init__(api, model, Path(path))
+        # llama.cpp wants the first shard of a split model; any may be given.
+        path = read_gguf(path).path
+        with loading(path):
+            model = open_model(path, Part.HEADER if of_model else Part.VOCABULARY)
+            # Also runs at exit, while Python can still take llama.cpp's log.
+            weakref.finalize(self, api.llama_model_free, model)
+            super().__init__(api, model, path)
+            self.try_out()
+            if of_model:
+                context = open_context(model, path, n_ctx=_TRIAL_TOKENS)
+                api.llama_free(context)
 
 
 class LlamaModel:
@@ -80,33 +99,20 @@ class LlamaModel:
     ) -> None:
         self.path = Path(path)
         self._api = load()
-        self._model = _open_model(self.path, vocab_only=False, on_gpu=device != "cpu")
-        self._handles: list[tuple[Any, Any]] = [(self._api.llama_model_free, self._model)]
-        self._free = weakref.finalize(self, _free, self._handles)
-        self.vocabulary = Vocabulary(self._api, self._model, self.path)
-        n_ctx_train = int(self._api.llama_model_n_ctx_train(self._model))
-        self.n_ctx = min(n_ctx or 4096, n_ctx_train)
-        self._context = self._make_context(threads)
+        first = read_gguf(path).path  # of a split model's shards
+        with loading(first):
+            self._model = open_model(first, on_gpu=device != "cpu")
+            self._handles: list[tuple[Any, Any]] = [(self._api.llama_model_free, self._model)]
+            self._free = weakref.finalize(self, free, self._handles)
+            self.vocabulary = Vocabulary(self._api, self._model, self.path)
+            self.vocabulary.try_out()
+            n_ctx_train = int(self._api.llama_model_n_ctx_train(self._model))
+            self.n_ctx = min(n_ctx or 4096, n_ctx_train)
+            self._context = open_context(self._model, first, n_ctx=self.n_ctx, threads=threads)
         self._handles.append((self._api.llama_free, self._context))
         if adapter is not None:
             self._attach(Path(adapter), adapter_scale)
         self._seen: list[int] = []
-
-    def _make_context(self, threads: int | None) -> Any:
-        params = self._api.llama_context_default_params()
-        params.n_ctx = self.n_ctx
-        params.n_batch = N_BATCH
-        params.no_perf = True
-        if threads:
-            params.n_threads = params.n_threads_batch = threads
-        with deferred():
-            context = self._api.llama_init_from_model(self._model, params)
-        if not context:
-            raise ResourceError(
-                f"no memory for a context of {self.n_ctx} tokens", path=self.path,
-                found=complaint(), hint="ask for a shorter one: --context",
-            )  # fmt: skip
-        return context
 
     def _attach(self, path: Path, scale: float) -> None:
         read_gguf(path)

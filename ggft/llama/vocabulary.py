@@ -13,6 +13,13 @@ from typing import Any
 
 from ggft.system.errors import InputError
 
+# Has every byte that UTF-8 can have, in characters of each length.
+_TRIAL = "".join(
+    chr(code)
+    for some in ((0, 0xC0), (0xC0, 0x800, 63), (0x800, 0xD800, 997), (0xE000, 0x110000, 4099))
+    for code in range(*some)
+)
+
 
 class Vocabulary:
     """Text to token ids and back.
@@ -38,6 +45,14 @@ class Vocabulary:
         self.eos_id = self._special(self._api.llama_vocab_eos)
         self.eot_id = self._special(self._api.llama_vocab_eot)
         self.add_bos = bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    def try_out(self) -> None:
+        """Use everything once, so that what llama.cpp crashes at it crashes at here."""
+        for special in (False, True):
+            self.encode(_TRIAL, special=special)
+        ids = (self._api.llama_token * self.n_vocab)(*range(self.n_vocab))
+        # Writes nothing, says only how long the text is.
+        self._api.llama_detokenize(self._vocab, ids, self.n_vocab, None, 0, False, True)
 
     def _special(self, getter: Any) -> int | None:
         token = int(getter(self._vocab))

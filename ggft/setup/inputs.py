@@ -46,7 +46,7 @@ def open_base(path: str, template: str) -> BaseModel:
     file = read_gguf(path)
     info = check_model(file)
     check_values(file)
-    tokenizer = LlamaTokenizer(file.path)
+    tokenizer = LlamaTokenizer(file.path, of_model=True)
     return BaseModel(file, info, make_template(template, file.metadata, tokenizer))
 
 

@@ -10,12 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import IO
-
-from ggft.system.errors import ResourceError
 
 _LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # Python itself may need them
 _KEPT_BYTES = 4096  # of a child's standard error, from its begin
@@ -41,6 +38,7 @@ class Child:
             f"import sys; sys.path.insert(0, sys.argv[1]); "
             f"from {__name__} import _run_child; _run_child()"
         )
+        fill_descriptors()
         theirs, self._ours = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -127,6 +125,13 @@ class Drain:
             self._pipe.close()
 
 
+def fill_descriptors() -> None:
+    """Open what of 0 to 2 is closed, lest a pipe to a child become one of them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def ended_with(code: int) -> str:
     """Say how a process ended, from its exit code as Popen gives it."""
     return f"exit code {code}" if code >= 0 else signal_name(-code)
@@ -159,74 +164,3 @@ def _die_with_parent(pipe: int) -> None:
     """Wait for the parent's end of the pipe to close, then end whatever this process does."""
     os.read(pipe, 1)
     os._exit(128 + signal.SIGTERM)
-
-
-# Set in the child, which does the work, to the end of a pipe that closes with the parent.
-_CHILD = "GGFT_SUPERVISED"
-_CAUSES = {
-    "SIGKILL": "most likely the system ran out of memory",
-    "SIGBUS": "a mapped file became shorter or unreadable; is the model still whole?",
-    "SIGABRT": "an assertion in native code failed",
-    "SIGSEGV": "native code crashed",
-    "SIGILL": "native code was built for another processor",
-}
-
-
-def supervise(advice: Callable[[str], str]) -> int | None:
-    """Run this very command again as a child and return its exit code; None in the child.
-
-    `advice` says how to continue after the child was killed by the signal of this name.
-
-    Raises:
-        ResourceError: the child was killed; the exit code is 128 + the signal's number.
-    """
-    if pipe := os.environ.pop(_CHILD, None):
-        threading.Thread(target=_end_with_parent, args=(int(pipe),), daemon=True).start()
-        return None
-    command = [sys.executable, *sys.orig_argv[1:]]
-    theirs, ours = os.pipe()
-    try:
-        environment = {**os.environ, _CHILD: str(theirs)}
-        with (
-            subprocess.Popen(command, env=environment, pass_fds=(theirs,)) as child,
-            _forwarding(child),
-        ):
-            code = child.wait()
-    finally:
-        os.close(theirs)
-        os.close(ours)
-    if code >= 0:
-        return code
-    name = signal_name(-code)
-    error = ResourceError(
-        f"training was killed by {name}: {_CAUSES.get(name, 'the cause is not known')}",
-        hint=advice(name),
-    )
-    error.exit_code = 128 - code
-    raise error
-
-
-def _end_with_parent(pipe: int) -> None:
-    """Wait for the parent's end of the pipe to close; then stop this process as SIGTERM does."""
-    os.read(pipe, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on to the child; it takes a Ctrl-C that reaches both as one."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):
-            child.send_signal(number)
-
-    previous = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            previous[number] = signal.signal(number, forward)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -25,6 +25,7 @@ from ggft.gguf.read import dequantize, read_gguf
 from ggft.gguf.write import write_gguf
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import flush, sha256_of
+from ggft.system.supervisor import tell
 
 if TYPE_CHECKING:
     from ggft.engine.engine import Engine
@@ -72,6 +73,15 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def say_how_to_continue(folder: Path) -> None:
+    """Let the parent process say how, should this one be killed."""
+    newest = next(iter(_paths(folder)), None)
+    if newest is None:
+        tell(remedy="there is no checkpoint yet; start again")
+    else:
+        tell(remedy=f"the last checkpoint is {newest}; continue with --resume")
+
+
 def save(
     folder: Path,
     engine: Engine,
@@ -110,6 +120,7 @@ def save(
         raise
     for path in _paths(folder)[keep:]:
         shutil.rmtree(path, ignore_errors=True)
+    say_how_to_continue(folder)
     return final
 
 

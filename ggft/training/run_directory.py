@@ -8,7 +8,6 @@ outcome.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -25,8 +24,7 @@ from ggft.system.files import (
     require_space,
     run_lock,
 )
-from ggft.system.processes import supervise
-from ggft.training.checkpoint import sweep
+from ggft.training.checkpoint import say_how_to_continue, sweep
 
 ADAPTER = "adapter.gguf"
 CHECKPOINTS = "checkpoints"
@@ -121,23 +119,6 @@ class RunDirectory:
             self._metrics = None
 
 
-def supervise_run(output: str) -> int | None:
-    """Train in a child process, as `supervise`, whose checkpoints are named if it is killed."""
-    return supervise(functools.partial(_advice, RunDirectory(Path(output))))
-
-
-def _advice(run: RunDirectory, signal_name: str) -> str:
-    """Return how to continue a run that a signal ended."""
-    checkpoints = sorted(run.checkpoints.glob("step-*"))
-    if not checkpoints:
-        text = "there is no checkpoint yet; start again"
-    else:
-        text = f"the last checkpoint is {checkpoints[-1]}; continue with --resume"
-    if signal_name == "SIGKILL":
-        text += " and a smaller --memory"
-    return text
-
-
 def settings_to_resume(given: Mapping[str, Any]) -> Path | None:
     """Return the settings of the run that is to be resumed, if there is one.
 
@@ -205,6 +186,7 @@ def open_run(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunDirect
                     "or choose another directory with --output",
                 )  # fmt: skip
             sweep(run.checkpoints)
+            say_how_to_continue(run.checkpoints)
             try:
                 yield run
             finally:

@@ -1,135 +1,61 @@
-"""Runs in a process of their own: killed, interrupted, and left by their reader."""
+"""Helper processes: isolated, drained, and gone with their parent."""
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from ggft.adapters.adapter import read_adapter
-from ggft.gguf.read import read_gguf
-from tests.support.runs import Case, metrics
+from ggft.system.processes import Child
+from tests.support.children import is_gone
 
-KILLED = """
-import os, sys
-import ggft.engine.engine
-from tests.support.fakes import FakeEngine, native_module
-class Engine(FakeEngine):
-    def optimizer_step(self, *args):
-        if self.step == 7:
-            os.kill(os.getpid(), {number})
-        return super().optimizer_step(*args)
-ggft.engine.engine.load_native = lambda: native_module(Engine)
-from ggft.cli import main
-main()
+
+def test_a_child_that_writes_much_never_waits() -> None:
+    child = Child("tests.support.children:chatter")
+    assert child.wait() == 7
+    assert child.last_words() == "the cause"
+    child.stop()
+
+
+def test_last_words_of_a_traceback_are_its_error() -> None:
+    child = Child("tests.support.children:fail")
+    assert child.wait() == 1
+    assert child.last_words() == "RuntimeError: can't start new thread"
+    child.stop()
+    child = Child("tests.support.children:spin")
+    assert child.last_words() == "SIGKILL"
+    child.stop()
+
+
+def test_a_child_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("contextlib", "ctypes", "numpy"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child = Child("tests.support.children:show", "an argument", "é")
+    assert child.wait() == 0
+    assert child.stdout.read().decode() == "['an argument', 'é'] False\n"
+    child.stop()
+    assert not (tmp_path / "was-run").exists()
+
+
+BUSY = """
+import os, signal
+from ggft.system.processes import Child
+from tests.support.children import is_gone
+child = Child("tests.support.children:spin")
+child.stdout.read(1)
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "parts"),
-    [
-        (signal.SIGKILL, 137, ["SIGKILL", "out of memory", "smaller --memory"]),
-        (signal.SIGBUS, 135, ["SIGBUS", "mapped file"]),
-        (signal.SIGABRT, 134, ["SIGABRT", "assertion"]),
-    ],
-)
-def test_the_parent_names_what_killed_the_run(
-    case: Case, number: int, code: int, parts: list[str]
-) -> None:
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    settings = ["--save-steps", "5", "--epochs", "3", "--val-split", "0"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(number=number), *arguments, *settings],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == code
-    for part in [*parts, "step-000005", "--resume"]:
-        assert part in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-CHILD = """
-import sys
-import ggft.engine.engine
-from tests.support.fakes import FakeEngine, native_module
-FakeEngine.delay_s = 0.2
-ggft.engine.engine.load_native = native_module
-from ggft.cli import main
-main()
-"""
-
-
-def start(case: Case) -> tuple[Path, subprocess.Popen[str]]:
-    """Start a slow run; return its directory and the parent process."""
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, "--val-split", "0", "--epochs", "3"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return run, child
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
-    case: Case, number: int, code: int
-) -> None:
-    run, child = start(case)
-    assert child.stderr is not None
-    lines = []
-    for line in child.stderr:
-        lines.append(line)
-        if line.startswith("step 2/"):
-            break
-    sent_s = time.monotonic()
-    child.send_signal(number)
-    _, rest = child.communicate(timeout=20)
-    assert child.returncode == code, (lines, rest)
-    assert time.monotonic() - sent_s < 2
-    assert "stopped after step" in rest
-    assert "--resume" in rest
-    read_adapter(run / "adapter.gguf", read_gguf(case.model))
-    assert not list(run.rglob("*.tmp"))
-
-
-def test_a_killed_parent_takes_the_run_along(case: Case) -> None:
-    """The child stops as on SIGTERM: it saves, and nothing goes on unseen."""
-    run, parent = start(case)
-    with parent:
-        assert parent.stderr is not None
-        while not parent.stderr.readline().startswith("step 2/"):
-            pass
-        parent.kill()
-        rest = parent.stderr.read()  # until the child, too, has closed it
-        assert parent.wait(timeout=20) == -signal.SIGKILL
-    assert "stopped after step" in rest
-    assert 2 <= len(metrics(run)) < 18
-    read_adapter(run / "adapter.gguf", read_gguf(case.model))
-
-
-def test_a_reader_that_leaves_does_not_stop_the_run(case: Case) -> None:
-    """As in `ggft finetune --json | head -1`, with the terminal gone as well."""
-    run = case.folder / "run"
-    arguments = ["finetune", "-m", str(case.model), "-d", str(case.data), "-o", str(run)]
-    settings = ["--val-split", "0", "--epochs", "1", "--samples", "0", "--json"]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments, *settings],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    with child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        assert json.loads(child.stdout.readline())["event"] == "plan"
-        child.stdout.close()
-        child.stderr.close()
-        assert child.wait(timeout=60) == 0
-    assert len(metrics(run)) == 6
-    assert (run / "report.html").is_file()
+def test_a_busy_child_dies_with_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert is_gone(int(done.stdout)), "the process outlives its parent"
