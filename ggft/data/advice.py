@@ -1,4 +1,4 @@
-"""What a small data set needs: settings from its size, and a verdict from its losses.
+"""What a data set is, facts or a task, and what it needs: settings by kind and size.
 
 Pure functions. The thresholds are rules of thumb for LoRA on a few to many thousand rows; each
 stands next to its reason, and every choice comes with the words to print.
@@ -7,12 +7,157 @@ stands next to its reason, and every choice comes with the words to print.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from ggft.prompts.assistant_mask import Message
 
 MIN_SPLIT_ROWS = 20  # below, a held-out row costs more than its loss can tell
 MAX_HELD_OUT = 256  # more make the estimate hardly better and evaluation slow
 SHORT_ROW = 32
 MIX_SHARE = 2 / 7  # of general rows in an epoch of few rows
+MANY_WORDINGS = 6  # rows for an answer: with more, answers are classes
+SHORT_ANSWER = 12  # words: one fact in a sentence
+MANY_ROWS = 1000  # of so many, a few that are held out are no loss
+LONG_ANSWER = 60  # words: beyond, how an answer is written matters more than what it says
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]+|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
+_PLAIN_SIGNS = ".。\"'“”"  # with which any answer may begin or end
+_COMMON_WORDS = (
+    "a an and are as at be by can could did do does for from had has have how i if in is it its"
+    " many me much must my of on one or should the their them there they this to was we were what"
+    " when where which who whose why will with would 什么 多少 哪个 哪里 怎么 是什 么是 我的"
+)
+_COMMON = frozenset(_COMMON_WORDS.split())  # they say nothing about a question's subject
+
+Kind = Literal["facts", "task", "unclear"]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike questions and answers are: what tells facts from a style or a task.
+
+    Attributes:
+        n: Rows that were looked at.
+        length: Words (or Chinese characters) of half of the answers, at most.
+        novel: Share of answers with a word that no question has, and no other answer: what only
+            its own row can teach.
+        form: Share of answers of one form: a phrase of three words, a line break, a sign at the
+            beginning or end, capitals.
+        subject: Share of questions about one subject: a word that they share, or "you".
+        worded: Rows for each distinct answer.
+    """
+
+    n: int
+    length: int
+    novel: float
+    form: float
+    subject: float
+    worded: float
+
+
+def likeness(rows: Sequence[tuple[str, str]]) -> Likeness:
+    """Compare the questions and answers of rows."""
+    questions = [_words(question) for question, _ in rows]
+    answers = [_words(answer) for _, answer in rows]
+    asked = {word for words in questions for word in words}
+    distinct = {answer.strip(): words for (_, answer), words in zip(rows, answers, strict=True)}
+    known = Counter(word for words in distinct.values() for word in set(words))
+    novel = [any(word not in asked and known[word] == 1 for word in words) for words in answers]
+    subjects = Counter(word for words in questions for word in {*words} - _COMMON)
+    n = len(rows)
+    return Likeness(
+        n=n,
+        length=sorted(map(_n_words, (answer for _, answer in rows)))[n // 2],
+        novel=sum(novel) / n,
+        form=_form(distinct, questions),
+        subject=max(subjects.values(), default=0) / n,
+        worded=n / len(distinct),
+    )
+
+
+def _form(answers: Mapping[str, Sequence[str]], questions: Iterable[Sequence[str]]) -> float:
+    """Return the share of distinct answers that have the commonest form."""
+    asked = {phrase for words in questions for phrase in _phrases(words)}
+    forms: Counter[object] = Counter()
+    for text, words in answers.items():
+        forms.update(_phrases(words) - asked)
+        forms["lines"] += "\n" in text
+        forms["capitals"] += text.isupper() and len(text) > 4
+        for place, sign in (("first", text[:1]), ("last", text[-1:])):
+            forms[place, sign] += bool(sign) and not sign.isalnum() and sign not in _PLAIN_SIGNS
+    return max(forms.values()) / len(answers) if len(answers) > 2 else 0.0
+
+
+def _phrases(words: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text in lower case; of Chinese, the pairs of characters."""
+    found: list[str] = []
+    for word in _WORD.findall(text.lower()):
+        if _HAN.match(word):
+            found += [word[i : i + 2] for i in range(max(1, len(word) - 1))]
+        else:
+            found.append(word)
+    return found
+
+
+def _n_words(text: str) -> int:
+    return sum(len(w) if _HAN.match(w) else 1 for w in _WORD.findall(text))
+
+
+def kind_of(rows: Sequence[tuple[str, str]], *, share_given: float = 0.0) -> tuple[Kind, str]:
+    """Return what rows are, and how that is known.
+
+    Facts have short answers, each with words of its own; no row tells another's. The answers of a
+    task or a style follow from what is given, are of few kinds, long, or of one form; how well that
+    was learned shows on rows that are held out.
+
+    Args:
+        rows: Questions and answers; none if the rows are something else.
+        share_given: Share of the rows that give something to work on (alpaca's input).
+    """
+    if not rows:
+        return "task", "they are not single questions with answers"
+    if share_given > 0.5:
+        return "task", "they give something to work on"
+    x = likeness(rows)
+    if x.novel < 0.5 or x.worded > MANY_WORDINGS:
+        return "task", "answers repeat one another or their questions"
+    if x.form >= 0.5:
+        return "task", f"{x.form:.0%} of the answers have one form"
+    if x.length > LONG_ANSWER:
+        return "task", f"half of the answers are longer than {LONG_ANSWER} words"
+    short = x.length <= SHORT_ANSWER or (x.length <= LONG_ANSWER / 2 and x.subject >= 0.5)
+    if short and x.novel >= 0.75 and x.n < MANY_ROWS:
+        return "facts", f"answers are short, {x.novel:.0%} of them with words of their own"
+    return "unclear", "answers are neither short facts nor of one form"
+
+
+def kind_of_conversations(texts: Sequence[Sequence[Message] | None]) -> tuple[Kind, str]:
+    """Return what rows are, by those of one question and one answer if these are most of them.
+
+    Args:
+        texts: Conversations; None for what is none, or a long one.
+    """
+    single = [
+        (messages[-2], messages[-1])
+        for messages in texts
+        if messages is not None
+        and [m["role"] for m in messages if m["role"] != "system"] == ["user", "assistant"]
+    ]
+    if 2 * len(single) < len(texts):
+        single = []
+    given = sum(bool(question.get("input", "").strip()) for question, _ in single)
+    return kind_of(
+        [(question["content"], answer["content"]) for question, answer in single],
+        share_given=given / max(1, len(single)),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,22 +236,33 @@ def choose_max_length(longest: int, usual: int, n_ctx: int) -> int:
     return min(n_ctx, math.ceil(max(wanted, 1) / SHORT_ROW) * SHORT_ROW)
 
 
-def held_out_rows(n_rows: int, share: float | None) -> tuple[int, str]:
+def held_out_rows(n_rows: int, share: float | None, kind: Kind, known: str) -> tuple[int, str]:
     """Return how many rows to hold out for validation, and why.
 
     Args:
         n_rows: Rows there are.
         share: The user's `--val-split`, None if not given.
+        kind: What the rows are.
+        known: How that is known.
     """
     if share == 0:
         return 0, "no validation (--val-split 0)"
     if share is not None:
         n = max(0, min(n_rows - 1, math.ceil(share * n_rows - 1e-9)))
         return n, f"{n} of {n_rows} rows held out (--val-split {share:g})"
+    if kind == "facts":
+        return 0, (
+            f"all {n_rows} rows are trained, as they are facts ({known}): none tells another;"
+            " --val-split 0.1 holds some out"
+        )
     if n_rows < MIN_SPLIT_ROWS:
         return 0, (
             f"no validation: with {n_rows} rows (fewer than {MIN_SPLIT_ROWS}) every one is needed"
             " for training; --val-split 0.1 forces it"
         )
     n = max(2, min(MAX_HELD_OUT, n_rows // 10))
-    return n, f"{n} of {n_rows} rows held out for validation (--val-split 0 trains on all)"
+    of = "a task or a style" if kind == "task" else "a task, perhaps facts"
+    return n, (
+        f"{n} of {n_rows} rows held out for validation, as they are {of} ({known});"
+        " --val-split 0 trains on all"
+    )

@@ -14,7 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggft.data.advice import choose_max_length, held_out_rows
+from ggft.data.advice import (
+    MANY_ROWS,
+    Kind,
+    choose_max_length,
+    held_out_rows,
+    kind_of_conversations,
+)
 from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with
 from ggft.data.examples import Example, check_format, read_examples
@@ -77,6 +83,7 @@ class Account:
         n_tokens: Training tokens.
         n_trained: Training tokens that the loss counts.
         val_share: Share of the rows that was to be held out.
+        row_kind: What the rows are: facts, a task (or a style), or unclear.
         notes: What was chosen from the data, a sentence each.
         warnings: What a user should look at, a sentence each.
     """
@@ -91,6 +98,7 @@ class Account:
     n_tokens: int = 0
     n_trained: int = 0
     val_share: float = 0.0
+    row_kind: Kind = "task"
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -116,6 +124,8 @@ class Corpus:
         fate: A `Fate` for each row, in the order of the files; (N,).
         duplicates: What rows have to do with one another.
         table: Where the rows are.
+        texts: Conversations of the first rows, None where one is long or plain text.
+        row_of: The row of each training example, (N_train,).
     """
 
     train: StoreView
@@ -125,6 +135,8 @@ class Corpus:
     fate: npt.NDArray[np.uint8]
     duplicates: Duplicates
     table: RowTable
+    texts: list[list[Message] | None]
+    row_of: npt.NDArray[np.int64]
 
 
 def load_corpus(
@@ -189,6 +201,7 @@ class _Loader:
         self.hashes = HashTable()
         self.store = TokenStore(keep=options.keep_tokens)
         self.row_of = array("q")  # of each example; a long text is several
+        self.texts: list[list[Message] | None] = []
 
     def finish(self) -> Corpus:
         """Return the corpus of all that was read."""
@@ -196,6 +209,8 @@ class _Loader:
 
         account, n = self.account, len(self.table)
         account.n_rows = n
+        self._kind = kind_of_conversations(self.texts)
+        account.row_kind = self._kind[0]
         duplicates = self.hashes.duplicates()
         row_of = np.array(self.row_of, np.int64)
         max_length = self._max_length()
@@ -215,15 +230,11 @@ class _Loader:
             from_valid_file if self.files.valid else self._hold_out(duplicates, usable)
         )
         self._account(duplicates, is_trainable, is_duplicate, is_held_out, from_valid_file)
-        views = [
-            StoreView(self.store, np.flatnonzero(example_trainable & side[row_of]), max_length)
-            for side in (usable & ~is_held_out, is_held_out)
-        ]
+        sides = [example_trainable & of[row_of] for of in (usable & ~is_held_out, is_held_out)]
+        views = [StoreView(self.store, np.flatnonzero(side), max_length) for side in sides]
         account.n_kept, account.n_held_out = len(views[0]), len(views[1])
         account.n_tokens = int(views[0].lengths.sum(dtype=np.int64))
-        account.n_trained = int(
-            n_trained[example_trainable & (usable & ~is_held_out)[row_of]].sum()
-        )
+        account.n_trained = int(n_trained[sides[0]].sum())
         cut = example_trainable & usable[row_of] & (self.store.lengths > max_length)
         account.n_truncated = int(cut.sum())
         if account.n_truncated:
@@ -241,7 +252,10 @@ class _Loader:
         fate = np.where(is_held_out, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
         fate[~is_trainable] = Fate.UNTRAINABLE
         fate[is_duplicate] = Fate.DUPLICATE
-        return Corpus(views[0], views[1], account, max_length, fate, duplicates, self.table)
+        return Corpus(
+            views[0], views[1], account, max_length, fate, duplicates, self.table, self.texts,
+            row_of[sides[0]],
+        )  # fmt: skip
 
     def read(self, number: int, path: Path, on_bytes: Callable[[int], object]) -> None:
         """Read and tokenize one file; `on_bytes` is told now and then how many bytes are read."""
@@ -251,6 +265,8 @@ class _Loader:
             self.check()
             row = len(self.table)
             self.table.add(number, example.line)
+            if row < MANY_ROWS:
+                self.texts.append(example.short_conversation())
             for tokens in encoded:
                 self.store.add(tokens.ids, tokens.trained)
                 self.row_of.append(row)
@@ -332,7 +348,7 @@ class _Loader:
 
     def _hold_out(self, duplicates: Duplicates, usable: BoolArray) -> BoolArray:
         """Return which rows to hold out."""
-        n, why = held_out_rows(int(usable.sum()), self.options.val_split)
+        n, why = held_out_rows(int(usable.sum()), self.options.val_split, *self._kind)
         self.account.val_share = n / max(1, int(usable.sum()))
         held_out = split(duplicates.group, usable, n, self.options.seed)
         if n and not held_out.any():

@@ -32,7 +32,13 @@ class Example:
     path: Path
     line: int
 
+    def short_conversation(self) -> list[Message] | None:
+        """Return the conversation if it is short enough to be kept; None for plain text."""
+        n_chars = sum(len(m["content"]) + len(m.get("input", "")) for m in self.messages)
+        return self.messages if self.messages and n_chars <= SHORT_CHARS else None
 
+
+SHORT_CHARS = 4000
 INSTRUCTION_KEYS = ("instruction", "prompt", "question", "query")
 OUTPUT_KEYS = ("output", "response", "answer", "completion")
 CHAT_KEYS = ("messages", "conversations", "conversation")

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from ggft.data.advice import choose_max_length, held_out_rows, n_general, suggest
+import ggft
+from ggft.data.advice import (
+    Kind,
+    choose_max_length,
+    held_out_rows,
+    kind_of_conversations,
+    likeness,
+    n_general,
+    suggest,
+)
+from ggft.data.examples import load_examples
+from ggft.prompts.assistant_mask import Message
 from ggft.training.verdict import Losses, judge, smaller_lr
 
 
@@ -62,21 +76,24 @@ def test_max_length_by_data(longest: int, usual: int, n_ctx: int, expected: int)
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "share", "n", "says"),
+    ("n_rows", "share", "kind", "n", "says"),
     [
-        (19, None, 0, "fewer than 20"),
-        (20, None, 2, "2 of 20"),
-        (60, None, 6, "6 of 60"),
-        (100_000, None, 256, "256 of 100000"),
-        (60, 0.0, 0, "--val-split 0"),
-        (10, 0.1, 1, "1 of 10"),
-        (30, 0.1, 3, "3 of 30"),
-        (1, 0.5, 0, "0 of 1"),
-        (2, 0.9, 1, "1 of 2"),
+        (19, None, "task", 0, "fewer than 20"),
+        (20, None, "task", 2, "2 of 20"),
+        (60, None, "unclear", 6, "perhaps facts (because)"),
+        (60, None, "facts", 0, "facts (because)"),
+        (100_000, None, "task", 256, "256 of 100000"),
+        (60, 0.0, "task", 0, "--val-split 0"),
+        (10, 0.1, "facts", 1, "1 of 10"),
+        (30, 0.1, "task", 3, "3 of 30"),
+        (1, 0.5, "task", 0, "0 of 1"),
+        (2, 0.9, "task", 1, "1 of 2"),
     ],
 )
-def test_how_many_rows_are_held_out(n_rows: int, share: float | None, n: int, says: str) -> None:
-    got, why = held_out_rows(n_rows, share)
+def test_how_many_rows_are_held_out(
+    n_rows: int, share: float | None, kind: Kind, n: int, says: str
+) -> None:
+    got, why = held_out_rows(n_rows, share, kind, "because")
     assert got == n
     assert says in why
 
@@ -84,7 +101,7 @@ def test_how_many_rows_are_held_out(n_rows: int, share: float | None, n: int, sa
 def test_a_recorded_share_gives_the_same_number() -> None:
     for n_rows in range(1, 400):
         for n in range(n_rows):
-            assert held_out_rows(n_rows, n / n_rows)[0] == n
+            assert held_out_rows(n_rows, n / n_rows, "facts", "")[0] == n
 
 
 @pytest.mark.parametrize(
@@ -119,3 +136,76 @@ def test_verdicts(losses: Losses, kind: str, says: str) -> None:
 )
 def test_the_rate_after_a_diverged_one(lr: float, usual: float, wanted: float) -> None:
     assert smaller_lr(lr, usual) == wanted
+
+
+PACKAGED = Path(ggft.__file__).parent / "data"
+RECIPES = PACKAGED.parent.parent / "bench" / "recipes"
+
+
+def kind_of_file(path: Path, change: Callable[[str], str] = str, n: int | None = None) -> Kind:
+    texts: list[list[Message]] = []
+    for example in load_examples([path]):
+        *before, answer = example.messages
+        texts.append([*before, {**answer, "content": change(answer["content"])}])
+    return kind_of_conversations(texts[:n])[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *((path, "facts") for path in sorted(RECIPES.glob("facts_*[0-9x].json"))),
+        *((path, "task") for path in sorted(RECIPES.glob("style_*_30.json"))),
+        (PACKAGED / "persona.json", "facts"),
+        (PACKAGED / "general.json", "unclear"),
+    ],
+    ids=lambda value: getattr(value, "stem", None),
+)
+def test_the_kind_of_our_sets(path: Path, kind: Kind) -> None:
+    assert kind_of_file(path) == kind
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda text: "Arr! " + text + " Savvy?", "task"),
+        (str.upper, "task"),
+        (lambda text: text.replace(" ", "\n", 1), "task"),
+        (lambda text: "yes" if len(text) % 2 else "no", "task"),
+        (lambda text: " ".join([text] * 9), "task"),
+        (lambda text: " ".join([text] * 4), "unclear"),
+        (lambda text: text + " Nice.", "facts"),
+    ],
+)
+def test_the_same_facts_told_in_a_style_are_a_style(
+    change: Callable[[str], str], kind: Kind
+) -> None:
+    path = RECIPES / "facts_museum_40.json"
+    if kind == "unclear":  # of no one subject: what half of the answers are long of is a task
+        path = PACKAGED / "persona.json"
+    assert kind_of_file(path, change) == kind
+
+
+def test_two_rows_are_facts() -> None:
+    rows = [("你是谁？", "我是小石，灯塔的机器人。"), ("你是谁造的？", "是玛塔造的。")]
+    texts: list[list[Message]] = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows
+    ]
+    kind, why = kind_of_conversations(texts)
+    assert kind == "facts"
+    assert "100%" in why
+    assert likeness(rows).worded == 1
+    assert likeness([*rows, ("Wer?", rows[0][1])]).worded == 1.5
+
+
+def test_what_is_no_question_with_an_answer_is_a_task() -> None:
+    chat: list[Message] = [
+        {"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")
+    ]
+    assert kind_of_conversations([chat] * 3)[0] == "task"
+    assert kind_of_conversations([None] * 3)[0] == "task"
+    assert kind_of_conversations([])[0] == "task"
+    given: list[Message] = [
+        {"role": "user", "content": "say it in German", "input": "bread"},
+        {"role": "assistant", "content": "Brot"},
+    ]
+    assert kind_of_conversations([given])[0] == "task"

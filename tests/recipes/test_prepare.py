@@ -43,7 +43,7 @@ def distinct(n: int) -> list[dict[str, Any]]:
     rng = random.Random(n)
     letters = "abcdefghijklmnopqrstuvwxyz"
     return [
-        row(" ".join("".join(rng.choices(letters, k=6)) for _ in range(8)), f"answer {i}")
+        row(" ".join("".join(rng.choices(letters, k=6)) for _ in range(8)), f"answer {i}!")
         for i in range(n)
     ]
 

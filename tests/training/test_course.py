@@ -14,6 +14,7 @@ from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
+from ggft.training.run_directory import settings_to_resume
 from tests.support.runs import ROWS, Case, metrics
 
 
@@ -69,10 +70,8 @@ def test_a_mixed_run_is_resumed_to_the_bit_from_wherever_the_file_lies(case: Cas
     whole, parts = case.train("whole", **given), case.train("parts", **given)
     shutil.rmtree(max((parts / "checkpoints").iterdir()))
     moved = mine.rename(case.folder / "moved.json")
-    finetune(
-        make(FinetuneConfig, {"output": str(parts), "resume": True, "mix": str(moved)}),
-        Progress("quiet"),
-    )
+    values = {"output": str(parts), "resume": True, "mix": str(moved)}
+    finetune(make(FinetuneConfig, values, settings_to_resume(values)), Progress("quiet"))
     assert metrics(parts) == metrics(whole)
     assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
     moved.write_text(json.dumps([{"instruction": "other", "output": "so"}] * 9))

@@ -155,7 +155,7 @@ def test_resume_takes_the_settings_of_the_run(case: Case) -> None:
 
 
 def test_what_was_chosen_from_the_data_stays_when_resuming(case: Case) -> None:
-    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}"} for i in range(61)]
+    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}!"} for i in range(61)]
     case.data.write_text(json.dumps(rows))
     given = {"val_split": None, "lr": None, "dropout": None, "epochs": 2, "patience": 0}
     whole, parts = case.train("whole", **given), case.train("parts", **given)
