@@ -11,6 +11,9 @@
 
 namespace ggft {
 
+// The address of tensors that are only measured.
+static void * const MEASURED = (void *)(uintptr_t)4096;
+
 static std::string failing_kernel; // see fail_kernels
 
 void fail_kernels(const std::string & name) {
@@ -117,8 +120,9 @@ Tensor Graph::custom_inplace(const char * name, Tensor target, std::vector<Tenso
     return t;
 }
 
-TensorBuffer::TensorBuffer(const char * name, ggml_backend_buffer_type_t type, size_t n_tensors_max)
-    : name_(name), type_(type),
+TensorBuffer::TensorBuffer(const char * name, ggml_backend_buffer_type_t type, Memory memory,
+                           size_t n_tensors_max)
+    : name_(name), type_(type), memory_(memory),
       ctx_(ggml_init({ggml_tensor_overhead() * (n_tensors_max + 1), nullptr, /*no_alloc=*/true})) {
     require(ctx_ != nullptr, ErrorKind::resource,
             std::string("out of memory for the tensors of ") + name);
@@ -135,16 +139,33 @@ void TensorBuffer::allocate() {
     if (ggml_get_first_tensor(ctx_.get()) == nullptr) {
         return;
     }
-    const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx_.get(), type_);
+    n_bytes_ = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx_.get(), type_);
+    if (measured()) {
+        for (Tensor t = ggml_get_first_tensor(ctx_.get()); t != nullptr;
+             t = ggml_get_next_tensor(ctx_.get(), t)) {
+            t->data = MEASURED;
+        }
+        return;
+    }
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), type_));
     require(buffer_ != nullptr, ErrorKind::resource,
-            "cannot allocate " + std::to_string(n_bytes >> 20) + " MiB for " + name_ + " on " +
+            "cannot allocate " + std::to_string(n_bytes_ >> 20) + " MiB for " + name_ + " on " +
                 ggml_backend_buft_name(type_));
+    n_bytes_ = ggml_backend_buffer_get_size(buffer_.get());
     ggml_backend_buffer_clear(buffer_.get(), 0);
 }
 
-size_t TensorBuffer::bytes() const {
-    return buffer_ ? ggml_backend_buffer_get_size(buffer_.get()) : 0;
+void TensorBuffer::place(Tensor t, Tensor home, size_t offset) const {
+    auto * address = (uint8_t *)home->data + offset;
+    if (measured()) {
+        t->data = address;
+        return;
+    }
+    if (t->view_src != nullptr) {
+        ggml_backend_view_init(t);
+        return;
+    }
+    ggml_backend_tensor_alloc(home->buffer, t, address);
 }
 
 } // namespace ggft

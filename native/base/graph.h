@@ -55,24 +55,33 @@ private:
     ggml_cgraph * graph_;
 };
 
+// Whether memory is taken, or only measured: then tensors get addresses that nothing may read.
+enum class Memory { taken, measured };
+
 // Tensors allocated together in one buffer of a device, zeroed.
 class TensorBuffer {
 public:
-    TensorBuffer(const char * name, ggml_backend_buffer_type_t type, size_t n_tensors_max);
+    TensorBuffer(const char * name, ggml_backend_buffer_type_t type, Memory memory,
+                 size_t n_tensors_max);
 
     Tensor add(ggml_type type, std::initializer_list<int64_t> ne, const std::string & name);
     // Allocates all tensors added so far. Throws Error(resource) with the size when memory is
     // lacking.
     void allocate();
+    // Places `t` into the memory of `home`, one of these, `offset` bytes from its start.
+    void place(Tensor t, Tensor home, size_t offset) const;
 
-    size_t bytes() const;
+    size_t bytes() const { return n_bytes_; }
+    bool measured() const { return memory_ == Memory::measured; }
     const std::string & name() const { return name_; }
 
 private:
     std::string name_;
     ggml_backend_buffer_type_t type_;
+    Memory memory_;
     ggml_context_ptr ctx_;
     ggml_backend_buffer_ptr buffer_;
+    size_t n_bytes_ = 0;
 };
 
 } // namespace ggft

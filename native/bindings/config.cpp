@@ -93,4 +93,12 @@ EngineConfig config_of(const nb::dict & settings) {
     return c;
 }
 
+nb::dict as_dict(const Buffers & buffers) {
+    nb::dict d;
+    for (const auto & [name, bytes] : buffers) {
+        d[name.c_str()] = bytes;
+    }
+    return d;
+}
+
 } // namespace ggft

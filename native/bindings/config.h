@@ -11,4 +11,6 @@ namespace ggft {
 // missing or unknown, and for a value of another type or out of range.
 EngineConfig config_of(const nanobind::dict & settings);
 
+nanobind::dict as_dict(const Buffers & buffers);
+
 } // namespace ggft

@@ -177,11 +177,7 @@ static nb::dict info(Engine & e) {
     d["n_params_matmul"] = e.model().n_params_matmul();
     d["base_bytes"] = e.model().bytes();
     d["base_mapped"] = e.model().mapped();
-    nb::dict buffers;
-    for (const auto & [name, bytes] : e.buffer_bytes()) {
-        buffers[name.c_str()] = bytes;
-    }
-    d["buffers"] = buffers;
+    d["buffers"] = as_dict(e.buffer_bytes());
     nb::dict traffic;
     traffic["to_device"] = e.traffic().to_device;
     traffic["from_device"] = e.traffic().from_device;

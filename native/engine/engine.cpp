@@ -26,34 +26,45 @@ static EngineConfig settled(EngineConfig config) {
     return config;
 }
 
-Engine::Engine(const EngineConfig & given) : config_(settled(given)) {
-    const EngineConfig & config = config_;
-    require(config.n_rows >= 1 && config.n_tokens >= 2, ErrorKind::input,
-            "a micro-batch needs rows and tokens");
-    require(config.threads >= 1, ErrorKind::input, "threads must be at least 1");
-    device_ = find_device(config.device);
-    backend_ = open_device(device_, config.threads);
-    model_ = std::make_unique<Model>(config.paths, device_);
-    lora_ = std::make_unique<Lora>(*model_, config.lora, backend_.get());
+Engine::Engine(const EngineConfig & config)
+    : Engine(config, std::make_shared<Model>(config.paths, find_device(config.device)),
+             Memory::taken) {}
 
-    const bool cpu = ggml_backend_dev_type(device_) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    require(config.kernels != Kernels::fused || cpu, ErrorKind::input,
-            "fused kernels exist for the CPU only");
-    fused_ = cpu && config.kernels != Kernels::ggml;
-    if (fused_) {
-        ops_ = make_fused_ops(config.mode, config.lora.dropout, config.threads,
-                              config.prepacked_bytes);
-    } else {
-        ops_ = make_ggml_ops(in_, config.mode, /*quantized_forward=*/!cpu);
+Engine::Engine(const EngineConfig & given, std::shared_ptr<const Model> model, Memory memory)
+    : config_(settled(given)), device_(find_device(given.device)), model_(std::move(model)),
+      memory_(memory) {
+    require(config_.n_rows >= 1 && config_.n_tokens >= 2, ErrorKind::input,
+            "a micro-batch needs rows and tokens");
+    require(config_.threads >= 1, ErrorKind::input, "threads must be at least 1");
+    if (memory_ == Memory::taken) {
+        backend_ = open_device(device_, config_.threads);
     }
+    lora_ = std::make_unique<Lora>(*model_, config_.lora, device_, memory_);
+    choose_kernels();
     decoder_ = std::make_unique<Decoder>(*model_, *lora_, *ops_, in_);
-    alloc_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+    alloc_.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(device_)));
     const size_t row_bytes = (size_t)model_->hparams.n_vocab * sizeof(float);
     chunk_ = std::max(CHUNK_ALIGN, (int64_t)(LOGIT_BYTES / row_bytes) / CHUNK_ALIGN * CHUNK_ALIGN);
     allocate_inputs();
     allocate_saved();
-    check_graphs();
+    prepack();
+    if (memory_ == Memory::taken) {
+        check_graphs();
+    }
     reserve();
+}
+
+void Engine::choose_kernels() {
+    const bool cpu = ggml_backend_dev_type(device_) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    const std::string lack = cpu ? fused_lack(*model_) : "fused kernels exist for the CPU only";
+    require(config_.kernels != Kernels::fused || lack.empty(), ErrorKind::input, lack);
+    fused_ = config_.kernels != Kernels::ggml && lack.empty();
+    if (fused_) {
+        ops_ = make_fused_ops(config_.mode, config_.lora.dropout, config_.threads,
+                              config_.prepacked_bytes);
+    } else {
+        ops_ = make_ggml_ops(in_, config_.mode, /*quantized_forward=*/!cpu);
+    }
 }
 
 Engine::~Engine() = default;
@@ -246,7 +257,7 @@ void Engine::dropout_mask(int64_t id, int64_t B, int64_t T, int64_t width, uint6
 double Engine::optimizer_step(float lr, int64_t n_targets) {
     require_training();
     require(n_targets > 0, ErrorKind::input, "an optimizer step needs trained tokens");
-    const double norm = lora_->step(config_.adamw, lr, n_targets, step + 1);
+    const double norm = lora_->step(backend_.get(), config_.adamw, lr, n_targets, step + 1);
     step++;
     return norm;
 }

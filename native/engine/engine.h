@@ -54,9 +54,14 @@ void deny_family(const std::string & family);
 
 using Arrays = std::map<std::string, std::vector<float>>;
 
+using Buffers = std::map<std::string, size_t>; // bytes by name
+
 class Engine {
 public:
     explicit Engine(const EngineConfig & config);
+    // Over a model that is open. Where memory is only measured, so is the model's, and nothing but
+    // what an engine would take can be asked.
+    Engine(const EngineConfig & config, std::shared_ptr<const Model> model, Memory memory);
     ~Engine();
 
     // Adds the gradient of the summed nats. Throws Error(cancelled) at a block border after
@@ -77,7 +82,8 @@ public:
     // Every distinct node of the graphs. gpu: of the graphs that a GPU would get, on whatever
     // device.
     std::vector<NodeReport> graph_report(bool gpu = false);
-    std::map<std::string, size_t> buffer_bytes() const;
+    Buffers buffer_bytes() const;
+    size_t prepackable_bytes() const; // of all weights that could be kept as products read them
     // Seconds by kind of node since profiling began; slower, as every node runs alone.
     void set_profiling(bool on);
     const std::map<std::string, double> & profile() const { return profile_; }
@@ -93,10 +99,13 @@ public:
     int64_t step = 0; // optimizer steps done
 
 private:
+    void choose_kernels();
     void allocate_inputs();
     void allocate_saved();
+    void prepack();
     void check_graphs();
     void reserve();
+    void reserve(Graph g);
     void set_inputs(const MicroBatch & batch);
     void set_portable_inputs(const MicroBatch & batch, const std::vector<int32_t> & starts,
                              const std::vector<int32_t> & labels);
@@ -120,6 +129,14 @@ private:
     void forward(bool training);
     void head(bool training);
     void backward();
+    // f(weight, forward) for each product of a step.
+    template <class F> void each_product(F f) const;
+    // Visits each graph of the largest micro-batch, over some of the layers.
+    void each_graph(const std::vector<int64_t> & layers, bool training,
+                    const std::function<void(Graph)> & visit);
+    std::vector<int64_t> all_layers() const;
+    std::vector<int64_t> distinct_layers() const; // the first of each kind of layer
+    Graph new_graph() const;
     Graph block_forward_graph(int64_t layer, bool training);
     Graph block_backward_graph(int64_t layer);
     Graph mask_graph();
@@ -130,7 +147,8 @@ private:
     EngineConfig config_;
     ggml_backend_dev_t device_ = nullptr;
     ggml_backend_ptr backend_;
-    std::unique_ptr<Model> model_;
+    std::shared_ptr<const Model> model_;
+    Memory memory_ = Memory::taken;
     std::unique_ptr<Lora> lora_;
     std::unique_ptr<Ops> ops_;
     std::unique_ptr<Decoder> decoder_;
@@ -152,6 +170,7 @@ private:
     int64_t n_targets_ = 0, chunk_ = 0;
     Traffic traffic_;
     ggml_gallocr_ptr alloc_;
+    size_t compute_bytes_ = 0; // what it would take, where memory is measured
     std::atomic<bool> cancelled_{false};
     bool profiling_ = false;
     std::map<std::string, double> profile_;

@@ -4,10 +4,9 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace ggft {
-
-static constexpr size_t GRAPH_NODES = 4096;
 
 // ---- buffers ----
 
@@ -26,9 +25,9 @@ void Engine::allocate_saved() {
     const int64_t C = model_->hparams.n_embd, N = config_.n_rows * config_.n_tokens;
     const int64_t n_adapted =
         config_.lora.train ? model_->hparams.n_layer - config_.lora.layer_first : 0;
-    saved_buffer_ = std::make_unique<TensorBuffer>(
-        "saved inputs", ggml_backend_get_default_buffer_type(backend_.get()),
-        (size_t)(2 * n_adapted + 8));
+    saved_buffer_ =
+        std::make_unique<TensorBuffer>("saved inputs", ggml_backend_dev_buffer_type(device_),
+                                       memory_, (size_t)(2 * n_adapted + 8));
     for (int64_t i = 0; i <= n_adapted; i++) {
         saved_.push_back(saved_buffer_->add(GGML_TYPE_F32, {C, N}, "saved." + std::to_string(i)));
     }
@@ -40,7 +39,7 @@ void Engine::allocate_saved() {
         // Sized by a block's graph at the largest shape.
         in_.B = config_.n_rows;
         in_.T = config_.n_tokens;
-        Graph g(GRAPH_NODES);
+        Graph g = new_graph();
         Tensor x = ggml_new_tensor_2d(g.ctx(), GGML_TYPE_F32, C, N);
         size_t bytes = 0;
         const Activations act = decoder_->forward(g, config_.lora.layer_first, x, true).act;
@@ -70,7 +69,7 @@ void Engine::keep(const Activations & act, int64_t layer) {
             continue;
         }
         Tensor base = base_of(t);
-        ggml_backend_tensor_alloc(kept_[i]->buffer, base, (uint8_t *)kept_[i]->data + offset);
+        saved_buffer_->place(base, kept_[i], offset);
         kept_fields_[i].push_back(
             {field, t->type, {t->ne[0], t->ne[1], t->ne[2], t->ne[3]}, offset});
         offset += GGML_PAD(ggml_nbytes(base), KEEP_ALIGN);
@@ -82,19 +81,10 @@ Activations Engine::kept_of(Graph & g, int64_t layer) const {
     Activations act;
     for (const KeptField & f : kept_fields_[i]) {
         Tensor t = ggml_new_tensor(g.ctx(), f.type, 4, f.ne);
-        ggml_backend_tensor_alloc(kept_[i]->buffer, t, (uint8_t *)kept_[i]->data + f.offset);
+        saved_buffer_->place(t, kept_[i], f.offset);
         act.*f.field = t;
     }
     return act;
-}
-
-std::map<std::string, size_t> Engine::buffer_bytes() const {
-    return {{"weights", model_->bytes()},
-            {"lora", lora_->bytes()},
-            {"inputs", inputs_->bytes()},
-            {"saved", saved_buffer_->bytes()},
-            {"prepacked", ops_->prepacked_bytes()},
-            {"compute", ggml_gallocr_get_buffer_size(alloc_.get(), 0)}};
 }
 
 // ---- graphs ----
@@ -110,6 +100,34 @@ Tensor Engine::input_of(Graph & g, int64_t layer, bool training) const {
     return rows_of(g, saved_[(size_t)i]);
 }
 
+std::vector<int64_t> Engine::all_layers() const {
+    std::vector<int64_t> layers((size_t)model_->hparams.n_layer);
+    std::iota(layers.begin(), layers.end(), 0);
+    return layers;
+}
+
+void Engine::each_graph(const std::vector<int64_t> & layers, bool training,
+                        const std::function<void(Graph)> & visit) {
+    in_.B = config_.n_rows;
+    in_.T = config_.n_tokens;
+    in_.seed = training && config_.lora.dropout > 0 ? 1 : 0;
+    if (in_.portable.mask != nullptr && !training) {
+        visit(mask_graph());
+    }
+    visit(embed_graph(training));
+    for (int64_t l : layers) {
+        visit(block_forward_graph(l, training));
+        if (training && l >= config_.lora.layer_first) {
+            visit(block_backward_graph(l));
+        }
+    }
+    visit(head_graph(0, std::min(chunk_, in_.N()), training));
+}
+
+Graph Engine::new_graph() const {
+    return Graph(ops_->n_nodes_max(in_, *model_));
+}
+
 Graph Engine::embed_graph(bool training) {
     Graph g(64);
     g.expand(ggml_cpy(g.ctx(), decoder_->embed(g), input_of(g, 0, training)));
@@ -118,14 +136,14 @@ Graph Engine::embed_graph(bool training) {
 
 // The last node holds the logits.
 Graph Engine::logits_graph(int64_t first, int64_t n) {
-    Graph g(GRAPH_NODES);
+    Graph g = new_graph();
     Tensor y = decoder_->logits(g, input_of(g, model_->hparams.n_layer, false), first, n);
     ggml_set_output(g.expand(y));
     return g;
 }
 
 Graph Engine::block_forward_graph(int64_t layer, bool training) {
-    Graph g(GRAPH_NODES);
+    Graph g = new_graph();
     const bool adapted = layer >= config_.lora.layer_first;
     Tensor x = input_of(g, layer, training);
     Block block = decoder_->forward(g, layer, x, training);
@@ -138,7 +156,7 @@ Graph Engine::block_forward_graph(int64_t layer, bool training) {
 }
 
 Graph Engine::block_backward_graph(int64_t layer) {
-    Graph g(GRAPH_NODES);
+    Graph g = new_graph();
     Tensor x = input_of(g, layer, true), dy = rows_of(g, dx_);
     const Block block = config_.keep ? decoder_->restore(g, layer, x, kept_of(g, layer), true)
                                      : decoder_->forward(g, layer, x, true);
@@ -152,12 +170,52 @@ Graph Engine::block_backward_graph(int64_t layer) {
 }
 
 Graph Engine::head_graph(int64_t first, int64_t n, bool training) {
-    Graph g(GRAPH_NODES);
+    Graph g = new_graph();
     Tensor x = input_of(g, model_->hparams.n_layer, training);
     Tensor nats = decoder_->head(g, x, first, n, training ? rows_of(g, dx_) : nullptr);
     g.expand(
         ggml_cpy(g.ctx(), nats, ggml_view_1d(g.ctx(), nats_, n, (size_t)first * nats_->nb[0])));
     return g;
+}
+
+// ---- the graph against the device ----
+
+static std::string denied_family; // see deny_family
+
+void deny_family(const std::string & family) {
+    denied_family = family;
+}
+
+std::vector<NodeReport> Engine::graph_report(bool gpu) {
+    if (gpu && !fused_) {
+        // The same decoder over the operations that a GPU gets.
+        auto ops = make_ggml_ops(in_, config_.mode, /*quantized_forward=*/true);
+        auto decoder = std::make_unique<Decoder>(*model_, *lora_, *ops, in_);
+        struct Swapped {
+            std::unique_ptr<Decoder> &a, &b;
+            Swapped(std::unique_ptr<Decoder> & a, std::unique_ptr<Decoder> & b) : a(a), b(b) {
+                a.swap(b);
+            }
+            ~Swapped() { a.swap(b); }
+        } swapped(decoder, decoder_);
+        return graph_report(false);
+    }
+    require(!gpu, ErrorKind::input,
+            "the graph of a GPU needs an engine opened with kernels 'ggml'");
+    GraphReport report(backend_.get(), denied_family);
+    auto add = [&](Graph g) { report.add(g); };
+    if (config_.lora.train) {
+        each_graph(all_layers(), true, add);
+        add(lora_->norm_graph());
+        add(lora_->step_graph());
+    }
+    each_graph(all_layers(), false, add);
+    add(logits_graph(0, std::min(chunk_, in_.N())));
+    return report.nodes();
+}
+
+void Engine::check_graphs() {
+    require_supported(graph_report(), device_);
 }
 
 } // namespace ggft

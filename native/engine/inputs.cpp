@@ -1,5 +1,4 @@
-// What a micro-batch puts on the device, and the check that the device computes every node of the
-// graphs.
+// What a micro-batch puts on the device.
 #include "base/error.h"
 #include "engine/engine.h"
 
@@ -16,8 +15,8 @@ static constexpr int64_t INPUTS_PER_BLOCK = 4;
 void Engine::allocate_inputs() {
     const Hparams & h = model_->hparams;
     const int64_t N = config_.n_rows * config_.n_tokens;
-    inputs_ = std::make_unique<TensorBuffer>(
-        "inputs", ggml_backend_get_default_buffer_type(backend_.get()), 16);
+    inputs_ = std::make_unique<TensorBuffer>("inputs", ggml_backend_dev_buffer_type(device_),
+                                             memory_, 16);
     auto i32 = [&](int64_t n, const char * name) { return inputs_->add(GGML_TYPE_I32, {n}, name); };
     in_.tokens = i32(N, "tokens");
     in_.positions = i32(N, "positions");
@@ -47,6 +46,9 @@ void Engine::allocate_inputs() {
         in_.portable.pool_ids = i32((N + 63) / 64 * 64 * h.n_layer * INPUTS_PER_BLOCK, "pool_ids");
     }
     inputs_->allocate();
+    if (memory_ == Memory::measured) {
+        return;
+    }
     std::vector<int32_t> ids((size_t)n_rows_max);
     for (size_t i = 0; i < ids.size(); i++) {
         ids[i] = (int32_t)i;
@@ -218,86 +220,6 @@ Graph Engine::mask_graph() {
     g.expand(ggml_cpy(
         c, masked, ggml_view_2d(c, in_.portable.mask, T, N, (size_t)T * sizeof(ggml_fp16_t), 0)));
     return g;
-}
-
-// ---- the graph against the device ----
-
-static std::string denied_family; // see deny_family
-
-void deny_family(const std::string & family) {
-    denied_family = family;
-}
-
-std::vector<NodeReport> Engine::graph_report(bool gpu) {
-    if (gpu && !fused_) {
-        // The same decoder over the operations that a GPU gets.
-        auto ops = make_ggml_ops(in_, config_.mode, /*quantized_forward=*/true);
-        auto decoder = std::make_unique<Decoder>(*model_, *lora_, *ops, in_);
-        struct Swapped {
-            std::unique_ptr<Decoder> &a, &b;
-            Swapped(std::unique_ptr<Decoder> & a, std::unique_ptr<Decoder> & b) : a(a), b(b) {
-                a.swap(b);
-            }
-            ~Swapped() { a.swap(b); }
-        } swapped(decoder, decoder_);
-        return graph_report(false);
-    }
-    require(!gpu, ErrorKind::input,
-            "the graph of a GPU needs an engine opened with kernels 'ggml'");
-    in_.B = config_.n_rows;
-    in_.T = config_.n_tokens;
-    in_.seed = config_.lora.dropout > 0 ? 1 : 0;
-    const int64_t first = config_.lora.layer_first, n = std::min(chunk_, in_.N());
-    GraphReport report(backend_.get(), denied_family);
-    if (in_.portable.mask != nullptr) {
-        report.add(mask_graph());
-    }
-    auto walk_head = [&](bool training) {
-        report.add(embed_graph(training));
-        report.add(head_graph(0, n, training));
-    };
-    if (config_.lora.train) {
-        for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
-            report.add(block_forward_graph(l, true));
-            if (l >= first) {
-                report.add(block_backward_graph(l));
-            }
-        }
-        walk_head(true);
-        report.add(lora_->norm_graph());
-        report.add(lora_->step_graph());
-    }
-    in_.seed = 0;
-    for (int64_t l = 0; l < model_->hparams.n_layer; l++) {
-        report.add(block_forward_graph(l, false));
-    }
-    walk_head(false);
-    report.add(logits_graph(0, n));
-    return report.nodes();
-}
-
-void Engine::check_graphs() {
-    require_supported(graph_report(), device_);
-}
-
-// Allocates the compute buffer for the largest graphs now, so that a run that starts does not end
-// for want of it.
-void Engine::reserve() {
-    in_.B = config_.n_rows;
-    in_.T = config_.n_tokens;
-    in_.seed = config_.lora.dropout > 0 ? 1 : 0;
-    auto largest = [&](Graph g) {
-        require(ggml_gallocr_reserve(alloc_.get(), g.graph()), ErrorKind::resource,
-                std::string("out of memory for the compute buffer on ") +
-                    ggml_backend_dev_name(device_));
-    };
-    const int64_t last = model_->hparams.n_layer - 1;
-    const bool train = config_.lora.train;
-    largest(block_forward_graph(last, train));
-    if (train) {
-        largest(block_backward_graph(last));
-    }
-    largest(head_graph(0, std::min(chunk_, in_.N()), train));
 }
 
 } // namespace ggft

@@ -86,7 +86,7 @@ Arrays Engine::probe(const std::string & op, const MicroBatch & batch, const Arr
     const Layer & w = model_->layers[0];
     const int64_t N = in_.N(), C = h.n_embd, D = h.n_embd_head, H = h.n_head, K = h.n_head_kv,
                   F = h.n_ff;
-    Graph g(1024);
+    Graph g = new_graph();
     Probe p(g, given);
     const int site = site_of(op);
     if (op == "rms_norm") {

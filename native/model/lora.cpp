@@ -13,9 +13,8 @@ static constexpr int64_t ROW = 1024;
 static constexpr int64_t ALIGN = 128;
 static constexpr float LARGEST_HALF = 65504;
 
-Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_t backend)
-    : config_(config), backend_(backend),
-      buffer_("LoRA", ggml_backend_get_default_buffer_type(backend), 8) {
+Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t device, Memory memory)
+    : config_(config), buffer_("LoRA", ggml_backend_dev_buffer_type(device), memory, 8) {
     const int64_t n_layer = model.hparams.n_layer;
     require(config.rank >= 1, ErrorKind::input, "rank must be at least 1");
     require(0 <= config.layer_first && config.layer_first < config.layer_last &&
@@ -75,7 +74,7 @@ void Lora::make_pairs(int64_t n_layer) {
         const int64_t at = flat == loaded_ ? p.offset % layer_size() : p.offset;
         Tensor t = ggml_view_2d(views_.get(), flat, p.ne0, p.ne1, (size_t)p.ne0 * sizeof(float),
                                 (size_t)at * sizeof(float));
-        ggml_backend_view_init(t);
+        buffer_.place(t, flat, (size_t)at * sizeof(float));
         ggml_set_name(t, (prefix + p.name).c_str());
         return t;
     };
@@ -187,15 +186,16 @@ Graph Lora::step_graph() const {
     return g;
 }
 
-double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t) {
-    const auto buft = ggml_backend_get_default_buffer_type(backend_);
+double Lora::step(ggml_backend_t backend, const AdamWConfig & o, float lr, int64_t n_targets,
+                  int64_t t) {
+    const auto buft = ggml_backend_get_default_buffer_type(backend);
     ggml_gallocr_ptr alloc(ggml_gallocr_new(buft));
 
     // Global norm: squares are summed per row on the device, the rows in double on the host.
     Graph squares = norm_graph();
     require(ggml_gallocr_alloc_graph(alloc.get(), squares.graph()), ErrorKind::resource,
             "out of memory for the gradient norm");
-    squares.compute(backend_);
+    squares.compute(backend);
     std::vector<float> rows((size_t)n_rows_);
     ggml_backend_tensor_get(ggml_graph_node(squares.graph(), -1), rows.data(), 0,
                             rows.size() * sizeof(float));
@@ -223,7 +223,7 @@ double Lora::step(const AdamWConfig & o, float lr, int64_t n_targets, int64_t t)
     Graph update = step_graph();
     require(ggml_gallocr_alloc_graph(alloc.get(), update.graph()), ErrorKind::resource,
             "out of memory for the optimizer step");
-    update.compute(backend_);
+    update.compute(backend);
     zero_grad();
     return norm;
 }

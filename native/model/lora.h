@@ -44,7 +44,7 @@ struct Parameter {
 
 class Lora {
 public:
-    Lora(const Model & model, const LoraConfig & config, ggml_backend_t backend);
+    Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t device, Memory memory);
 
     const LoraPair & pair(int64_t layer, int site) const {
         return pairs_[(size_t)layer * N_SITES + (size_t)site];
@@ -64,7 +64,8 @@ public:
     // One AdamW update (Loshchilov & Hutter 2019, decoupled decay) with the gradient divided by
     // n_targets and clipped to max_grad_norm. Returns the norm before clipping; throws
     // Error(numeric) when it is not finite, leaving the weights untouched.
-    double step(const AdamWConfig & options, float lr, int64_t n_targets, int64_t t);
+    double step(ggml_backend_t backend, const AdamWConfig & options, float lr, int64_t n_targets,
+                int64_t t);
 
     const LoraConfig & config() const { return config_; }
     size_t bytes() const { return buffer_.bytes(); }
@@ -81,7 +82,6 @@ private:
     const Parameter & parameter(const std::string & name) const;
 
     LoraConfig config_;
-    ggml_backend_t backend_;
     TensorBuffer buffer_;
     ggml_context_ptr views_;
     std::vector<LoraPair> pairs_;

@@ -51,6 +51,12 @@ struct Model::Shard {
     bool mapped = false; // the tensors point into the map
     ggml_backend_buffer_ptr buffer;
 
+    // Of a tensor's data in the file.
+    size_t offset_of(Tensor t) const {
+        return gguf_get_data_offset(gguf.get()) +
+               gguf_get_tensor_offset(gguf.get(), gguf_find_tensor(gguf.get(), t->name));
+    }
+
     ~Shard() {
         buffer.reset();
         if (map != nullptr) {
@@ -59,7 +65,7 @@ struct Model::Shard {
     }
 };
 
-void Model::open_shard(const std::string & path, ggml_backend_dev_t device) {
+void Model::open_shard(const std::string & path, ggml_backend_dev_t device, Memory memory) {
     auto shard = std::make_unique<Shard>();
     ggml_context * ctx = nullptr;
     shard->path = path;
@@ -87,7 +93,14 @@ void Model::open_shard(const std::string & path, ggml_backend_dev_t device) {
                 path + ": tensor " + gguf_get_tensor_name(shard->gguf.get(), i) +
                     " reaches past the end of the file");
     }
-    place_weights(*shard, device);
+    if (memory == Memory::measured) {
+        for (Tensor t = ggml_get_first_tensor(ctx); t != nullptr;
+             t = ggml_get_next_tensor(ctx, t)) {
+            t->data = (uint8_t *)shard->map + shard->offset_of(t);
+        }
+    } else {
+        place_weights(*shard, device);
+    }
     for (Tensor t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
         tensors_[t->name] = t;
     }
@@ -101,18 +114,12 @@ void Model::place_weights(Shard & shard, ggml_backend_dev_t device) {
     ggml_backend_dev_get_props(device, &props);
     const auto type = ggml_backend_dev_buffer_type(device);
     auto * const base = (uint8_t *)shard.map;
-    const size_t data = gguf_get_data_offset(shard.gguf.get());
-    auto offset_of = [&](Tensor t) {
-        return data + gguf_get_tensor_offset(shard.gguf.get(),
-                                             gguf_find_tensor(shard.gguf.get(), t->name));
-    };
-
     size_t max_tensor = 0;
     bool aligned = true;
     for (Tensor t = ggml_get_first_tensor(shard.ctx.get()); t;
          t = ggml_get_next_tensor(shard.ctx.get(), t)) {
         max_tensor = std::max(max_tensor, ggml_nbytes(t));
-        aligned &= offset_of(t) % ggml_backend_buft_get_alignment(type) == 0;
+        aligned &= shard.offset_of(t) % ggml_backend_buft_get_alignment(type) == 0;
     }
     if (props.caps.buffer_from_host_ptr && aligned && max_tensor > 0) {
         shard.buffer.reset(
@@ -123,7 +130,7 @@ void Model::place_weights(Shard & shard, ggml_backend_dev_t device) {
         ggml_backend_buffer_set_usage(shard.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         for (Tensor t = ggml_get_first_tensor(shard.ctx.get()); t;
              t = ggml_get_next_tensor(shard.ctx.get(), t)) {
-            ggml_backend_tensor_alloc(shard.buffer.get(), t, base + offset_of(t));
+            ggml_backend_tensor_alloc(shard.buffer.get(), t, base + shard.offset_of(t));
         }
         return;
     }
@@ -139,7 +146,7 @@ void Model::place_weights(Shard & shard, ggml_backend_dev_t device) {
     for (Tensor t = ggml_get_first_tensor(shard.ctx.get()); t;
          t = ggml_get_next_tensor(shard.ctx.get(), t)) {
         for (size_t at = 0; at < ggml_nbytes(t); at += piece) {
-            ggml_backend_tensor_set(t, base + offset_of(t) + at, at,
+            ggml_backend_tensor_set(t, base + shard.offset_of(t) + at, at,
                                     std::min(piece, ggml_nbytes(t) - at));
         }
     }
@@ -352,10 +359,10 @@ void Model::read_tensors() {
     }
 }
 
-Model::Model(const std::vector<std::string> & paths, ggml_backend_dev_t device) {
+Model::Model(const std::vector<std::string> & paths, ggml_backend_dev_t device, Memory memory) {
     require(!paths.empty(), ErrorKind::input, "no model file given");
     for (const auto & path : paths) {
-        open_shard(path, device);
+        open_shard(path, device, memory);
     }
     read_hparams();
     read_tensors();

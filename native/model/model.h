@@ -63,7 +63,8 @@ class Model {
 public:
     // Throws Error(input) when the file is not a model that can be trained, Error(resource) when
     // the device has no room for a copy of the weights.
-    Model(const std::vector<std::string> & paths, ggml_backend_dev_t device);
+    Model(const std::vector<std::string> & paths, ggml_backend_dev_t device,
+          Memory memory = Memory::taken);
     ~Model();
 
     Hparams hparams;
@@ -79,7 +80,7 @@ public:
 private:
     struct Shard;
 
-    void open_shard(const std::string & path, ggml_backend_dev_t device);
+    void open_shard(const std::string & path, ggml_backend_dev_t device, Memory memory);
     void place_weights(Shard & shard, ggml_backend_dev_t device);
     void read_hparams();
     void read_tensors();

@@ -1,5 +1,8 @@
 #include "patterns/fused.h"
 
+#include "kernels/attention/attention.h"
+#include "kernels/gemm/product.h"
+
 namespace ggft {
 
 Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x, Tensor done) {
@@ -15,6 +18,21 @@ Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x
                     [=](Tensor rows, int ith, int nth) {
                         pack_tokens(packing, rows_of(x), n, rows->data, ith, nth);
                     });
+}
+
+std::string fused_lack(const Model & model) {
+    const int64_t size = model.hparams.n_embd_head;
+    return size <= MAX_HEAD_SIZE ? ""
+                                 : "attention heads of " + std::to_string(size) +
+                                       " are larger than the CPU's fused kernels compute, " +
+                                       std::to_string(MAX_HEAD_SIZE) + " at most";
+}
+
+size_t FusedOps::prepacked_bytes_of(Tensor w, bool forward) const {
+    const Weight weight = weight_of(w);
+    const size_t bytes = 4 * Prepacked::words_of(forward ? Product::forward(precision_, weight)
+                                                         : Product::backward(precision_, weight));
+    return bytes <= PREPACKED_MOST ? bytes : 0;
 }
 
 std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads,

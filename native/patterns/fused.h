@@ -38,7 +38,10 @@ public:
           turns_(n_threads), prepacked_(prepacked_bytes) {}
 
     const char * name() const override { return "fused"; }
+
+    void prepack(Tensor w, bool forward) override { with_panels(w, forward); }
     size_t prepacked_bytes() const override { return prepacked_.bytes(); }
+    size_t prepacked_bytes_of(Tensor w, bool forward) const override;
 
     Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override;
     Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn,
@@ -70,6 +73,10 @@ private:
     // What the inputs of linears are stored as: what the matrix products read.
     ggml_type linear_type() const {
         return precision_ == Precision::fast && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+    }
+
+    Weight with_panels(Tensor w, bool forward) {
+        return prepacked_.with_panels(precision_, weight_of(w), forward);
     }
 
     Precision precision_;

@@ -93,7 +93,7 @@ Tensor FusedOps::dropped(Graph & g, const LinearInput & in) {
 Tensor FusedOps::linear(Graph & g, const Linear & w, const LoraPair & lora, const LinearInput & in,
                         Tensor residual) {
     Tensor W = w.weight, u = lora ? in.fused.u : nullptr;
-    const Weight weight = prepacked_.with_panels(precision_, weight_of(W), true);
+    const Weight weight = with_panels(W, true);
     const Precision precision = precision_;
     const LoraPair pair = lora;
     const int64_t at = lora ? row_of(in, lora) : 0;
@@ -126,7 +126,7 @@ Tensor FusedOps::linear_back(Graph & g, const Linear & w, const LoraPair & lora,
         return acc;
     }
     const int64_t N = dy->ne[1];
-    const Weight weight = prepacked_.with_panels(precision_, weight_of(W), false);
+    const Weight weight = with_panels(W, false);
     dy = packed(g, "matmul_rows", packing_nn(precision_, weight), dy);
     std::vector<Tensor> args = {W, dy};
     if (du != nullptr) {

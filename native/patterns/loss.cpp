@@ -25,7 +25,7 @@ Ops::Loss FusedOps::loss(Graph & g, const Linear & w, Tensor n, Tensor labels, T
         return {nats, nullptr};
     }
     Tensor W = w.weight;
-    const Weight weight = prepacked_.with_panels(precision_, weight_of(W), false);
+    const Weight weight = with_panels(W, false);
     Tensor dz = packed(g, "loss_rows", packing_nn(precision_, weight), z, nats);
     Tensor dn = g.custom("loss_back", GGML_TYPE_F32, {W->ne[0], M}, {W, nats, dz},
                          [=, turns = &turns_, precision = precision_](Tensor dn, int ith, int nth) {

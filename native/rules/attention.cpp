@@ -17,10 +17,19 @@ struct Heads {
 
 } // namespace
 
+static int64_t heads_per_piece(const Inputs & in, int64_t n_head, int64_t n_head_kv) {
+    const int64_t group = n_head / n_head_kv;
+    return std::clamp<int64_t>(SCORE_ELEMENTS / (in.T * in.T * group), 1, n_head_kv);
+}
+
+int64_t n_head_pieces(const Inputs & in, int64_t n_head, int64_t n_head_kv) {
+    const int64_t step = heads_per_piece(in, n_head, n_head_kv);
+    return (n_head_kv + step - 1) / step;
+}
+
 // Calls f(first kv-head, number) for pieces whose scores fit the scratch.
 template <class F> static void for_heads(const Inputs & in, const Qkv & x, F f) {
-    const int64_t K = x.k->ne[1], group = x.q->ne[1] / K;
-    const int64_t step = std::clamp<int64_t>(SCORE_ELEMENTS / (in.T * in.T * group), 1, K);
+    const int64_t K = x.k->ne[1], step = heads_per_piece(in, x.q->ne[1], K);
     for (int64_t k0 = 0; k0 < K; k0 += step) {
         f(k0, std::min(step, K - k0));
     }

@@ -13,6 +13,10 @@ static int64_t rows_per_piece(Tensor w) {
                                std::max<int64_t>(64, w->ne[1]));
 }
 
+int64_t n_pieces(Tensor w) {
+    return (w->ne[1] + rows_per_piece(w) - 1) / rows_per_piece(w);
+}
+
 // Dropout multiplies by rows gathered from a pool of random masks by random ids.
 LinearInput GgmlOps::linear_input(Graph & g, const Inputs & in, Tensor x, int id, bool dropout,
                                   std::vector<const LoraPair *> adapters) {

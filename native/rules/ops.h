@@ -12,6 +12,7 @@
 #include "model/model.h"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace ggft {
@@ -133,13 +134,21 @@ public:
                       bool need_dn) = 0;
 
     virtual const char * name() const = 0;
-    // Bytes of weights that are kept as the products read them.
-    virtual size_t prepacked_bytes() const { return 0; }
+
+    // Keeps a weight as the products of a direction read it, if there is room left.
+    virtual void prepack(Tensor, bool /*forward*/) {}
+    virtual size_t prepacked_bytes() const { return 0; } // of those that are kept
+    // Bytes that one takes; 0 if it is never kept.
+    virtual size_t prepacked_bytes_of(Tensor, bool /*forward*/) const { return 0; }
+    // Nodes of a graph over a block or the loss head, at most.
+    virtual size_t n_nodes_max(const Inputs &, const Model &) const { return 1024; }
 };
 
 // quantized_forward: multiply quantized weights directly (GPUs keep the activations in floating
 // point).
 std::unique_ptr<Ops> make_ggml_ops(const Inputs & in, Mode mode, bool quantized_forward);
+// Why the CPU's kernels cannot compute a model, or "".
+std::string fused_lack(const Model & model);
 // prepacked_bytes: of weights to keep as the products read them, at most.
 std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads,
                                     size_t prepacked_bytes);

@@ -15,6 +15,9 @@ namespace ggft {
 // aᵀ b. Sums in F32 everywhere: backends may otherwise sum in half precision, CUDA among them.
 Tensor product(ggml_context * c, Tensor a, Tensor b);
 Tensor transposed(Graph & g, Tensor x);
+// How many pieces a weight is dequantized in, and attention computed in.
+int64_t n_pieces(Tensor w);
+int64_t n_head_pieces(const Inputs & in, int64_t n_head, int64_t n_head_kv);
 // The other one where one is null.
 Tensor add(Graph & g, Tensor a, Tensor b);
 Tensor concat(Graph & g, Tensor a, Tensor b, int dim);
@@ -25,6 +28,7 @@ public:
         : in_(in), mode_(mode), quantized_forward_(quantized_forward) {}
 
     const char * name() const override { return "ggml"; }
+    size_t n_nodes_max(const Inputs & in, const Model & model) const override;
 
     Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override;
     Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn,

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ggft.engine import memory as planner
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine, EngineSettings, load_native
 from ggft.engine.memory import MAX_TOKENS, Limits, Shape, make_plan, predict, weights_bytes
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.read import check_model, read_gguf
 from ggft.system.errors import ResourceError
-from tests.support.models import Spec, write_model
+from tests.support.engines import make_batch
+from tests.support.models import Spec, spec_for, write_model
 
 GB = 10**9
 
@@ -228,3 +230,55 @@ def test_what_is_predicted_is_what_the_engine_takes(
         actual = buffers["compute"] + buffers["inputs"]
         spare = 16 << 20 if kernels == "ggml" else 1 << 20
         assert 0.95 * actual <= parts["scratch"] <= 1.7 * actual + spare
+
+
+MODELS = {
+    "plain": Spec(),
+    "wide heads": Spec(n_head=8, head_size=16, n_head_kv=4),
+    "tied, bias": Spec(tied=True, bias=True),
+    "qwen2": Spec(arch="qwen2", qkv_bias=True),
+    "qwen3": Spec(arch="qwen3", tied=True, head_size=32),
+    "large heads": Spec(head_size=320, n_head=2, n_head_kv=1),
+    "mix": spec_for(
+        "Q4_K", n_layer=3, tied=True,
+        types={"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q8_0"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("precision", ["fast", "f32"])
+@pytest.mark.parametrize("kernels", ["auto", "ggml"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forecast_is_what_the_engine_takes(
+    tmp_path: Path, name: str, kernels: str, precision: str, train: bool
+) -> None:
+    """To the byte, when it is open and after a step; for a file of holes behind the header, too."""
+    spec = MODELS[name]
+    path = write_model(tmp_path / "m.gguf", spec).path
+    settings = EngineSettings(
+        paths=[str(path)], targets=["attn_q", "attn_v", "ffn_down"], layer_first=1,
+        layer_last=spec.n_layer, rank=5, alpha=8.0, dropout=0.1, device="cpu", kernels=kernels,
+        precision=precision, train=train,
+    )  # fmt: skip
+    header = tmp_path / "header.gguf"
+    header.write_bytes(path.read_bytes()[: read_gguf(path).data_offset])
+    os.truncate(header, path.stat().st_size)
+    native = load_native()
+    forecast = native.Forecast(asdict(replace(settings, paths=[str(header)])))
+    for n_rows, n_tokens, keep, share in ((1, 160, True, 0.5), (3, 24, False, 1.0)):
+        n_bytes = int(share * forecast.prepackable_bytes)
+        opened = replace(
+            settings, n_rows=n_rows, n_tokens=n_tokens, keep=keep, prepacked_bytes=n_bytes
+        )
+        with Engine(opened) as engine:
+            taken = engine.info()["buffers"]
+            assert forecast.buffers(n_rows, n_tokens, keep, n_bytes) == taken
+            assert forecast.kernels == engine.info()["kernels"]
+            assert forecast.n_parameters == sum(a * b for a, b in engine.parameters.values())
+            batch = make_batch(forecast.n_vocab, ((n_tokens,),) * n_rows, n_tokens)
+            if train:
+                engine.forward_backward(batch, 1)
+                engine.optimizer_step(1e-3, 1)
+            engine.evaluate(batch)
+            assert engine.info()["buffers"] == taken

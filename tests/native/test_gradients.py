@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ggft.system.errors import InputError
 from tests.support.blocks import TYPES
 from tests.support.engines import (
     PACKED,
@@ -272,3 +273,31 @@ def test_gradient_is_the_slope_of_the_engines_own_loss(make: Make, kernels: str)
         h = 0.01
         central = (8 * (loss(h) - loss(-h)) - loss(2 * h) + loss(-2 * h)) / (12 * h)
     assert central == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("head_size", [256, 320, 512, 576, 1024])
+def test_large_heads(make: Make, head_size: int) -> None:
+    """Heads that the fused kernels cannot compute take the portable operations."""
+    tiny = make(Spec(head_size=head_size, n_head=2, n_head_kv=1))
+    check_gradient(tiny, BARS["f32"], kernels="auto")
+    kernels = "fused" if head_size <= 256 else "ggml"
+    with open_engine(tiny, kernels="auto") as engine:
+        assert engine.info()["kernels"] == kernels
+    if kernels == "ggml":
+        with pytest.raises(InputError, match=f"attention heads of {head_size} are larger"):
+            open_engine(tiny, kernels="fused")
+
+
+@pytest.mark.parametrize(("n_rows", "n_tokens"), [(64, 16), (200, 2), (1, 2200)])
+def test_any_number_of_rows(make: Make, n_rows: int, n_tokens: int) -> None:
+    """The portable graph grows with rows and with pieces of attention."""
+    tiny = make(Spec(n_layer=1, n_head=4, n_head_kv=4))
+    batch = make_batch(tiny.shape.n_vocab, ((n_tokens,),) * n_rows, n_tokens)
+    losses, gradients = [], []
+    for kernels in KERNELS:
+        with open_engine(tiny, kernels=kernels, n_rows=n_rows, n_tokens=n_tokens) as engine:
+            set_random_lora(engine)
+            losses.append(engine.forward_backward(batch, 0)[0])
+            gradients.append(engine.get_all("grad"))
+    assert losses[0] == pytest.approx(losses[1], rel=BARS["f32"])
+    assert gradient_errors(*gradients)["whole"] <= BARS["f32"]
