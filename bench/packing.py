@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import SMOLLM2
 from ggft.engine.engine import Engine
 from ggft.settings.training import FinetuneConfig
-from ggft.setup.inputs import BaseModel, Data, load_data, open_base
-from ggft.setup.open import choose_settings, make_shape, open_engine, plan_run
+from ggft.setup.inputs import BaseModel, Data, load_data, open_model
+from ggft.setup.open import choose_settings, lora_to_train, make_shape, open_engine, plan_run
 from ggft.system.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=512)
     args = parser.parse_args()
-    base = open_base(str(args.model), "auto")
+    base = open_model(args.model)
     with StopSignals() as stop:
         data = load_data(
-            (args.data,), base, form="auto", max_length=args.max_length, train_on_prompt=False,
-            check=stop.check, val_split=0.0,
+            base, args.data, max_length=args.max_length, val_split=0.0, keep_duplicates=True,
+            check=stop.check,
         )  # fmt: skip
         measure(args, base, data, stop)
 
@@ -95,9 +95,10 @@ def measure(args: argparse.Namespace, base: BaseModel, data: Data, stop: StopSig
             model=str(args.model), data=(args.data,), packing=packing, val_split=0.0
         )
         settled = choose_settings(config, data)
-        shape = make_shape(settled, settled.rank, base.file, base.info)
+        lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+        shape = make_shape(settled, lora, base.file, base.info)
         steps, plan = plan_run(settled, data, shape)
-        engine = engines.enter_context(open_engine(settled, base, shape, plan, stop))
+        engine = engines.enter_context(open_engine(settled, base.file, lora, plan, stop))
         engine.init_lora(seed=1)
         made = [steps.step(0, i, plan.n_rows, plan.n_tokens) for i in range(args.steps)]
         laid_out = [[change(batch) for batch in step] for step in made]

@@ -7,8 +7,7 @@ native code.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     )
     from ggft.settings.training import BenchConfig, EvalConfig, FinetuneConfig
 
-ConfigT = TypeVar("ConfigT")
-
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ggft", message="%(prog)s %(version)s")
@@ -43,27 +40,15 @@ def cli() -> None:
 cli.params.append(debug_option())
 
 
-def _with_model(config: ConfigT) -> ConfigT:
-    """Return the config with its model's name replaced by the path of the (downloaded) file."""
-    from ggft.hub.download import find_model
-
-    return replace(config, model=str(find_model(config.model)))  # type: ignore[type-var,attr-defined]
-
-
 @command(
     cli, "ggft.settings.training:FinetuneConfig", config_file=True,
     default_file="ggft.training.run_directory:settings_to_resume",
 )  # fmt: skip
-def finetune(config: FinetuneConfig) -> Any:
+def finetune(config: FinetuneConfig) -> None:
     """Train a LoRA adapter on a quantized model."""
     from ggft.recipes.finetune import finetune as action
 
-    if not config.dry_run:
-        return action(_with_model(config))
-    from ggft.hub.header import model_outline
-
-    with model_outline(config.model) as path:
-        return action(replace(config, model=str(path)))
+    action(config)
 
 
 @command(
@@ -71,12 +56,14 @@ def finetune(config: FinetuneConfig) -> Any:
     default_file="ggft.training.run_directory:settings_to_resume",
 )  # fmt: skip
 def plan(config: FinetuneConfig) -> None:
-    """Say what training would need, from the model's header alone."""
-    from ggft.hub.header import model_outline
+    """Say what training would do and need.
+
+    With data (-d) it prints the settings that follow from it; without, it plans from the model's
+    header alone. Nothing is downloaded.
+    """
     from ggft.recipes.finetune import plan as action
 
-    with model_outline(config.model) as path:
-        action(replace(config, model=str(path)))
+    action(config)
 
 
 @command(cli, "ggft.settings.commands:PrepareConfig")
@@ -84,7 +71,7 @@ def prepare(config: PrepareConfig) -> None:
     """Show what training would see of some data, and write it out cleaned."""
     from ggft.recipes.prepare import prepare as action
 
-    action(_with_model(config))
+    action(config)
 
 
 @command(cli, "ggft.settings.training:EvalConfig", name="eval", config_file=True)
@@ -92,7 +79,7 @@ def evaluate(config: EvalConfig) -> None:
     """Measure the loss of data under a model and an adapter."""
     from ggft.recipes.evaluate import evaluate as action
 
-    action(_with_model(config))
+    action(config)
 
 
 @command(cli, "ggft.settings.commands:GenerateConfig")
@@ -104,7 +91,7 @@ def generate(config: GenerateConfig, prompt: str | None, extra: str | None) -> N
     from ggft.recipes.generate import read_prompt
 
     text = read_prompt(prompt)
-    action(_with_model(config), text, extra)
+    action(config, text, extra)
 
 
 @command(cli, "ggft.settings.commands:GenerateConfig")
@@ -112,7 +99,7 @@ def chat(config: GenerateConfig) -> None:
     """Talk with a model, with or without an adapter."""
     from ggft.recipes.generate import chat as action
 
-    action(_with_model(config))
+    action(config)
 
 
 @command(cli, "ggft.settings.commands:DownloadConfig")
@@ -158,11 +145,8 @@ def convert(config: ConvertConfig, old: str, new: str) -> None:
     OLD is the file, the first part of several, or an adapter's folder (see --base); NEW is the
     GGUF to write.
     """
-    from ggft.hub.download import find_model
     from ggft.recipes.convert import convert as action
 
-    if config.base is not None:
-        config = replace(config, base=str(find_model(config.base)))
     click.echo(action(old, new, config))
 
 
@@ -175,18 +159,9 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
 
     BASE is the model's GGUF or its name, ADAPTER the adapter's GGUF, OUTPUT the GGUF to write.
     """
-    from ggft.hub.download import find_model
     from ggft.recipes.merge import merge_files as action
-    from ggft.settings.training import EvalConfig
 
-    def measure(model: str, tuned: str | None, template: str) -> float:
-        from ggft.recipes.evaluate import evaluate as eval_action
-        from ggft.system.progress import Progress
-
-        data = EvalConfig(model=model, adapter=tuned, template=template, data=config.data)
-        return float(eval_action(data, Progress("quiet"))["loss"])
-
-    click.echo(action(str(find_model(base)), adapter, output, config, measure))
+    click.echo(action(base, adapter, output, config))
 
 
 @command(cli, "ggft.settings.commands:QuantizeConfig")
@@ -195,10 +170,9 @@ def merge(config: MergeConfig, base: str, adapter: str, output: str) -> None:
 @click.argument("type_name", metavar="TYPE")
 def quantize(config: QuantizeConfig, model: str, output: str, type_name: str) -> None:
     """Write a model in another type, such as Q4_K_M."""
-    from ggft.hub.download import find_model
     from ggft.recipes.quantize import quantize_file as action
 
-    click.echo(action(str(find_model(model)), output, type_name, config))
+    click.echo(action(model, output, type_name, config))
 
 
 @command(cli, "ggft.settings.commands:ExportConfig")
@@ -209,10 +183,9 @@ def export(config: ExportConfig, model: str, folder: str) -> None:
 
     MODEL is the base model's GGUF or its name, or a merged model; FOLDER is made.
     """
-    from ggft.hub.download import find_model
     from ggft.recipes.export import export as action
 
-    click.echo(action(str(find_model(model)), folder, config))
+    click.echo(action(model, folder, config))
 
 
 @command(cli, "ggft.settings.commands:ReportConfig")
@@ -240,7 +213,7 @@ def bench(config: BenchConfig) -> None:
     """Measure a model's training speed and memory here."""
     from ggft.recipes.bench import bench as action
 
-    action(_with_model(config))
+    action(config)
 
 
 def main() -> int:

@@ -144,17 +144,12 @@ def read_adapter(
         rank=rank,
         alpha=alpha,
         dropout=float(dropout) if isinstance(dropout, int | float) else None,
-        base_sha256=_text(file, "ggft.base_sha256"),
-        base_name=_text(file, "general.base_model.0.name"),
-        template=_text(file, "ggft.template"),
-        template_sha256=_text(file, "ggft.template_sha256"),
+        base_sha256=file.text("ggft.base_sha256"),
+        base_name=file.text("general.base_model.0.name"),
+        template=file.text("ggft.template"),
+        template_sha256=file.text("ggft.template_sha256"),
     )
     return Adapter(path=file.path, meta=meta, tensors=dict(file.tensors))
-
-
-def _text(file: GGUFFile, key: str) -> str | None:
-    value = file.get(key)
-    return value if isinstance(value, str) else None
 
 
 def _check_kind(file: GGUFFile) -> None:
@@ -239,9 +234,9 @@ def _check_base(file: GGUFFile, base: GGUFFile, check_hash: bool) -> None:
             found=file.architecture,
             expected=f"{base.architecture}, as {base.path}",
         )
-    wanted = _text(file, "ggft.base_sha256")
+    wanted = file.text("ggft.base_sha256")
     if check_hash and wanted is not None and wanted != base.sha256():
-        name = _text(file, "general.base_model.0.name")
+        name = file.text("general.base_model.0.name")
         raise InputError(
             "the adapter was trained on another base model",
             path=file.path,

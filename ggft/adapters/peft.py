@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter, AdapterMeta, write_adapter
 from ggft.adapters.safetensors import SafeTensor, read_safetensors, write_safetensors
-from ggft.gguf.linears import TARGET_ALIASES, TARGETS
+from ggft.gguf.linears import HF_PATHS, TARGET_ALIASES, TARGETS, block_of
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model
 from ggft.system.errors import InputError
 from ggft.system.files import atomic_output, require_regular_file
@@ -30,8 +30,6 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK, MAX_ALPHA = 1 << 20, 1e9
 
-_PEFT_NAMES = {ours: theirs for theirs, ours in TARGET_ALIASES.items()}
-_GGUF_NAME = re.compile(r"blk\.(?P<block>\d+)\.(?P<target>\w+)\.weight")
 _PEFT_NAME = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?layers\.(?P<block>\d+)\.(?:self_attn|mlp)\."
     r"(?P<target>\w+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
@@ -79,17 +77,16 @@ def write_peft(folder: Path, adapter: Adapter, info: ModelInfo) -> None:
     modules: list[tuple[int, str]] = []
     for name, array in arrays.items():
         base_name, _, side = name.rpartition(".lora_")
-        match = _GGUF_NAME.fullmatch(base_name)
-        if match is None or match["target"] not in _PEFT_NAMES:
+        block, target = block_of(base_name)
+        if block is None or target not in TARGETS:
             raise InputError(
                 "PEFT has no place for this part of the adapter", path=adapter.path,
                 found=base_name, expected="the linears " + ", ".join(TARGETS),
             )  # fmt: skip
-        block, target = int(match["block"]), match["target"]
         if side == "b":
             array = _to_halves(array, _n_heads(info, target))
             modules.append((block, target))
-        module = f"layers.{block}.{_path(target)}"
+        module = f"layers.{block}.{HF_PATHS[target]}"
         out[f"base_model.model.model.{module}.lora_{side.upper()}.weight"] = array
     kept = {f"ggft.{key}": getattr(adapter.meta, key) for key in _KEPT}
     metadata = {"format": "pt", **{k: v for k, v in kept.items() if v is not None}}
@@ -114,20 +111,15 @@ def _config(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": [_PEFT_NAMES[name] for name in targets],
+        "target_modules": [HF_PATHS[name].rpartition(".")[2] for name in targets],
     }
     if meta.dropout is not None:
         config["lora_dropout"] = meta.dropout
     if len(modules) != len(blocks) * len(targets):
-        config["target_modules"] = [f"layers.{b}.{_path(t)}" for b, t in modules]
+        config["target_modules"] = [f"layers.{b}.{HF_PATHS[t]}" for b, t in modules]
     elif len(blocks) < n_layer:
         config |= {"layers_to_transform": blocks, "layers_pattern": "layers"}
     return config
-
-
-def _path(target: str) -> str:
-    """Return where a block of Hugging Face's models has a linear."""
-    return f"{'mlp' if target.startswith('ffn') else 'self_attn'}.{_PEFT_NAMES[target]}"
 
 
 def _n_heads(info: ModelInfo, target: str) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ggft.gguf.linears import SHAPES
+
 
 @dataclass(frozen=True)
 class ArchitectureTraits:
@@ -33,14 +35,8 @@ class ArchitectureTraits:
 
 _BLOCK = {
     "attn_norm.weight": "C",
-    "attn_q.weight": "CQ",
-    "attn_k.weight": "CK",
-    "attn_v.weight": "CK",
-    "attn_output.weight": "QC",
     "ffn_norm.weight": "C",
-    "ffn_gate.weight": "CF",
-    "ffn_up.weight": "CF",
-    "ffn_down.weight": "FC",
+    **{f"{name}.weight": shape for name, shape in SHAPES.items()},
 }
 _MODEL = {"token_embd.weight": "CV", "output_norm.weight": "C"}
 _QKV_BIASES = {"attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "K"}

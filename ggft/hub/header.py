@@ -14,10 +14,11 @@ from pathlib import Path
 from ggft.gguf.cursor import Cursor
 from ggft.gguf.header import parse_header
 from ggft.gguf.read import check_model
-from ggft.hub.download import look_up, model_here, print_note, require_fit
+from ggft.hub.download import look_up, model_here, require_fit
 from ggft.hub.fetch import fetch_range
 from ggft.hub.registry import Entry, entry_of
 from ggft.system.errors import InputError, NetworkError
+from ggft.system.progress import print_note
 from ggft.system.text import format_bytes
 
 # Several times the largest vocabulary.

@@ -14,15 +14,17 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ggft.engine.engine import Engine, EngineSettings, find_device
-from ggft.engine.memory import Limits, Plan, Shape, make_plan, weights_bytes
+from ggft.engine.engine import Engine
+from ggft.engine.memory import Plan, Shape
 from ggft.engine.peak import measure_peak
-from ggft.gguf.linears import parse_layers, parse_targets
-from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
+from ggft.gguf.read import ModelInfo, check_model, read_gguf
+from ggft.hub.download import find_model
 from ggft.settings.training import BenchConfig
+from ggft.setup.open import lora_to_train, make_shape, open_engine, plan_rows
 from ggft.system.errors import InputError
-from ggft.system.machine import peak_rss_bytes, physical_cores, process_seconds
-from ggft.system.text import format_bytes, parse_size
+from ggft.system.machine import peak_rss_bytes, process_seconds
+from ggft.system.signals import StopSignals
+from ggft.system.text import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,25 +43,20 @@ PARTS = {
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure, print, and return the figures; `config.model` is the path of a GGUF file.
+    """Measure, print, and return the figures.
 
     Raises:
         GgftError: a bad file or setting, or not enough memory.
     """
     n_rows, n_tokens = parse_shape(config.shape)
-    file = read_gguf(config.model)
+    file = read_gguf(find_model(config.model))
     info = check_model(file)
-    shape = make_shape(config, file, info)
-    memory = None if config.memory is None else parse_size(config.memory)
-    plan = make_plan(
-        shape,
-        Limits.of(find_device(config.device), memory),
-        n_tokens=n_tokens,
-        max_rows=n_rows,
-        keep=None if config.recompute is None else not config.recompute,
-    )
+    lora = lora_to_train(config, info, config.rank)
+    shape = make_shape(config, lora, file, info)
+    plan = plan_rows(config, shape, n_tokens=n_tokens, max_rows=n_rows)
     result: dict[str, Any] = {"model": file.path.name, "rows": n_rows, "row_tokens": n_tokens}
-    with open_engine(config, file, shape, plan) as engine:
+    with StopSignals() as stop, open_engine(config, file, lora, plan, stop) as engine:
+        engine.init_lora(seed=1)
         result |= time_steps(engine, plan, n_rows, info.n_vocab, config.steps)
         result["engine"] = engine.info()
         if config.profile:
@@ -85,42 +82,6 @@ def parse_shape(text: str) -> tuple[int, int]:
             "--shape is not rows by tokens", found=repr(text), expected="such as 4x512"
         )
     return int(rows), int(tokens)
-
-
-def make_shape(config: BenchConfig, file: GGUFFile, info: ModelInfo) -> Shape:
-    """Return what memory depends on."""
-    first, last = parse_layers(config.layers, info.n_layer)
-    return Shape(
-        model=info,
-        weights_bytes=weights_bytes(file),
-        targets=parse_targets(config.target_modules),
-        layer_first=first,
-        layer_last=last,
-        rank=config.rank,
-    )
-
-
-def open_engine(config: BenchConfig, file: GGUFFile, shape: Shape, plan: Plan) -> Engine:
-    """Open the engine as planned, with alpha = 4·rank and no dropout."""
-    settings = EngineSettings(
-        paths=[str(path) for path in file.paths],
-        targets=list(shape.targets),
-        layer_first=shape.layer_first,
-        layer_last=shape.layer_last,
-        rank=shape.rank,
-        alpha=4.0 * shape.rank,
-        precision=config.precision,
-        device=config.device,
-        kernels=config.kernels,
-        threads=config.threads or physical_cores(),
-        keep=plan.keep,
-        prepacked_bytes=plan.prepacked_bytes,
-        n_rows=plan.n_rows,
-        n_tokens=plan.n_tokens,
-    )
-    engine = Engine(settings)
-    engine.init_lora(seed=1)
-    return engine
 
 
 def micro_batches(

@@ -8,18 +8,15 @@ norm epsilon, rope base) is inferred, printed with the reason, and can be given 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ggft.adapters.peft import convert_peft, is_peft
 from ggft.gguf.read import read_gguf
+from ggft.hub.download import find_model
 from ggft.legacy.convert import ConvertReport, convert_model
 from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
 from ggft.system.progress import ByteBar
 from ggft.system.text import format_bytes
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(old: str | Path, new: str | Path, config: ConvertConfig) -> str:
@@ -43,7 +40,7 @@ def _convert_adapter(old: Path, new: Path, config: ConvertConfig) -> str:
             "a PEFT adapter needs its base model in GGUF", path=old,
             hint=f"ggft convert {old} {new} --base MODEL.gguf",
         )  # fmt: skip
-    meta = convert_peft(old, new, read_gguf(config.base))
+    meta = convert_peft(old, new, read_gguf(find_model(config.base)))
     size = format_bytes(new.stat().st_size)
     return f"wrote {new}, {size}: LoRA of rank {meta.rank}, alpha {meta.alpha:g}"
 

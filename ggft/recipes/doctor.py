@@ -6,24 +6,33 @@ whether the device supports that.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ggft import __version__
+from ggft.engine.engine import Engine, load_native
 from ggft.engine.metal import metal_rules
+from ggft.gguf.read import check_model, read_gguf
+from ggft.hub.download import find_model
+from ggft.llama.library import library_info
 from ggft.settings.commands import DoctorConfig
+from ggft.settings.training import BenchConfig
+from ggft.setup.open import engine_settings, lora_to_train, make_shape, plan_rows
 from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError
+from ggft.system.machine import available_bytes, memory_bytes, physical_cores
 from ggft.system.text import format_bytes, printable
 
 LOW_MEMORY_BYTES = 1_500_000_000
 LOW_DISK_BYTES = 1_000_000_000
+GRAPH_DROPOUT = 0.1  # any but 0, so that the nodes of dropout are there, too
 
 
 @dataclass
@@ -34,8 +43,8 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def look(self, name: str, what: Callable[[], Any]) -> Any:
-        """Note a fact; an error of ours becomes a problem, with its remedy."""
+    def check(self, name: str, what: Callable[[], Any]) -> Any:
+        """Note a fact; a GgftError is recorded as a problem, with its remedy."""
         try:
             value = what()
         except GgftError as error:
@@ -47,21 +56,18 @@ class Findings:
 
 def examine() -> Findings:
     """Look at everything but a model."""
-    from ggft.llama.library import library_info
-    from ggft.system.machine import available_bytes, physical_cores
-
     found = Findings()
     found.facts["ggft"] = __version__
     found.facts["python"] = f"{platform.python_version()} ({sys.executable})"
     found.facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     found.facts["cores"] = physical_cores()
-    found.facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found.facts["memory_bytes"] = memory_bytes()
     found.facts["memory_free_bytes"] = available_bytes()
     found.facts["disk_free_bytes"] = shutil.disk_usage(Path.cwd()).free
     found.facts["compiler"] = _compiler()
-    found.look("llama_cpp", library_info)
-    found.look("native", _native_info)
-    devices = found.look("devices", _devices) or []
+    found.check("llama_cpp", library_info)
+    found.check("native", _native_info)
+    devices = found.check("devices", _devices) or []
     _judge(found, devices)
     return found
 
@@ -120,13 +126,11 @@ def _compiler() -> str | None:
 
 
 def _native_info() -> dict[str, Any]:
-    from ggft.engine.engine import load_native
 
     return dict(load_native().build_info())
 
 
 def _devices() -> list[dict[str, Any]]:
-    from ggft.engine.engine import load_native
 
     return [dict(device) for device in load_native().devices()]
 
@@ -140,21 +144,17 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
         InputError: The model cannot be used.
         ResourceError: The device is not there, or does not support a node.
     """
-    from ggft.engine.engine import Engine, EngineSettings, find_device
-    from ggft.gguf.linears import TARGETS
-    from ggft.gguf.read import check_model, read_gguf
-    from ggft.system.machine import physical_cores
-
-    file = read_gguf(model)
+    file = read_gguf(find_model(model))
+    info = check_model(file)
     by_rules = device.lower() == "metal" and platform.system() != "Darwin"
-    if not by_rules:
-        find_device(device)
-    settings = EngineSettings(
-        paths=[str(path) for path in file.paths], targets=list(TARGETS), layer_first=0,
-        layer_last=check_model(file).n_layer, rank=8, alpha=32.0, dropout=0.1,
-        device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto",
-        threads=physical_cores(), n_rows=1, n_tokens=128,
-    )  # fmt: skip
+    config = BenchConfig(
+        device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto"
+    )
+    lora = lora_to_train(config, info, config.rank)
+    plan = plan_rows(config, make_shape(config, lora, file, info), n_tokens=128, max_rows=1)
+    settings = replace(
+        engine_settings(config, file, lora, plan), dropout=GRAPH_DROPOUT, prepacked_bytes=0
+    )
     with Engine(settings) as engine:
         report = engine.graph_report(gpu=by_rules)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -171,18 +171,13 @@ def doctor(config: DoctorConfig) -> int:
     """Print the findings; return 3 if something must be mended before training, else 0."""
     found = examine()
     if config.graph:
-        from ggft.gguf.read import check_model, read_gguf
-        from ggft.hub.download import find_model
-
         model = str(find_model(config.model))
         check_model(read_gguf(model))
-        found.look("graph", lambda: graph_rows(model, config.device))
+        found.check("graph", lambda: graph_rows(model, config.device))
         for row in found.facts["graph"] or ():
             if not row["supported"]:
                 found.problems.append(f"unsupported on this device: {row['op']} {row['types']}")
     if config.json:
-        import json
-
         record = {**found.facts, "problems": found.problems, "warnings": found.warnings}
         print(json.dumps(record, indent=2))
     else:

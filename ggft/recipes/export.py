@@ -13,12 +13,13 @@ from pathlib import Path
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.adapters.peft import write_peft
 from ggft.gguf.read import GGUFFile, check_model, read_gguf
+from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.ollama import go_template, learn_turns, modelfile
 from ggft.settings.commands import ExportConfig
 from ggft.setup.inputs import choose_template
 from ggft.system.errors import InputError
-from ggft.system.files import atomic_output, copy_file
+from ggft.system.files import atomic_output, copy_file, make_folder, remove_empty
 from ggft.system.text import printable
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
@@ -28,7 +29,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
     """Write the folder, whole or not at all; return what `ggft export` prints.
 
     Args:
-        model: The path of the base model's GGUF, or of a merged one.
+        model: The base model's GGUF or its name, or a merged model.
         folder: Where to write; made if it is not there.
         config: Whom for, and what with.
 
@@ -39,7 +40,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
     """
     if not folder.strip():
         raise InputError("the folder's name is empty")
-    base = read_gguf(model)
+    base = read_gguf(find_model(model))
     info = check_model(base)
     adapter = None if config.adapter is None else read_adapter(config.adapter, base)
     target = Path(folder)
@@ -92,15 +93,11 @@ def _folder(path: Path, overwrite: bool) -> Iterator[None]:
         raise InputError(
             "the output's folder does not exist", path=path, hint=f"mkdir -p {path.parent}"
         )
-    created = not path.exists()
-    try:
-        path.mkdir(exist_ok=True)
-        before = set(path.iterdir())
-    except OSError as error:
-        raise InputError(
-            f"cannot write here: {error.strerror}", path=path,
-            hint="choose another folder or change the permissions of the one around it",
-        ) from None  # fmt: skip
+    made = make_folder(
+        path, "cannot write here",
+        hint="choose another folder or change the permissions of the one around it",
+    )  # fmt: skip
+    before = set(path.iterdir())
     if before and not overwrite:
         raise InputError(
             "the folder is not empty", path=path,
@@ -111,6 +108,5 @@ def _folder(path: Path, overwrite: bool) -> Iterator[None]:
     except BaseException:
         for left in set(path.iterdir()) - before:
             left.unlink()
-        if created:
-            path.rmdir()
+        remove_empty(made)
         raise

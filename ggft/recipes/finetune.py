@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from ggft.engine.memory import Plan, make_plan
+from ggft.engine.memory import Plan
 from ggft.gguf.linears import parse_targets
 from ggft.gguf.read import check_model, read_gguf
+from ggft.hub.download import find_model, model_here
+from ggft.hub.header import model_outline
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
 from ggft.setup.course import with_general
-from ggft.setup.inputs import BaseModel, Data, load_data, open_base
+from ggft.setup.inputs import BaseModel, Data, load_data, open_model
 from ggft.setup.open import (
-    BATCH_SIZE,
-    MAX_LENGTH,
-    RANK,
     choose_settings,
-    joins,
-    limits_of,
+    lora_to_train,
     make_shape,
     open_engine,
+    plan_header,
     plan_run,
 )
 from ggft.system.errors import InputError
@@ -35,7 +35,7 @@ from ggft.training.trainer import Trainer
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
-    """Train an adapter; `config.model` is the path of a GGUF file.
+    """Train an adapter.
 
     Raises:
         GgftError: anything a user can cause or meet; a run that was begun can be resumed.
@@ -44,34 +44,23 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
     output = Path(config.output)
     check_output(output)
     parse_targets(config.target_modules)
+    if config.dry_run:
+        plan(config, progress)
+        return
+    path = find_model(config.model)
     with StopSignals() as stop:
-        base = open_base(config.model, config.template)
-        data = load_data(
-            config.data,
-            base,
-            form=config.format,
-            max_length=config.max_length,
-            train_on_prompt=config.train_on_prompt,
-            check=stop.check,
-            val_split=config.val_split,
-            keep_duplicates=config.keep_duplicates,
-            seed=config.seed,
-        )
-        settled = choose_settings(config, data)
-        data = with_general(settled, base, data, stop.check)
-        shape = make_shape(config, settled.rank, base.file, base.info)
-        if config.dry_run:
-            _, planned = plan_run(settled, data, shape)
-            announce(settled, base, data, planned, progress)
-            return
+        base = open_model(path, config.template, warn=progress.warn)
+        settled, data = settle(config, base, stop)
+        lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+        shape = make_shape(settled, lora, base.file, base.info)
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
             micro_batch = saved.state["circumstances"]["micro_batch"] if saved else None
             steps, planned = plan_run(settled, data, shape, micro_batch and tuple(micro_batch))
-            announce(settled, base, data, planned, progress)
+            announce(settled, base, data, planned, progress, progress.note)
             check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
-            with open_engine(settled, base, shape, planned, stop) as engine:
+            with open_engine(settled, base.file, lora, planned, stop) as engine:
                 trainer = Trainer(settled, base, data, steps, planned, run, engine, progress, stop)
                 trainer.begin(saved)
                 trainer.loop()
@@ -82,6 +71,29 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
                 outcome = replace(outcome, samples=samples)
             conclude(run, outcome, progress)
             stop.check()
+
+
+def settle(
+    config: FinetuneConfig, base: BaseModel, stop: StopSignals
+) -> tuple[SettledConfig, Data]:
+    """Read the data and choose the settings that follow from it.
+
+    Raises:
+        InputError: A file cannot be read, a row is not an example, or settings contradict.
+    """
+    data = load_data(
+        base,
+        config.data,
+        format=config.format,
+        max_length=config.max_length,
+        val_split=config.val_split,
+        train_on_prompt=config.train_on_prompt,
+        keep_duplicates=config.keep_duplicates,
+        seed=config.seed,
+        check=stop.check,
+    )
+    settled = choose_settings(config, data)
+    return settled, with_general(settled, base, data, stop.check)
 
 
 def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
@@ -98,60 +110,73 @@ def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
 
 
 def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
-    """Print what a run would need, from the model's header alone.
+    """Print what a run would do and need.
+
+    Without data it is planned from the model's header alone. A model that is not here is not
+    downloaded.
 
     Raises:
-        ResourceError: it would not fit.
+        InputError: The model, the data or a setting cannot be used.
+        ResourceError: It would not fit.
     """
     progress = progress or Progress("json" if config.json else "auto")
-    file = read_gguf(config.model)
-    info = check_model(file)
-    n_tokens = min(config.max_length or MAX_LENGTH, info.n_ctx)
-    shape = make_shape(config, config.rank or RANK, file, info)
-    max_rows = (config.batch_size or BATCH_SIZE) * config.grad_accum
-    made = make_plan(
-        shape,
-        limits_of(config),
-        n_tokens=n_tokens,
-        max_rows=max_rows,
-        joined_tokens=max_rows * n_tokens if joins(config, shape) else None,
-        keep=None if config.recompute is None else not config.recompute,
+    is_whole = model_here(config.model) is not None
+    with model_outline(config.model, progress.note) as path, StopSignals() as stop:
+        if config.data:
+            base = open_model(path, config.template, check=is_whole, warn=progress.warn)
+            settled, data = settle(config, base, stop)
+            lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+            shape = make_shape(settled, lora, base.file, base.info)
+            _, planned = plan_run(settled, data, shape)
+            announce(settled, base, data, planned, progress, progress.result)
+            return
+        file = read_gguf(path)
+        assumed, planned = plan_header(config, file, check_model(file))
+    progress.event("plan", assumed=asdict(assumed), plan=planned.record())
+    progress.result(
+        f"assumed      {assumed.batch_size} examples of up to {assumed.max_length} tokens per"
+        f" batch, rank {assumed.rank}"
     )
-    progress.event("plan", plan=made.record())
-    if made.warning:
-        progress.warn(made.warning)
-    for line in made.lines():
+    progress.result("             with -d FILE the settings follow from the data")
+    if planned.warning:
+        progress.warn(planned.warning)
+    for line in planned.lines():
         progress.result(line)
 
 
 def announce(
-    config: SettledConfig, base: BaseModel, data: Data, plan: Plan, progress: Progress
+    config: SettledConfig,
+    base: BaseModel,
+    data: Data,
+    plan: Plan,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> None:
-    """Say what will be done, with warnings about the data."""
+    """Say what will be done, line by line to `say`, with warnings about the data."""
     account = data.account
-    progress.note(f"model        {base.name} ({base.file.path.name})")
-    progress.note(
+    say(f"model        {base.name} ({base.file.path.name})")
+    say(
         f"data         {len(data.train)} examples, {account.n_tokens} tokens, "
         f"{account.n_trained} of them trained"
     )
     if data.course.n_general:
-        progress.note(
+        say(
             f"             {data.course.n_general} general rows in each epoch against forgetting"
             " (--mix none leaves them out)"
         )
     for text in account.notes:
-        progress.note(f"             {text}")
-    progress.note(f"template     {base.template.name}")
+        say(f"             {text}")
+    say(f"template     {base.template.name}")
     for text in base.template.notes:
-        progress.note(f"             {text}")
+        say(f"             {text}")
     for text in (*base.file.warnings, *account.warnings):
         progress.warn(text)
-    progress.note(
+    say(
         f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "
         f"lr {config.lr:g}, rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"
     )
     for line in plan.lines():
-        progress.note(line)
+        say(line)
     if plan.warning:
         progress.warn(plan.warning)
     progress.event("plan", settings=to_record(config), plan=plan.record())

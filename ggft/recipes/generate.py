@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from ggft.prompts.assistant_mask import Message
 from ggft.settings.commands import GenerateConfig
-from ggft.setup.answers import Speaker, _say, checked_text, note
+from ggft.setup.answers import Speaker, checked_text, stream_answer
 from ggft.system.errors import GgftError, InputError
+from ggft.system.progress import print_note
 from ggft.system.text import printable
-
-if TYPE_CHECKING:
-    from ggft.prompts.assistant_mask import Message
 
 CHAT_HELP = """\
 /reset          forget the conversation
@@ -63,7 +62,7 @@ def generate(config: GenerateConfig, prompt: str, extra: str | None = None) -> N
     messages.append(turn)
     speaker = Speaker(config)
     try:
-        _say(speaker, messages)
+        stream_answer(speaker, messages)
     finally:
         speaker.close()
 
@@ -86,7 +85,7 @@ class Chat:
         """Take the user's turn and stream the answer; a turn that fails leaves no trace."""
         self.history.append({"role": "user", "content": checked_text(text, "the message")})
         try:
-            answer = _say(self._speaker, self.messages())
+            answer = stream_answer(self._speaker, self.messages())
         except BaseException:
             self.history.pop()
             raise
@@ -99,16 +98,16 @@ class Chat:
             return False
         if word == "/reset":
             self.history.clear()
-            note("(the conversation is forgotten)")
+            print_note("(the conversation is forgotten)")
         elif word == "/system":
             if rest.strip():
                 self.system = checked_text(rest.strip(), "the system prompt")
                 self.history.clear()
-            note(f"(system prompt: {printable(self.system) if self.system else 'none'})")
+            print_note(f"(system prompt: {printable(self.system) if self.system else 'none'})")
         elif word == "/help":
-            note(CHAT_HELP)
+            print_note(CHAT_HELP)
         else:
-            note(f"(there is no command {printable(word)}; /help lists them)")
+            print_note(f"(there is no command {printable(word)}; /help lists them)")
         return True
 
 
@@ -120,7 +119,7 @@ def chat(config: GenerateConfig) -> None:
     speaker = Speaker(config)
     talk = Chat(speaker, config.system and checked_text(config.system, "--system"))
     if with_person:
-        note("Type a message; /help lists the commands, /exit leaves.")
+        print_note("Type a message; /help lists the commands, /exit leaves.")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # line editing for input()
     try:
@@ -134,11 +133,11 @@ def chat(config: GenerateConfig) -> None:
             except KeyboardInterrupt:
                 if not with_person:
                     raise
-                note("\n(stopped)")
+                print_note("\n(stopped)")
             except GgftError as error:
                 if not with_person:
                     raise
-                note(f"ggft: {printable(str(error))}")
+                print_note(f"ggft: {printable(str(error))}")
     finally:
         speaker.close()
 
@@ -150,7 +149,7 @@ def _lines(with_person: bool) -> Iterator[str]:
             with contextlib.suppress(EOFError):
                 while True:
                     yield input("> ")
-            note("")
+            print_note("")
         else:
             for line in sys.stdin:
                 yield line.rstrip("\r\n")

@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ggft.adapters.adapter import read_adapter
 from ggft.gguf.description import Ability, ModelDescription, TensorRow, TypeShare, render, to_json
+from ggft.gguf.finite import check_values
 from ggft.gguf.kinds import GGML_MAGICS, HEAD_BYTES
 from ggft.gguf.read import (
     GGUFFile,
@@ -43,8 +45,6 @@ def describe(path: str | Path, *, check: bool = False) -> ModelDescription:
         return _describe_legacy(read_legacy(path))
     gguf = read_gguf(path)
     if check:
-        from ggft.gguf.finite import check_values
-
         check_values(gguf)
     return _describe_gguf(gguf)
 
@@ -205,8 +205,6 @@ def _add_abilities(result: ModelDescription, file: GGUFFile) -> None:
 
 def _adapter_refusal(file: GGUFFile) -> str | None:
     """Return why an adapter cannot be used, or None."""
-    from ggft.adapters.adapter import read_adapter
-
     try:
         read_adapter(file.path)
     except InputError as error:

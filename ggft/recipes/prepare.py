@@ -16,15 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ggft.data.advice import suggest
+from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
+from ggft.data.encode import EncoderPool
+from ggft.data.examples import Example, read_examples
+from ggft.prompts.assistant_mask import UnstableError, joined
+from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
+from ggft.setup.inputs import open_vocabulary
+from ggft.system.errors import InputError
+from ggft.system.files import atomic_output, make_folder, remove_empty
+from ggft.system.progress import Progress
 from ggft.system.text import printable
 
 if TYPE_CHECKING:
-    from ggft.data.corpus import Corpus
-    from ggft.data.examples import Example
     from ggft.data.store import IntArray
-    from ggft.prompts.template import Template, Tokens
-    from ggft.system.progress import Progress
 
 HISTOGRAM_ROWS = 10
 BAR_WIDTH = 40
@@ -33,24 +39,14 @@ OPEN, CLOSE = "⟦", "⟧"  # around what is trained, so that it is seen without
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
-    """Read, check and describe data; `config.model` is the path of a GGUF file.
+    """Read, check and describe data.
 
     Raises:
         GgftError: a file, a row or the template does not serve; nothing is written then.
     """
-    from ggft.data.corpus import CorpusOptions, load_corpus
-    from ggft.data.encode import EncoderPool
-    from ggft.gguf.read import read_gguf
-    from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
-    from ggft.llama.model import LlamaTokenizer
-    from ggft.prompts.template import make_template
-    from ggft.system.progress import Progress
-
     progress = progress or Progress("json" if config.json else "auto")
-    model = read_gguf(config.model)  # may be a vocabulary without weights
-    check_special_ids(model, check_vocabulary(model))
+    model, template = open_vocabulary(config.model, config.template, warn=progress.warn)
     n_ctx = model.get(f"{model.architecture}.context_length")
-    template = make_template(config.template, model.metadata, LlamaTokenizer(model.path))
     corpus = load_corpus(
         config.data,
         template,
@@ -65,7 +61,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
             keep_tokens=False,
         ),
         helpers=partial(
-            EncoderPool, model.path, config.template, train_on_prompt=config.train_on_prompt
+            EncoderPool, model.path, template.name, train_on_prompt=config.train_on_prompt
         ),
     )
     for text in (*template.notes, *corpus.account.notes):
@@ -93,8 +89,6 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
 def describe(corpus: Corpus, template: Template) -> Iterator[str]:
     """Yield the lines that describe a corpus."""
     import numpy as np
-
-    from ggft.data.advice import suggest
 
     account, lengths = corpus.account, corpus.train.lengths
     names = [path.name for path in corpus.table.paths]
@@ -140,8 +134,6 @@ def preview(
     config: PrepareConfig, corpus: Corpus, template: Template, *, colour: bool
 ) -> Iterator[str]:
     """Yield rows as the model sees them, the trained tokens between marks and in colour."""
-    from ggft.data.corpus import Fate
-
     shown = 0
     for row, example in _examples(config.format, corpus):
         if shown == config.preview:
@@ -159,8 +151,6 @@ def preview(
 
 def _encoded(example: Example, template: Template, *, train_on_prompt: bool) -> list[Tokens]:
     """Return the examples that a row makes."""
-    from ggft.prompts.assistant_mask import UnstableError
-
     if example.text is not None:
         return [template.encode_text(example.text)]
     try:
@@ -202,9 +192,6 @@ def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]
     Raises:
         InputError: there are not as many as before.
     """
-    from ggft.data.examples import read_examples
-    from ggft.system.errors import InputError
-
     row = -1
     for path in corpus.table.paths:
         for example in read_examples(path, format_name):
@@ -230,25 +217,13 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
     Returns:
         Rows written, by file.
     """
-    from ggft.data.corpus import Fate
-    from ggft.system.errors import InputError
-    from ggft.system.files import atomic_output
-
-    created = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the folder cannot be made: {error.strerror}", path=folder,
-            hint="choose another one with --out",
-        ) from None  # fmt: skip
+    made = make_folder(folder, "the folder cannot be used", hint="choose another one with --out")
     sides = {Fate.TRAIN: "train.jsonl", Fate.VALID: "valid.jsonl"}
     counts = {side: 0 for side in sides if (corpus.fate == side).any()}
 
     def tidy(kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if kind is not None:
+            remove_empty(made)
 
     with contextlib.ExitStack() as stack:
         stack.push(tidy)
@@ -268,8 +243,6 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
 
 def cleaned(example: Example) -> dict[str, Any]:
     """Return the row to write for an example."""
-    from ggft.prompts.assistant_mask import joined
-
     if example.text is not None:
         return {"text": example.text}
     turns: list[dict[str, Any]] = []

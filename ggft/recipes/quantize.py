@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ggft.gguf.finite import check_values
 from ggft.gguf.read import GGMLType, GGUFFile, read_gguf
+from ggft.hub.download import find_model
 from ggft.llama.library import complaint, load
 from ggft.settings.commands import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
@@ -85,7 +86,7 @@ def quantize(
     if type_name.upper() not in FILE_TYPES:
         raise InputError("unknown type", found=ascii(type_name), expected=", ".join(FILE_TYPES))
     number, bits = FILE_TYPES[type_name.upper()]
-    file = read_gguf(path)
+    file = read_gguf(find_model(str(path)))
     _check_input(file, config)
     n_elements = sum(tensor.n_elements for tensor in file.tensors.values())
     expected_bytes = file.tensors[next(iter(file.tensors))].offset + int(n_elements * bits / 8)

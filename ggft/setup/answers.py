@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 
+from ggft.adapters.adapter import read_adapter
+from ggft.gguf.read import check_model, read_gguf
+from ggft.hub.download import find_model
+from ggft.llama.model import LlamaModel
 from ggft.prompts.assistant_mask import Message
 from ggft.settings.commands import GenerateConfig
+from ggft.setup.inputs import choose_template, print_warning
 from ggft.system.errors import InputError
+from ggft.system.progress import print_note
 from ggft.system.text import printable
 
 
@@ -22,21 +26,16 @@ class Speaker:
     """
 
     def __init__(self, config: GenerateConfig) -> None:
-        from ggft.adapters.adapter import read_adapter
-        from ggft.gguf.read import check_model, read_gguf
-        from ggft.llama.model import LlamaModel
-        from ggft.setup.inputs import choose_template
-
         self._config = config
-        file = read_gguf(config.model)
+        file = read_gguf(find_model(config.model))
         check_model(file)
         adapter = None if config.adapter is None else read_adapter(config.adapter, file)
         self._model = LlamaModel(
-            config.model, config.adapter, adapter_scale=config.adapter_scale,
+            file.path, config.adapter, adapter_scale=config.adapter_scale,
             n_ctx=config.context, threads=config.threads, device=config.device,
         )  # fmt: skip
         self._words = self._model.vocabulary
-        self.template = choose_template(config.template, adapter, file, self._words, note)
+        self.template = choose_template(config.template, adapter, file, self._words, print_warning)
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer to a conversation in printable pieces, whole characters only."""
@@ -70,12 +69,6 @@ class Speaker:
         self._model.close()
 
 
-def note(text: str) -> None:
-    """Print a line for people, on stderr."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
-
-
 def checked_text(text: str, what: str) -> str:
     """Return `text` if a model can read it.
 
@@ -95,7 +88,7 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def _say(speaker: Speaker, messages: Sequence[Message]) -> str:
+def stream_answer(speaker: Speaker, messages: Sequence[Message]) -> str:
     """Stream an answer to stdout, and return it."""
     pieces = []
     for piece in speaker.answer(messages):
@@ -103,5 +96,5 @@ def _say(speaker: Speaker, messages: Sequence[Message]) -> str:
         print(piece, end="", flush=True)
     print(flush=True)
     if speaker.was_cut:
-        note(f"(cut after {speaker.n_tokens} tokens; --max-tokens allows more)")
+        print_note(f"(cut after {speaker.n_tokens} tokens; --max-tokens allows more)")
     return "".join(pieces)

@@ -46,6 +46,4 @@ def load_general(mix: str, base: BaseModel, check: Callable[[], None]) -> StoreV
         raise InputError(
             "there are no such rows to mix in", path=path, expected="auto, none, or a file of rows"
         )
-    return load_data(
-        (str(path),), base, form="auto", max_length=None, train_on_prompt=False, check=check
-    ).train
+    return load_data(base, path, val_split=0.0, keep_duplicates=True, check=check).train

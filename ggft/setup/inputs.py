@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ggft.adapters.adapter import Adapter, _text
+from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.data.batches import Course
 from ggft.data.corpus import Account, CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool
 from ggft.data.store import StoreView
-from ggft.gguf.finite import check_values
+from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
+from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
+from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.encoding import Tokenizer
 from ggft.prompts.template import Template, make_template
-from ggft.settings.training import EvalConfig
 from ggft.system.errors import InputError
+from ggft.system.progress import print_note
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model, seen from outside the engine."""
+    """The base model, seen from outside the engine.
+
+    Attributes:
+        file: Its GGUF, all shards joined.
+        info: Its hyper-parameters.
+        template: How conversations become prompts.
+    """
 
     file: GGUFFile
     info: ModelInfo
@@ -33,32 +41,100 @@ class BaseModel:
     @property
     def name(self) -> str:
         """What the model calls itself, else its file's name."""
-        name = self.file.get("general.name")
-        return name if isinstance(name, str) and name else self.file.path.stem
+        return self.file.text("general.name") or self.file.path.stem
 
 
-def open_base(path: str, template: str) -> BaseModel:
-    """Check a model file and bind a prompt template to it.
+def print_warning(text: str) -> None:
+    """Print a warning on stderr."""
+    print_note(f"warning: {text}")
+
+
+def open_model(
+    model: str | Path,
+    template: str = "auto",
+    *,
+    check: bool = True,
+    warn: Callable[[str], None] = print_warning,
+) -> BaseModel:
+    """Check a model and bind a prompt template to it.
+
+    Args:
+        model: A GGUF file, or a name that `ggft models` lists, which is downloaded if need be.
+        template: The name of a template, a file with one, or `auto`: the one that an adapter merged
+            into the model was trained with, else the model's own, else the instruction template.
+        check: Whether to read all of it, for NaN and infinity.
+        warn: Told what a user should know.
 
     Raises:
-        InputError: the file cannot be trained or has NaN in it, or the template cannot be used.
+        InputError: The file cannot be trained or has NaN in it, or the template cannot be used.
+        NetworkError, ResourceError: It is not here, and cannot be downloaded or is too large.
     """
-    file = read_gguf(path)
+    return open_with_adapter(model, None, template, check=check, warn=warn)[0]
+
+
+def open_with_adapter(
+    model: str | Path,
+    adapter: str | Path | None,
+    template: str = "auto",
+    *,
+    check: bool = True,
+    warn: Callable[[str], None] = print_warning,
+) -> tuple[BaseModel, Adapter | None]:
+    """Check a model and an adapter for it, and bind the template that it was trained with.
+
+    With `check` all of the model is read, once for its values and its SHA-256 together.
+
+    Raises:
+        InputError: As `open_model`; or the adapter is for another model.
+    """
+    file = read_gguf(find_model(str(model)))
     info = check_model(file)
-    check_values(file)
+    if check:
+        check_and_hash(file)
+    trained = None if adapter is None else read_adapter(adapter, file)
     tokenizer = LlamaTokenizer(file.path, of_model=True)
-    return BaseModel(file, info, make_template(template, file.metadata, tokenizer))
+    chosen = choose_template(template, trained, file, tokenizer, warn)
+    return BaseModel(file, info, chosen), trained
+
+
+def open_vocabulary(
+    model: str | Path,
+    template: str = "auto",
+    *,
+    warn: Callable[[str], None] = print_warning,
+) -> tuple[GGUFFile, Template]:
+    """Bind a template to the tokenizer of a model, which may have no weights.
+
+    Raises:
+        InputError: The vocabulary or the template cannot be used.
+    """
+    file = read_gguf(find_model(str(model)))
+    check_special_ids(file, check_vocabulary(file))
+    return file, choose_template(template, None, file, LlamaTokenizer(file.path), warn)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized examples; `validation` is empty when nothing is held out."""
+    """Tokenized examples.
+
+    Attributes:
+        train: Training examples.
+        validation: Held-out examples; empty when nothing is held out.
+        account: What became of the rows.
+        max_length: Where examples were cut, tokens.
+        course: What an epoch consists of: training examples, and general ones mixed in.
+    """
 
     train: StoreView
     validation: StoreView
     account: Account
     max_length: int
     course: Course
+
+    @property
+    def to_evaluate(self) -> StoreView:
+        """The held-out examples, or all where none are held out."""
+        return self.validation if len(self.validation) else self.train
 
     def sha256(self) -> str:
         """Return a hash of every id and mask."""
@@ -73,25 +149,36 @@ class Data:
 
 
 def load_data(
-    paths: tuple[str, ...],
-    base: BaseModel,
+    model: BaseModel,
+    data: str | Path | Sequence[str | Path],
     *,
-    form: str,
-    max_length: int | None,
-    train_on_prompt: bool,
-    check: Callable[[], None],
-    val_split: float | None = 0.0,
-    keep_duplicates: bool = True,
+    format: str = "auto",  # noqa: A002
+    max_length: int | None = None,
+    val_split: float | None = None,
+    train_on_prompt: bool = False,
+    keep_duplicates: bool = False,
     seed: int = 42,
+    check: Callable[[], None] = lambda: None,
 ) -> Data:
-    """Read, check and tokenize data files; `check` is called often and may raise to stop.
+    """Read, check and tokenize data.
+
+    Args:
+        model: Whose tokenizer and template are used.
+        data: Files and folders.
+        format: Format of the rows; `auto` looks at each.
+        max_length: Longest example in tokens; None: chosen from the data.
+        val_split: Share of the rows to hold out; None: chosen from their number.
+        train_on_prompt: Whether prompts are learned, too.
+        keep_duplicates: Whether rows that equal an earlier one are kept.
+        seed: Seed of the choice of held-out rows.
+        check: Called often; may raise to stop.
 
     Raises:
-        InputError: no file, a row that is not an example, or nothing to train on.
+        InputError: No file, a row that is not an example, or nothing to train on.
     """
     options = CorpusOptions(
-        format_name=form,
-        n_ctx=base.info.n_ctx,
+        format_name=format,
+        n_ctx=model.info.n_ctx,
         max_length=max_length,
         val_split=val_split,
         train_on_prompt=train_on_prompt,
@@ -99,9 +186,10 @@ def load_data(
         seed=seed,
     )
     helpers = partial(
-        EncoderPool, base.file.path, base.template.name, train_on_prompt=options.train_on_prompt
+        EncoderPool, model.file.path, model.template.name, train_on_prompt=train_on_prompt
     )
-    corpus = load_corpus(paths, base.template, options, check, helpers)
+    paths = [data] if isinstance(data, str | Path) else data
+    corpus = load_corpus(paths, model.template, options, check, helpers)
     course = Course(corpus.train, len(corpus.train))
     return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length, course)
 
@@ -113,38 +201,24 @@ def choose_template(
     tokenizer: Tokenizer,
     warn: Callable[[str], None],
 ) -> Template:
-    """Return the template to ask with; `auto` is the one that was trained with.
+    """Return the template to use; `auto` is the one that was trained with.
 
     An adapter says which one that was, and so does a model that one was merged into.
 
     Raises:
         InputError: No such template, or it has another text than in training.
     """
-    from ggft.prompts.template import make_template
-
     if adapter is None:
-        path, trained = file.path, _text(file, "ggft.template")
-        wanted = _text(file, "ggft.template_sha256")
+        path, trained = file.path, file.text("ggft.template")
+        wanted = file.text("ggft.template_sha256")
     else:
         path, trained = adapter.path, adapter.meta.template
         wanted = adapter.meta.template_sha256
-    template = make_template(
-        trained or "auto" if name == "auto" else name, file.metadata, tokenizer
-    )
+    chosen = trained or "auto" if name == "auto" else name
+    template = make_template(chosen, file.metadata, tokenizer)
+    if wanted in (None, template.source_hash):
+        return template
     if name == "auto":
-        check_template_hash(template, path, wanted)
-    elif wanted not in (None, template.source_hash):
-        warn("warning: the adapter was trained with another template; answers may be worse")
-    return template
-
-
-def check_template_hash(template: Template, path: Path, wanted: str | None) -> None:
-    """Refuse a template whose text is not the one that the adapter at `path` was trained with.
-
-    Raises:
-        InputError: The hashes differ.
-    """
-    if wanted not in (None, template.source_hash):
         raise InputError(
             f"the template `{template.name}` is not the one that the adapter was trained with",
             path=path,
@@ -152,18 +226,5 @@ def check_template_hash(template: Template, path: Path, wanted: str | None) -> N
             expected=f"{str(wanted)[:16]}…",
             hint="give the template's file to --template",
         )
-
-
-def with_template(config: EvalConfig, adapter: Adapter) -> BaseModel:
-    """Open the base with the template that the adapter was trained with, or the one asked for.
-
-    Raises:
-        InputError: the adapter's template is not what its name stands for here.
-    """
-    name = config.template
-    if name == "auto":
-        name = adapter.meta.template or "auto"
-    base = open_base(config.model, name)
-    if config.template == "auto":
-        check_template_hash(base.template, adapter.path, adapter.meta.template_sha256)
-    return base
+    warn("the adapter was trained with another template; its answers may be worse")
+    return template

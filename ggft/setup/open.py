@@ -1,120 +1,220 @@
-"""Settings and data become a plan, and a plan an open engine, for every command that needs one."""
+"""Settings and data become a plan, and a plan an open engine, for every command that needs one.
+
+What an engine holds besides the base weights is a `Lora`: matrices to train, or those of an
+adapter. Every field of `EngineSettings` that a command's settings have by the same name is taken
+from them, so that a new setting of the engine is declared once, as an option.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from ggft.data.advice import MIX_SHARE, Suggestion, n_general, suggest
 from ggft.data.batches import Steps, steps_per_epoch
-from ggft.engine.engine import Engine, EngineSettings, find_device
+from ggft.engine.engine import Cancelled, Engine, EngineSettings, find_device
 from ggft.engine.memory import Limits, Plan, Shape, make_plan, weights_bytes
-from ggft.gguf.linears import TARGETS, parse_layers, parse_targets
+from ggft.gguf.linears import TARGETS, block_of, parse_layers, parse_targets
 from ggft.gguf.read import GGUFFile, ModelInfo
-from ggft.settings.training import EvalConfig, FinetuneConfig, SettledConfig
-from ggft.setup.inputs import BaseModel, Data
+from ggft.settings.training import FinetuneConfig, SettledConfig
+from ggft.setup.inputs import Data
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.machine import physical_cores
 from ggft.system.signals import StopSignals
 from ggft.system.text import parse_size
 
-MAX_ROWS = 8
-
-
-def evaluation_shape(config: EvalConfig, base: BaseModel, adapter: Adapter | None) -> Shape:
-    """Return what memory depends on: the linears and the rank of the adapter, nothing trained.
-
-    Raises:
-        InputError: the adapter changes tensors that the engine does not.
-    """
-    targets, layers, rank = {"attn_q"}, {0}, 1
-    if adapter is not None:
-        rank = max(adapter.tensors[name + A_SUFFIX].shape[1] for name in adapter.base_names)
-        targets, layers = set(), set()
-        for name in adapter.base_names:
-            block, number, target = [*name.split("."), "", ""][:3]
-            if block != "blk" or target not in TARGETS:
-                raise InputError(
-                    "the engine cannot apply this part of the adapter",
-                    path=adapter.path,
-                    found=name,
-                    expected="the linears " + ", ".join(TARGETS),
-                )
-            targets.add(target)
-            layers.add(int(number))
-    return Shape(
-        model=base.info,
-        weights_bytes=weights_bytes(base.file),
-        targets=tuple(name for name in TARGETS if name in targets),
-        layer_first=min(layers),
-        layer_last=max(layers) + 1,
-        rank=rank,
-        fused=find_device(config.device)["type"] == "cpu",
-        train=False,
-    )
-
-
-def plan_evaluation(config: EvalConfig, shape: Shape, data: Data) -> Plan:
-    """Choose the micro-batch; nothing is kept, as there is no backward pass."""
-    lengths = data.train.lengths
-    all_tokens = -(-int(lengths.sum()) // 32) * 32
-    n_tokens = max(min(data.max_length, all_tokens), int(lengths.max()))
-    memory = None if config.memory is None else parse_size(config.memory)
-    return make_plan(
-        shape,
-        Limits.of(find_device(config.device), memory),
-        n_tokens=n_tokens,
-        max_rows=MAX_ROWS,
-        joined_tokens=min(MAX_ROWS * n_tokens, all_tokens) if shape.fused else None,
-        keep=False,
-    )
-
-
-def engine_settings(
-    config: EvalConfig, base: BaseModel, adapter: Adapter | None, shape: Shape, plan: Plan
-) -> EngineSettings:
-    """Return the settings that hold the adapter's matrices and train nothing."""
-    return EngineSettings(
-        paths=[str(path) for path in base.file.paths],
-        targets=list(shape.targets),
-        layer_first=shape.layer_first,
-        layer_last=shape.layer_last,
-        rank=shape.rank,
-        alpha=adapter.meta.alpha if adapter else 1.0,
-        train=False,
-        precision=config.precision,
-        device=config.device,
-        threads=config.threads or physical_cores(),
-        prepacked_bytes=plan.prepacked_bytes,
-        n_rows=plan.n_rows,
-        n_tokens=plan.n_tokens,
-    )
-
-
-def put_adapter(engine: Engine, adapter: Adapter | None, scale: float) -> None:
-    """Fill the engine's matrices; what the adapter lacks is zero.
-
-    A pair of smaller rank than the engine's is padded, and its factor alpha / rank made up for.
-    """
-    import numpy as np
-
-    for name, shape in engine.parameters.items():
-        value = np.zeros(shape, dtype=np.float32)
-        if adapter is not None and name in adapter.tensors:
-            array = adapter.array(name)
-            value[: array.shape[0], : array.shape[1]] = array
-            if name.endswith(B_SUFFIX):
-                value *= np.float32(scale * shape[1] / array.shape[1])
-        engine.set(name, "value", value)
-
-
-MAX_LENGTH = 512
-BATCH_SIZE = 4
 # Rows may be as long as this where examples are shorter, so that several share one.
 ROW_TOKENS = 512
-RANK = 8
+# Rows of a micro-batch when only the loss is measured.
+EVALUATION_ROWS = 8
 PATIENCE = 3
+ALPHA_PER_RANK = 4.0
+
+
+class MachineSettings(Protocol):
+    """How a command uses the machine; the fields of these names in its settings."""
+
+    @property
+    def precision(self) -> str:
+        """Name of the number formats."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Name of the device."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads; None for as many as there are physical cores."""
+        ...
+
+    @property
+    def memory(self) -> str | None:
+        """Memory that may be taken; None for a safe share of what is free."""
+        ...
+
+
+class TrainingSettings(MachineSettings, Protocol):
+    """The same where an adapter is trained, and which linears of which blocks it changes."""
+
+    @property
+    def kernels(self) -> str:
+        """Name of the CPU's kernels."""
+        ...
+
+    @property
+    def recompute(self) -> bool | None:
+        """Whether internals are recomputed; None: as memory allows."""
+        ...
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Linears to train."""
+        ...
+
+    @property
+    def layers(self) -> str:
+        """Blocks to train."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA matrices beside the base weights.
+
+    Attributes:
+        targets: Linears that have them.
+        layer_first: First block that has them.
+        layer_last: One past the last.
+        rank: Their rank.
+        alpha: The delta is scaled by alpha / rank.
+        train: Whether they are trained, which takes gradients and moments.
+    """
+
+    targets: tuple[str, ...]
+    layer_first: int
+    layer_last: int
+    rank: int
+    alpha: float
+    train: bool = True
+
+
+def lora_to_train(
+    config: TrainingSettings, info: ModelInfo, rank: int, alpha: float | None = None
+) -> Lora:
+    """Return the matrices that settings ask for."""
+    first, last = parse_layers(config.layers, info.n_layer)
+    return Lora(
+        targets=parse_targets(config.target_modules),
+        layer_first=first,
+        layer_last=last,
+        rank=rank,
+        alpha=alpha or ALPHA_PER_RANK * rank,
+    )
+
+
+def lora_of(adapter: Adapter | None) -> Lora:
+    """Return matrices that hold an adapter's; the smallest there can be without one.
+
+    Raises:
+        InputError: The adapter changes tensors that the engine does not.
+    """
+    if adapter is None:
+        return Lora(
+            targets=TARGETS[:1], layer_first=0, layer_last=1, rank=1, alpha=1.0, train=False
+        )
+    targets, blocks = set(), set()
+    for name in adapter.base_names:
+        block, target = block_of(name)
+        if block is None or target not in TARGETS:
+            raise InputError(
+                "the engine cannot apply this part of the adapter",
+                path=adapter.path,
+                found=name,
+                expected="the linears " + ", ".join(TARGETS),
+            )
+        blocks.add(block)
+        targets.add(target)
+    return Lora(
+        targets=tuple(name for name in TARGETS if name in targets),
+        layer_first=min(blocks),
+        layer_last=max(blocks) + 1,
+        rank=max(adapter.tensors[name + A_SUFFIX].shape[1] for name in adapter.base_names),
+        alpha=adapter.meta.alpha,
+        train=False,
+    )
+
+
+def make_shape(config: MachineSettings, lora: Lora, file: GGUFFile, info: ModelInfo) -> Shape:
+    """Return what memory depends on."""
+    on_cpu = find_device(config.device)["type"] == "cpu"
+    return Shape(
+        model=info,
+        weights_bytes=weights_bytes(file),
+        targets=lora.targets,
+        layer_first=lora.layer_first,
+        layer_last=lora.layer_last,
+        rank=lora.rank,
+        fused=on_cpu and getattr(config, "kernels", "auto") != "ggml",
+        train=lora.train,
+    )
+
+
+def limits_of(config: MachineSettings) -> Limits:
+    """Return what memory a command may take."""
+    memory = None if config.memory is None else parse_size(config.memory)
+    return Limits.of(find_device(config.device), memory)
+
+
+def plan_rows(
+    config: TrainingSettings,
+    shape: Shape,
+    *,
+    n_tokens: int,
+    max_rows: int,
+    joined_tokens: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Plan:
+    """Choose how steps of rows use memory; as `make_plan`, with what the settings leave open."""
+    return make_plan(
+        shape,
+        limits_of(config),
+        n_tokens=n_tokens,
+        max_rows=max_rows,
+        joined_tokens=joined_tokens,
+        size=size,
+        keep=None if config.recompute is None else not config.recompute,
+    )
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What a plan without data is for; with data, these follow from it unless they are given."""
+
+    max_length: int = 512
+    batch_size: int = 4
+    rank: int = 8
+
+
+def plan_header(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> tuple[Assumed, Plan]:
+    """Choose for a model of which only the header is known, without data."""
+    given = {
+        item.name: value
+        for item in fields(Assumed)
+        if (value := getattr(config, item.name)) is not None
+    }
+    assumed = Assumed(**given)
+    lora = lora_to_train(config, info, assumed.rank, config.alpha)
+    shape = make_shape(config, lora, file, info)
+    n_tokens = min(assumed.max_length, info.n_ctx)
+    max_rows = assumed.batch_size * config.grad_accum
+    joined = max_rows * n_tokens if joins(config, shape) else None
+    planned = plan_rows(config, shape, n_tokens=n_tokens, max_rows=max_rows, joined_tokens=joined)
+    return replace(assumed, max_length=n_tokens), planned
 
 
 def plan_run(
@@ -127,35 +227,44 @@ def plan_run(
 
     Rows are long, so that short examples share one, unless only shorter ones fit into memory. The
     fused kernels pay for an example whatever row it is in, so there a micro-batch is one row. A run
-    that is continued keeps its micro-batches.
+    that is resumed keeps its micro-batches, (rows, tokens per row).
     """
     lengths = sorted({max(data.max_length, min(ROW_TOKENS, shape.model.n_ctx)), data.max_length})
     while True:
         steps = make_steps(config, data, lengths.pop())
+        joined = steps.largest_step_tokens if joins(config, shape) else None
         try:
-            return steps, make_plan(
+            return steps, plan_rows(
+                config,
                 shape,
-                limits_of(config),
                 n_tokens=steps.row_tokens,
                 max_rows=steps.max_rows,
-                joined_tokens=steps.largest_step_tokens if joins(config, shape) else None,
+                joined_tokens=joined,
                 size=micro_batch,
-                keep=None if config.recompute is None else not config.recompute,
             )
         except ResourceError:
             if not lengths:
                 raise
 
 
+def plan_evaluation(config: MachineSettings, shape: Shape, data: Data) -> Plan:
+    """Choose the micro-batch; nothing is kept, as there is no backward pass."""
+    lengths = data.to_evaluate.lengths
+    all_tokens = -(-int(lengths.sum()) // 32) * 32
+    n_tokens = max(min(data.max_length, all_tokens), int(lengths.max()))
+    return make_plan(
+        shape,
+        limits_of(config),
+        n_tokens=n_tokens,
+        max_rows=EVALUATION_ROWS,
+        joined_tokens=min(EVALUATION_ROWS * n_tokens, all_tokens) if shape.fused else None,
+        keep=False,
+    )
+
+
 def joins(config: FinetuneConfig, shape: Shape) -> bool:
     """Return whether the rows of a micro-batch are laid end to end as one."""
     return config.packing and shape.fused
-
-
-def limits_of(config: FinetuneConfig) -> Limits:
-    """Return what memory the run may take."""
-    memory = None if config.memory is None else parse_size(config.memory)
-    return Limits.of(find_device(config.device), memory)
 
 
 def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
@@ -175,7 +284,7 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "batch_size": batch_size,
         "lr": config.lr or advice.lr,
         "rank": rank,
-        "alpha": config.alpha or 4.0 * rank,
+        "alpha": config.alpha or ALPHA_PER_RANK * rank,
         "dropout": advice.dropout if config.dropout is None else config.dropout,
         "max_length": data.max_length,
         "mix_share": mix_share,
@@ -205,21 +314,6 @@ def choose_mix_share(config: FinetuneConfig, advice: Suggestion) -> float:
     return advice.mix_share if config.mix == "auto" else advice.mix_share or MIX_SHARE
 
 
-def make_shape(config: FinetuneConfig, rank: int, file: GGUFFile, info: ModelInfo) -> Shape:
-    """Return what memory depends on."""
-    first, last = parse_layers(config.layers, info.n_layer)
-    device = find_device(config.device)
-    return Shape(
-        model=info,
-        weights_bytes=weights_bytes(file),
-        targets=parse_targets(config.target_modules),
-        layer_first=first,
-        layer_last=last,
-        rank=rank,
-        fused=device["type"] == "cpu" and config.kernels != "ggml",
-    )
-
-
 def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
     """Divide the data into optimizer steps of rows of at most `n_tokens`."""
     return Steps(
@@ -231,36 +325,55 @@ def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
     )
 
 
+def engine_settings(
+    config: MachineSettings, file: GGUFFile, lora: Lora, plan: Plan
+) -> EngineSettings:
+    """Return what the engine is opened with."""
+    names = {item.name for item in fields(EngineSettings)}
+    given = {name: value for name, value in vars(config).items() if name in names}
+    chosen = {
+        "paths": [str(path) for path in file.paths],
+        "threads": config.threads or physical_cores(),
+        "keep": plan.keep,
+        "prepacked_bytes": plan.prepacked_bytes,
+        "n_rows": plan.n_rows,
+        "n_tokens": plan.n_tokens,
+    }
+    return EngineSettings(**{**given, **vars(lora), "targets": list(lora.targets), **chosen})
+
+
 @contextlib.contextmanager
 def open_engine(
-    config: SettledConfig, base: BaseModel, shape: Shape, plan: Plan, stop: StopSignals
+    config: MachineSettings, file: GGUFFile, lora: Lora, plan: Plan, stop: StopSignals
 ) -> Iterator[Engine]:
-    """Open the engine as planned; a signal cancels its calls."""
-    settings = EngineSettings(
-        paths=[str(path) for path in base.file.paths],
-        targets=list(shape.targets),
-        layer_first=shape.layer_first,
-        layer_last=shape.layer_last,
-        rank=shape.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        precision=config.precision,
-        device=config.device,
-        kernels=config.kernels,
-        threads=config.threads,
-        keep=plan.keep,
-        prepacked_bytes=plan.prepacked_bytes,
-        n_rows=plan.n_rows,
-        n_tokens=plan.n_tokens,
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        max_grad_norm=config.max_grad_norm,
-    )
-    with Engine(settings) as engine:
+    """Open the engine as planned; a signal cancels its calls, and is what they then raise.
+
+    Raises:
+        Interrupted: A signal cancelled a call, and whoever made the call did not expect it.
+    """
+    with Engine(engine_settings(config, file, lora, plan)) as engine:
         stop.on_stop(engine.cancel)
         try:
             yield engine
+        except Cancelled:
+            stop.check()
+            raise
         finally:
             stop.on_stop(None)
+
+
+def put_adapter(engine: Engine, adapter: Adapter | None, scale: float) -> None:
+    """Fill the engine's matrices; what the adapter lacks is zero.
+
+    A pair of smaller rank than the engine's is padded, and its factor alpha / rank made up for.
+    """
+    import numpy as np
+
+    for name, shape in engine.parameters.items():
+        value = np.zeros(shape, dtype=np.float32)
+        if adapter is not None and name in adapter.tensors:
+            array = adapter.array(name)
+            value[: array.shape[0], : array.shape[1]] = array
+            if name.endswith(B_SUFFIX):
+                value *= np.float32(scale * shape[1] / array.shape[1])
+        engine.set(name, "value", value)

@@ -6,6 +6,7 @@ training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -107,6 +108,12 @@ class Progress:
             # The reader is gone (SIGPIPE, closed terminal): go on in silence.
             self._bar = None
             self.mode = "quiet"
+
+
+def print_note(text: str) -> None:
+    """Print a line for people, on stderr, where there is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class ByteBar:

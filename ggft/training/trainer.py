@@ -115,7 +115,7 @@ class Trainer:
                 self.progress.warn("the best adapter is gone; the next evaluation counts as best")
                 self.state.best_val = None
         record = to_record(self.config)
-        record["model"] = os.path.abspath(self.config.model)
+        record["model"] = os.path.abspath(self.base.file.path)
         record["data"] = [os.path.abspath(path) for path in self.config.data]
         if self.config.mix not in ("auto", "none"):
             record["mix"] = os.path.abspath(self.config.mix)

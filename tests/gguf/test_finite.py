@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ggft.gguf.finite import F16_SCALES, check_values, first_bad_block
+from ggft.gguf.finite import F16_SCALES, check_and_hash, check_values, first_bad_block
 from ggft.gguf.read import GGMLType, read_gguf
-from ggft.setup.inputs import open_base
+from ggft.setup.inputs import open_model
 from ggft.system.errors import InputError
 from tests.support.blocks import TYPES
 from tests.support.models import spec_for, write_model
@@ -45,6 +46,18 @@ def test_good_data_passes(tmp_path: Path, type_name: str) -> None:
     check_values(read_gguf(write_model(tmp_path / "m.gguf", spec_for(type_name)).path))
 
 
+@pytest.mark.parametrize("tail", [b"", b"beyond the last tensor"])
+def test_the_hash_that_is_taken_on_the_way_is_the_files(tmp_path: Path, tail: bytes) -> None:
+    path = write_model(tmp_path / "m.gguf", spec_for("Q4_1")).path
+    with path.open("ab") as file:
+        file.write(tail)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = read_gguf(path)
+    check_and_hash(model)
+    path.write_bytes(b"")  # it is not read again
+    assert model.sha256() == expected
+
+
 def test_training_refuses(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", spec_for("Q6_K")).path
     tensor = read_gguf(path).tensors["blk.1.ffn_gate.weight"]
@@ -53,5 +66,5 @@ def test_training_refuses(tmp_path: Path) -> None:
     data[at + 208 : at + 210] = NAN_16
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"'blk.1.ffn_gate.weight', block 11") as caught:
-        open_base(str(path), "auto")
+        open_model(path)
     assert caught.value.offset == at

@@ -43,7 +43,7 @@ def test_a_broken_engine_is_a_problem_with_a_remedy(
     def broken() -> Any:
         raise ResourceError("built for another ggml", hint="make setup")
 
-    monkeypatch.setattr("ggft.engine.engine.load_native", broken)
+    monkeypatch.setattr("ggft.recipes.doctor.load_native", broken)
     assert doctor(DoctorConfig()) == 3
     text = capsys.readouterr().out
     assert "native: built for another ggml\n  → make setup" in text

@@ -13,6 +13,7 @@ from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import GgftError
 from ggft.system.progress import Progress
+from ggft.training.run_directory import settings_to_resume
 from tests.support.fakes import FakeEngine, native_module
 from tests.support.models import Spec, write_model
 
@@ -53,6 +54,12 @@ class Case:
         with pytest.raises(kind) as caught:
             self.train(output, **given)
         return str(caught.value)
+
+
+def resumed(**given: Any) -> FinetuneConfig:
+    """Return the settings of `ggft finetune --resume` with these flags."""
+    values = {**given, "resume": True}
+    return make(FinetuneConfig, values, settings_to_resume(values))
 
 
 def use_engine(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:

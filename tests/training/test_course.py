@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 
 from ggft.recipes.finetune import finetune
-from ggft.settings.option import make
-from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
-from ggft.training.run_directory import settings_to_resume
-from tests.support.runs import ROWS, Case, metrics
+from tests.support.runs import ROWS, Case, metrics, resumed
 
 
 def settings(run: Path) -> dict[str, Any]:
@@ -70,8 +67,7 @@ def test_a_mixed_run_is_resumed_to_the_bit_from_wherever_the_file_lies(case: Cas
     whole, parts = case.train("whole", **given), case.train("parts", **given)
     shutil.rmtree(max((parts / "checkpoints").iterdir()))
     moved = mine.rename(case.folder / "moved.json")
-    values = {"output": str(parts), "resume": True, "mix": str(moved)}
-    finetune(make(FinetuneConfig, values, settings_to_resume(values)), Progress("quiet"))
+    finetune(resumed(output=str(parts), mix=str(moved)), Progress("quiet"))
     assert metrics(parts) == metrics(whole)
     assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
     moved.write_text(json.dumps([{"instruction": "other", "output": "so"}] * 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from ggft.adapters.adapter import AdapterMeta, read_adapter, write_adapter
+from ggft.gguf.cursor import read_bytes
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaModel
 from ggft.recipes.evaluate import evaluate
 from ggft.recipes.finetune import finetune
 from ggft.settings.option import make
 from ggft.settings.training import EvalConfig, FinetuneConfig
-from ggft.setup.inputs import load_data, open_base
+from ggft.setup.inputs import load_data, open_model
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
 from tests.support.models import Spec, write_model
@@ -73,11 +75,8 @@ def test_seven_rows_are_learned(case: Case, trained: Path) -> None:
 
 def test_the_loss_is_llama_cpps_loss(case: Case, trained: Path) -> None:
     """The adapter as llama.cpp applies it gives the loss that the engine evaluates."""
-    base = open_base(str(case.model), "auto")
-    data = load_data(
-        (str(case.data),), base, form="auto", max_length=512, train_on_prompt=False,
-        check=lambda: None,
-    )  # fmt: skip
+    base = open_model(case.model)
+    data = load_data(base, case.data, max_length=512, val_split=0.0, keep_duplicates=True)
     for adapter in (None, trained / "adapter.gguf"):
         total, count = 0.0, 0
         with LlamaModel(case.model, adapter) as model:
@@ -110,11 +109,8 @@ def test_pairs_of_different_rank(case: Case, trained: Path, tmp_path: Path) -> N
     shapes = {name: (array.shape[0], array.shape[1]) for name, array in some.items()}
     path = tmp_path / "mixed.gguf"
     write_adapter(path, shapes, some.__getitem__, meta)
-    base = open_base(str(case.model), "auto")
-    data = load_data(
-        (str(case.data),), base, form="auto", max_length=512, train_on_prompt=False,
-        check=lambda: None,
-    )  # fmt: skip
+    base = open_model(case.model)
+    data = load_data(base, case.data, max_length=512, val_split=0.0, keep_duplicates=True)
     total, count = 0.0, 0
     with LlamaModel(case.model, path) as model:
         for index in range(len(data.train)):
@@ -178,6 +174,36 @@ def test_some_linears_of_some_blocks(case: Case) -> None:
     assert case.loss(adapter.path) < case.loss(None)
     with LlamaModel(case.model, adapter.path) as tuned, LlamaModel(case.model) as plain:
         assert not np.allclose(tuned.nats([5, 6, 7, 8]), plain.nats([5, 6, 7, 8]))
+
+
+def test_the_model_is_read_once(case: Case, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are checked and its SHA-256 is taken on one reading of the file."""
+    n_read = 0
+
+    def counted(path: Path, offset: int, n_bytes: int, what: str) -> Any:
+        nonlocal n_read
+        n_read += n_bytes * (path == case.model)
+        return read_bytes(path, offset, n_bytes, what)
+
+    def hashed(paths: Iterable[Path]) -> str:
+        raise AssertionError(f"read once more: {list(paths)}")
+
+    for module in ("finite", "read"):
+        monkeypatch.setattr(f"ggft.gguf.{module}.read_bytes", counted)
+    monkeypatch.setattr("ggft.gguf.types.sha256_of", hashed)
+    case.loss(trained / "adapter.gguf")
+    assert n_read == case.model.stat().st_size
+
+
+def test_another_template_than_the_adapters_is_a_warning(
+    case: Case, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(case.model), "data": [str(case.data)], "threads": 1}
+    config = make(
+        EvalConfig, {**values, "adapter": str(trained / "adapter.gguf"), "template": "chatml"}
+    )
+    evaluate(config)
+    assert "warning: the adapter was trained with another template" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_template_is_refused(case: Case, trained: Path) -> None:

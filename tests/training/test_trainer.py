@@ -16,16 +16,9 @@ from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import GgftError, InputError, Interrupted, NumericError, ResourceError
 from ggft.system.progress import Progress
 from ggft.training.checkpoint import load_newest
-from ggft.training.run_directory import settings_to_resume
 from tests.support.fakes import FakeEngine, native_module
 from tests.support.models import Spec, write_model
-from tests.support.runs import ROWS, Case, metrics, snapshot, use_engine
-
-
-def resumed(**given: Any) -> FinetuneConfig:
-    """Return the settings of `ggft finetune --resume` with these flags."""
-    values = {**given, "resume": True}
-    return make(FinetuneConfig, values, settings_to_resume(values))
+from tests.support.runs import ROWS, Case, metrics, resumed, snapshot, use_engine
 
 
 def test_a_run_directory_holds_all_that_it_should(case: Case) -> None:
