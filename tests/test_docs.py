@@ -21,6 +21,7 @@ from ggft.command import run
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 READMES = [ENGLISH, CHINESE]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 GENERATED = re.compile(r"(<!-- (commands|speed): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -80,10 +81,21 @@ def test_generated_parts_are_current(path: Path) -> None:
     assert text == generated(text), "make docs"
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in LINK.findall(path.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_every_attack_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^- \*\*.*?(?=^- |^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(entries) > 20
+    for entry in entries:
+        named = re.findall(r"\[`(tests/\S+?)::(\w+)`\]", entry)
+        assert named, f"no test: {entry}"
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 def test_both_languages_tell_the_same() -> None:
