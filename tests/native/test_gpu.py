@@ -27,7 +27,7 @@ from tests.support.engines import (
     open_engine,
     set_random_lora,
 )
-from tests.support.models import Spec, Tiny, spec_for, write_model
+from tests.support.models import KINDS, Spec, Tiny, spec_for, write_model
 from tests.support.reference import LINEARS
 
 pytestmark = pytest.mark.gpu
@@ -37,26 +37,9 @@ BAR = 5e-3
 and Vulkan's do: 2^-11 per factor, through two blocks and back."""
 
 MODELS = {
-    "gqa": Spec(),
+    **KINDS,
     "mqa, tied, three layers": Spec(n_head_kv=1, n_layer=3, tied=True),
-    "bias": Spec(bias=True),
-    "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
-    "qwen2": Spec(arch="qwen2", qkv_bias=True),
-    "qwen3": Spec(arch="qwen3", head_size=32, tied=True),
     "odd head count": Spec(n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
-    "mixed types": Spec(
-        types={
-            "attn_q": "Q4_0",
-            "attn_k": "Q8_0",
-            "attn_v": "F16",
-            "attn_output": "Q5_1",
-            "ffn_gate": "Q4_1",
-            "ffn_up": "BF16",
-            "ffn_down": "IQ4_NL",
-            "token_embd": "Q5_0",
-            "output": "Q8_0",
-        }
-    ),
     "k-quants": spec_for(
         "Q4_K",
         types={

@@ -27,7 +27,7 @@ from tests.support.engines import (
     open_engine,
     set_random_lora,
 )
-from tests.support.models import Spec, Tiny, spec_for, write_model
+from tests.support.models import KINDS, Spec, Tiny, spec_for, write_model
 from tests.support.reference import LINEARS
 
 BARS = {"f32": 1e-5, "fast": 2e-2}
@@ -35,29 +35,12 @@ PRECISIONS = ("f32", "fast")
 KERNELS = ("fused", "ggml")
 
 MODELS = {
-    "gqa": Spec(),
+    **KINDS,
     "mha": Spec(n_head_kv=4),
     "mqa, three layers": Spec(n_head_kv=1, n_layer=3),
     "tied": Spec(tied=True),
-    "bias": Spec(bias=True),
-    "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
     "wide heads": Spec(head_size=32),
     "spm, odd head count": Spec(vocab="spm", n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
-    "qwen2": Spec(arch="qwen2", qkv_bias=True),
-    "qwen3": Spec(arch="qwen3", head_size=32, tied=True),
-    "mixed types": Spec(
-        types={
-            "attn_q": "Q4_0",
-            "attn_k": "Q8_0",
-            "attn_v": "F16",
-            "attn_output": "Q5_1",
-            "ffn_gate": "Q4_1",
-            "ffn_up": "BF16",
-            "ffn_down": "IQ4_NL",
-            "token_embd": "Q5_0",
-            "output": "Q8_0",
-        }
-    ),
     "k-quant mix": spec_for(
         "Q4_K",
         types={"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"},

@@ -9,9 +9,6 @@ needs metadata and nothing else. Source of the metadata: the keys that llama.cpp
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +18,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from tests.support.blocks import TYPES, quantize
+from tests.support.blocks import TYPES, GgufInit, ggml_base, quantize
 from tests.support.models import Tensor, gguf_head, vocabulary, write_gguf
 
 DENSE = (
@@ -170,29 +167,6 @@ class _GgmlTensor(ctypes.Structure):
     )
 
 
-@functools.cache
-def _ggml() -> ctypes.CDLL:
-    """Return ggml's base library with the signatures used here."""
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None
-    assert spec.origin is not None
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base.{suffix}"))
-    pointer = ctypes.c_void_p
-    library.ggml_get_name.argtypes, library.ggml_get_name.restype = [pointer], ctypes.c_char_p
-    library.ggml_nbytes.argtypes, library.ggml_nbytes.restype = [pointer], ctypes.c_size_t
-    library.ggml_backend_tensor_set.argtypes = [pointer, pointer, ctypes.c_size_t, ctypes.c_size_t]
-    library.ggml_backend_tensor_set.restype = None
-    library.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
-    library.gguf_init_from_file.restype = pointer
-    library.gguf_free.argtypes, library.gguf_free.restype = [pointer], None
-    return library
-
-
-class _GgufInit(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Return random values under which activations stay O(1); shape in NumPy order."""
     values = rng.normal(size=shape)
@@ -213,7 +187,7 @@ def tensors(tiny: Tiny, scratch: Path) -> Iterator[Tensor]:
     path = scratch / f"{tiny.arch}.metadata.gguf"
     path.write_bytes(gguf_head(metadata(tiny), []))
     wanted: list[tuple[str, int, tuple[int, ...]]] = []
-    ggml = _ggml()
+    ggml = ggml_base()
 
     def record(tensor: int, _: object) -> None:
         head = _GgmlTensor.from_address(tensor)
@@ -224,7 +198,7 @@ def tensors(tiny: Tiny, scratch: Path) -> Iterator[Tensor]:
         zeros = bytes(ggml.ggml_nbytes(tensor))
         ggml.ggml_backend_tensor_set(tensor, zeros, 0, len(zeros))
 
-    context = ggml.gguf_init_from_file(str(path).encode(), _GgufInit(True, None))
+    context = ggml.gguf_init_from_file(str(path).encode(), GgufInit(True, None))
     assert context, "llama.cpp reads its own metadata"
     try:
         callback = llama_cpp.llama_model_set_tensor_data_t(record)

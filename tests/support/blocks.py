@@ -95,19 +95,28 @@ def ggml_base() -> ctypes.CDLL:
         raise RuntimeError("llama-cpp-python is not installed")
     suffix = "dylib" if sys.platform == "darwin" else "so"
     library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base.{suffix}"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+    n = ctypes.c_int64
+    for name, arguments, result in (
+        ("ggml_quantize_chunk", [ctypes.c_int, pointer, pointer, n, n, n, pointer], size),
+        ("ggml_get_type_traits", [ctypes.c_int], ctypes.POINTER(_TypeTraits)),
+        ("ggml_op_name", [ctypes.c_int], text),
+        ("ggml_op_desc", [pointer], text),
+        ("ggml_get_name", [pointer], text),
+        ("ggml_nbytes", [pointer], size),
+        ("ggml_backend_buffer_get_usage", [pointer], ctypes.c_int),
+        ("ggml_backend_tensor_set", [pointer, pointer, size, size], None),
+        ("gguf_init_from_file", [text, GgufInit], pointer),
+        ("gguf_free", [pointer], None),
+    ):
+        getattr(library, name).argtypes, getattr(library, name).restype = arguments, result
     return library
+
+
+class GgufInit(ctypes.Structure):
+    """`struct gguf_init_params` in gguf.h."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
 class _TypeTraits(ctypes.Structure):

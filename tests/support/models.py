@@ -151,6 +151,29 @@ class Spec:
         return self.head_size or self.n_embd // self.n_head
 
 
+KINDS = {
+    "gqa": Spec(),
+    "bias": Spec(bias=True),
+    "llama 3": Spec(rope_freqs=True, rope_base=500000.0, rope_scaling=2.0),
+    "qwen2": Spec(arch="qwen2", qkv_bias=True),
+    "qwen3": Spec(arch="qwen3", head_size=32, tied=True),
+    "mixed types": Spec(
+        types={
+            "attn_q": "Q4_0",
+            "attn_k": "Q8_0",
+            "attn_v": "F16",
+            "attn_output": "Q5_1",
+            "ffn_gate": "Q4_1",
+            "ffn_up": "BF16",
+            "ffn_down": "IQ4_NL",
+            "token_embd": "Q5_0",
+            "output": "Q8_0",
+        }
+    ),
+}
+"""What every device's gradients are tested on."""
+
+
 def spec_for(type_name: str, **changes: Any) -> Spec:
     """Return the smallest Spec whose rows are whole blocks of `type_name`."""
     sizes: dict[str, Any] = {"types": type_name}

@@ -13,9 +13,6 @@ Source: complex-step derivatives, Squire and Trapp, SIAM Review 40 (1998); the l
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from tests.support.blocks import TYPES, dequantize
+from tests.support.blocks import TYPES, dequantize, ggml_base
 from tests.support.models import Tensor, write_gguf
 from tests.support.tape_values import VALUES
 
@@ -79,31 +76,12 @@ class Node:
         return [float(x) for x in self.ints.view(np.float32)]
 
 
-@functools.cache
-def ggml() -> ctypes.CDLL:
-    """Return ggml's base library with the signatures used here."""
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None
-    assert spec.origin is not None
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base.{suffix}"))
-    pointer = ctypes.c_void_p
-    for name, arguments, result in (
-        ("ggml_op_name", [ctypes.c_int], ctypes.c_char_p),
-        ("ggml_op_desc", [pointer], ctypes.c_char_p),
-        ("ggml_nbytes", [pointer], ctypes.c_size_t),
-        ("ggml_backend_buffer_get_usage", [pointer], ctypes.c_int),
-    ):
-        getattr(library, name).argtypes, getattr(library, name).restype = arguments, result
-    return library
-
-
 def node_at(address: int) -> Node:
     """Copy a tensor's description."""
     raw = GgmlTensor.from_address(address)
-    op = ggml().ggml_op_name(raw.op).decode()
+    op = ggml_base().ggml_op_name(raw.op).decode()
     if op in ("UNARY", "GLU"):
-        op = f"{op}.{ggml().ggml_op_desc(address).decode()}"
+        op = f"{op}.{ggml_base().ggml_op_desc(address).decode()}"
     sources: list[int | None] = [source or None for source in raw.src]
     while sources and sources[-1] is None:
         sources.pop()
@@ -147,7 +125,7 @@ class Tape:
 
     def _copy(self, root: int) -> None:
         node, raw = self.nodes[root], GgmlTensor.from_address(root)
-        data = ctypes.string_at(raw.data, ggml().ggml_nbytes(root))
+        data = ctypes.string_at(raw.data, ggml_base().ggml_nbytes(root))
         if node.type in DTYPES:
             values = np.frombuffer(data, DTYPES[node.type])
         else:
@@ -157,7 +135,7 @@ class Tape:
         values = values.astype(np.float64 if is_float else np.int64)
         self.leaves[root] = np.maximum(values, NEVER) if is_float else values
         if (
-            raw.buffer and ggml().ggml_backend_buffer_get_usage(raw.buffer) == WEIGHTS
+            raw.buffer and ggml_base().ggml_backend_buffer_get_usage(raw.buffer) == WEIGHTS
         ) or ".lora_" in node.name:
             self.weights[node.name] = root
 
