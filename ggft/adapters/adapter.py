@@ -12,15 +12,24 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft import __version__
-from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, dequantize, read_gguf
+from ggft.gguf.read import (
+    GGMLType,
+    GGUFFile,
+    TensorInfo,
+    Value,
+    ValueType,
+    dequantize,
+    read_gguf,
+)
 from ggft.gguf.write import TensorSource, write_gguf
-from ggft.system.errors import InputError
+from ggft.system.errors import InputError, NumericError
 
 if TYPE_CHECKING:
     from ggft.engine.engine import FloatArray
@@ -66,12 +75,18 @@ class Adapter:
 
 
 def matrix_source(name: str, shape: tuple[int, int], get: Callable[[], FloatArray]) -> TensorSource:
-    """Return a float32 matrix (rows, columns) for the GGUF writer, fetched when its turn comes."""
+    """Return a float32 matrix (rows, columns) for the GGUF writer, fetched when its turn comes.
+
+    Writing raises NumericError where a value is not finite.
+    """
 
     def chunks() -> list[memoryview]:
         import numpy as np
 
-        return [np.ascontiguousarray(get(), dtype="<f4").data.cast("B")]
+        array = np.ascontiguousarray(get(), dtype="<f4")
+        if not np.isfinite(array).all():
+            raise NumericError(f"{name} holds a value that is not finite")
+        return [array.data.cast("B")]
 
     return TensorSource(name, GGMLType.F32, shape[::-1], chunks)
 
@@ -130,8 +145,8 @@ def read_adapter(
     """
     file = read_gguf(path)
     _check_kind(file)
-    alpha = _alpha(file)
     ranks = _check_pairs(file, base)
+    alpha = _alpha(file, max(ranks))
     if base is not None:
         _check_base(file, base, check_hash)
     _check_finite(file)
@@ -164,19 +179,42 @@ def _check_kind(file: GGUFFile) -> None:
         )
 
 
-def _alpha(file: GGUFFile) -> float:
-    alpha = file.get("adapter.lora.alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise InputError("adapter.lora.alpha is missing", path=file.path, expected="a number")
-    if not math.isfinite(alpha) or alpha <= 0:
+def _alpha(file: GGUFFile, rank: int) -> float:
+    """Return alpha, which llama.cpp reads as FLOAT32 only and takes 0 or nothing for factor 1."""
+    key = "adapter.lora.alpha"
+    alpha, offset = file.get(key), file.value_offsets.get(key)
+    if alpha is None:
         raise InputError(
-            "adapter.lora.alpha is not usable",
+            f"{key} is missing, and llama.cpp would run the adapter at factor 1",
             path=file.path,
-            offset=file.value_offsets.get("adapter.lora.alpha"),
-            found=alpha,
-            expected="a finite number above 0",
+            expected=f"alpha as in training; factor 1 is {rank:.1f}, the rank",
+            hint="convert it again from its PEFT folder: ggft convert FOLDER NEW.gguf --base"
+            " MODEL.gguf writes alpha",
         )
-    return float(alpha)
+    if file.types[key] is not ValueType.FLOAT32 or not isinstance(alpha, float):
+        raise InputError(
+            f"{key} has the wrong type, which makes llama.cpp abort",
+            path=file.path,
+            offset=offset,
+            found=file.types[key].name,
+            expected="FLOAT32",
+            hint="write the adapter again with the tool that it is from",
+        )
+    if alpha == 0:
+        raise InputError(
+            f"{key} is 0, and llama.cpp would run the adapter at factor 1",
+            path=file.path,
+            offset=offset,
+            expected="alpha as in training",
+            hint=f"if factor 1 is right, write the rank into it: gguf-set-metadata --force"
+            f" {shlex.quote(str(file.path))} {key} {rank}",
+        )
+    if not math.isfinite(alpha) or alpha < 0:
+        raise InputError(
+            f"{key} is not usable", path=file.path, offset=offset, found=alpha,
+            expected="a finite number above 0",
+        )  # fmt: skip
+    return alpha
 
 
 def _check_pairs(file: GGUFFile, base: GGUFFile | None) -> list[int]:

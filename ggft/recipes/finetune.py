@@ -193,7 +193,7 @@ def find_checkpoint(
     if not config.resume:
         return None
     saved = checkpoint.load_newest(run.checkpoints, progress.warn)
-    if saved is None and run.adapter.exists():
+    if saved is None and run.adapter.exists() and not run.was_begun():
         raise InputError(
             "there is an adapter but no checkpoint to continue from",
             path=run.path,

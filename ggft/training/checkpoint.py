@@ -3,12 +3,14 @@
 `checkpoints/step-000100/` holds `adapter.gguf` (the LoRA matrices, loadable as it is),
 `optimizer.gguf` (AdamW's moments) and `state.json` (position in the data, metrics, what the run was
 started with, and the SHA-256 of the other two and of itself). It is written under a temporary name,
-flushed, and renamed; older checkpoints go only afterwards. Randomness needs no state of its own:
-order and dropout are functions of the seed and the position.
+flushed, and renamed; older checkpoints go only afterwards. One that is found damaged is set aside
+as `step-000100.damaged` and counts no longer. Randomness needs no state of its own: order and
+dropout are functions of the seed and the position.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -42,6 +44,7 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+    adapter_sha256: str
 
     def restore(self, engine: Engine) -> None:
         """Put matrices, moments and the step into an engine of the same shape."""
@@ -119,9 +122,18 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for path in _paths(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     say_how_to_continue(folder)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; while that takes its time, it has a name that `sweep` knows."""
+    doomed = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
@@ -161,26 +173,57 @@ def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole; None if there is none at all.
 
-    A damaged one is named in a warning and the one before it is taken.
+    Damaged ones that are newer are named in a warning and set aside, so that they do not count
+    among the checkpoints that are kept. Call it under the lock.
 
     Raises:
         InputError: all are damaged, or the newest was written by a newer ggft.
     """
-    problems = []
+    problems: dict[Path, str] = {}
     for path in _paths(folder):
         try:
-            return _load(path)
+            found = _load(path)
         except _Damaged as damage:
-            problems.append(f"{path.name}: {damage}")
-            warn(f"checkpoint {path} is damaged ({damage}); falling back to an older one")
+            problems[path] = str(damage)
+            continue
+        for damaged, problem in problems.items():
+            aside = _set_aside(damaged)
+            warn(
+                f"checkpoint {damaged} is damaged ({problem}), now {aside.name}; falling back to"
+                " an older one"
+            )
+        return found
     if problems:
         raise InputError(
             "no checkpoint is whole",
             path=folder,
-            found="; ".join(problems),
+            found="; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
             hint="start again with --overwrite, or choose another directory with --output",
         )
     return None
+
+
+def load_step(folder: Path, step: int) -> Checkpoint | None:
+    """Return the checkpoint of a step if it is there and whole."""
+    try:
+        return _load(folder / f"step-{step:06d}")
+    except _Damaged:
+        return None
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is none."""
+    aside = path.with_name(path.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise ResourceError(
+            f"a damaged checkpoint cannot be set aside: {error.strerror}",
+            path=path,
+            hint="remove it, then continue with --resume",
+        ) from None
+    return aside
 
 
 class _Damaged(Exception):  # noqa: N818
@@ -212,7 +255,7 @@ def _load(path: Path) -> Checkpoint:
             raise _Damaged(f"{name} cannot be read: {error.strerror}") from None
         if found != expected:
             raise _Damaged(f"{name} has a wrong checksum")
-    return Checkpoint(path=path, step=record["step"], state=record["state"])
+    return Checkpoint(path, record["step"], record["state"], record["files"][ADAPTER])
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
-from ggft.data.advice import suggest
 from ggft.system.errors import InputError
 from ggft.training.run_directory import RunDirectory
-from ggft.training.verdict import Losses, Verdict, judge, smaller_lr
+from ggft.training.verdict import Losses, Verdict, judge
 
 # What computing with a record of the wrong form raises.
 _DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -67,26 +66,26 @@ class Outcome:
     def losses(self) -> Losses:
         """Return the losses that a verdict rests on."""
         steps, held_out = self.steps, [record["val_loss"] for record in self.evaluations]
-        diverged = self.state.get("diverged", False)
         few = max(1, len(steps) // 20)
         epoch = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
         return Losses(
             train_before=_mean_loss(steps[:few]),
             train_after=_mean_loss(epoch),
             val_before=held_out[0] if len(held_out) > 1 else None,
-            val_best=min(held_out[1:]) if len(held_out) > 1 else None,
+            val_best=self._best_held_out(),
             val_last=held_out[-1] if len(held_out) > 1 else None,
             n_val=self.n_held_out,
-            diverged=diverged,
-            smaller_lr=self._smaller_lr() if diverged else None,
+            smaller_lr=self.state.get("smaller_lr"),
+            is_kept=self.state.get("best_step") != 0,
             chance=self.state.get("chance"),
         )
 
-    def _smaller_lr(self) -> float:
-        """Return the learning rate to try if this run's was too large."""
-        n_kept, n_trained = (self.account.get(name, 0) for name in ("n_kept", "n_trained"))
-        usual = suggest(n_kept, n_trained, batch_size=self.settings.get("batch_size"))
-        return smaller_lr(self.settings["lr"], usual.lr)
+    def _best_held_out(self) -> float | None:
+        """Return the held-out loss of the adapter that was kept."""
+        if self.state.get("smaller_lr"):
+            best: float | None = self.state["best_val"]
+            return best
+        return min((record["val_loss"] for record in self.evaluations[1:]), default=None)
 
     def verdict(self) -> Verdict:
         """Return what was learned, with its numbers."""

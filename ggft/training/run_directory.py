@@ -54,6 +54,10 @@ class RunDirectory:
         """Return whether anything of a run is there."""
         return any((self.path / name).exists() for name in _OURS)
 
+    def was_begun(self) -> bool:
+        """Return whether a run has begun here and not come to its end."""
+        return self.config.exists() and not self.report_json.exists()
+
     def clear(self) -> None:
         """Remove an older run, all but its adapter, which the new one replaces when it has one."""
         for name in _OURS:

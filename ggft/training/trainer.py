@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ggft import __version__
-from ggft.adapters.adapter import AdapterMeta, write_adapter
+from ggft.adapters.adapter import AdapterMeta
+from ggft.data.advice import suggest
 from ggft.data.batches import Batches, Steps
 from ggft.engine.engine import Cancelled, Engine, mean_nats
 from ggft.engine.memory import Plan
@@ -20,33 +25,18 @@ from ggft.system.machine import peak_rss_bytes
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
 from ggft.training import checkpoint, schedule
+from ggft.training.divergence import Trend, Watch, is_worse
+from ggft.training.kept import KeptAdapter
 from ggft.training.outcome import Outcome
 from ggft.training.run_directory import RunDirectory
+from ggft.training.state import State
+from ggft.training.verdict import smaller_lr
 
 # Settings that do not change the course of a run: where things lie, what is shown and kept.
 _MAY_CHANGE = (
     "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
     "samples", "mix",
 )  # fmt: skip
-
-
-@dataclass
-class State:
-    """Where a run is, besides matrices, moments and the optimizer's step."""
-
-    epoch: int = 0
-    index: int = 0
-    tokens_seen: int = 0
-    elapsed_s: float = 0.0
-    interval_nats: float = 0.0
-    interval_count: int = 0
-    evaluated_step: int = -1
-    base_val: float | None = None
-    best_val: float | None = None
-    best_step: int = 0
-    bad_evals: int = 0
-    ended: str | None = None
-    metrics_bytes: int = 0
 
 
 @dataclass
@@ -80,6 +70,9 @@ class Trainer:
             template=self.base.template.name,
             template_sha256=self.base.template.source_hash,
         )
+        self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed)
+        self.chance = math.log(self.base.info.n_vocab)
+        self.watch = Watch(self.steps.per_epoch, self.n_steps, self.chance)
 
     def circumstances(self) -> dict[str, Any]:
         """Return all that must be the same for a run to be continued to the bit."""
@@ -114,6 +107,7 @@ class Trainer:
             if self.state.best_val is not None and not self.run.adapter.exists():
                 self.progress.warn("the best adapter is gone; the next evaluation counts as best")
                 self.state.best_val = None
+        self.state.chance = self.chance
         record = to_record(self.config)
         record["model"] = os.path.abspath(self.base.file.path)
         record["data"] = [os.path.abspath(path) for path in self.config.data]
@@ -121,6 +115,11 @@ class Trainer:
             record["mix"] = os.path.abspath(self.config.mix)
         self.run.write_text(self.run.config, to_yaml(record))
         self.run.open_metrics(self.state.metrics_bytes)
+        for line in self.run.read_metrics():
+            if "loss" in line:
+                self.watch.add(line["loss"], line["trained_tokens"])
+        if saved is not None and self.state.ended:
+            self.kept.mend(saved, self.state.best_step, self.state.kept_sha256, self.progress.warn)
 
     def loop(self) -> None:
         """Train to the end; evaluations and saves that are due come before the next step.
@@ -132,15 +131,15 @@ class Trainer:
         if self.state.ended:
             self.progress.note("the run is finished already")
             return
-        if self._evaluation_is_due() and self.engine.step == 0:
-            self.progress.note("measuring the held-out loss before training")
         self.progress.start(self.n_steps, self.engine.step)
         try:
+            if self.engine.step == 0:
+                self._measure_base()
             while True:
                 if self._evaluation_is_due():
                     self._evaluate()
                 if self.engine.step >= self.n_steps:
-                    self.state.ended = self.state.ended or "all steps done"
+                    self.state.ended = self.state.ended or self._ending()
                 if self.state.ended or self.engine.step % self.config.save_steps == 0:
                     self._save()
                 if self.state.ended:
@@ -167,12 +166,77 @@ class Trainer:
             samples=[],
         )
 
+    def _measure_base(self) -> None:
+        """Measure what the base makes of the data, and say so if that is worse than chance."""
+        state = self.state
+        loss = state.start_loss = self._first_rows_loss()
+        if self._evaluation_is_due():
+            self.progress.note("measuring the held-out loss before training")
+            self._evaluate()
+        if state.base_val is not None:
+            loss = state.base_val
+        if loss > self.chance:
+            self.progress.warn(
+                f"the base predicts this data worse than chance: its loss is {loss:.3f}, that of a"
+                f" guess among {self.base.info.n_vocab} tokens {self.chance:.3f}. The file is"
+                " ruined, by its quantization or a tokenizer that is not its own: try another file"
+                " of this model"
+            )
+
+    def _ending(self) -> str:
+        """Return what ended the run; it diverged if the first rows are predicted worse now."""
+        start = self.state.start_loss
+        if start is not None and is_worse(self._first_rows_loss(), start):
+            return self._diverged()
+        return "all steps done"
+
+    def _diverged(self) -> str:
+        """Note that the steps were too large, and return what ends the run."""
+        self.state.smaller_lr = self._smaller_lr()
+        return "the loss rose"
+
+    def _smaller_lr(self) -> float:
+        n_rows, n_trained = len(self.data.train), self.data.account.n_trained
+        usual = suggest(n_rows, n_trained, batch_size=self.config.batch_size).lr
+        return smaller_lr(self.config.lr, usual)
+
+    def _first_rows_loss(self) -> float:
+        """Return the loss on the first rows of the data, with the matrices as they are now.
+
+        Raises:
+            NumericError: NaN or infinity: the matrices are not to be saved.
+        """
+        batch = next(iter(self.steps.step(0, 0, self.plan.n_rows, self.plan.n_tokens)))
+        with self._numeric_errors(self.engine.step):
+            return mean_nats(self.engine, [batch])[0]
+
+    @contextlib.contextmanager
+    def _numeric_errors(self, step: int) -> Iterator[None]:
+        """Add to a NumericError where the run was and how to go on."""
+        try:
+            yield
+        except NumericError as error:
+            if self.engine.step == 0:
+                hint = (
+                    "this is the base's, before any training: try --precision f32, or another file"
+                    " of the model"
+                )
+            else:
+                config, folder = (shlex.quote(str(p)) for p in (self.run.config, self.run.path))
+                hint = (
+                    f"start again with smaller steps: ggft finetune --config {config} -o {folder}"
+                    f" --lr {self._smaller_lr():g} --overwrite"
+                )
+            raise NumericError(
+                f"step {step}: {error.message}", found=error.found, hint=hint
+            ) from None
+
     def _step(self) -> None:
         """Do one optimizer step: gradients of its micro-batches, then the update."""
         state, step = self.state, self.engine.step
         started_s = time.monotonic()
         nats, count, tokens = 0.0, 0, 0
-        try:
+        with self._numeric_errors(step + 1):
             for number, batch in enumerate(
                 self.steps.step(state.epoch, state.index, self.plan.n_rows, self.plan.n_tokens)
             ):
@@ -183,12 +247,6 @@ class Trainer:
                 tokens += int((batch["segments"] >= 0).sum())
             lr = self._lr(step)
             norm = self.engine.optimizer_step(lr, count)
-        except NumericError as error:
-            raise NumericError(
-                f"step {step + 1}: {error.message}",
-                found=error.found,
-                hint="try a smaller --lr; the last checkpoint can be resumed",
-            ) from None
         seconds = time.monotonic() - started_s
         state.index += 1
         if state.index == self.steps.per_epoch:
@@ -198,6 +256,11 @@ class Trainer:
         state.interval_nats += nats
         state.interval_count += count
         self._log(nats / count, lr, norm, tokens / max(seconds, 1e-9), count)
+        trend = self.watch.add(nats / count, count)
+        if trend is Trend.DIVERGES:
+            state.ended = self._diverged()
+        elif trend is Trend.BEST and not len(self.data.validation):
+            self._keep()
 
     def _lr(self, step: int) -> float:
         return schedule.lr_at(
@@ -248,7 +311,8 @@ class Trainer:
             packing=self.config.packing,
             shuffle=False,
         )
-        loss, count = mean_nats(self.engine, batches.epoch(0), self.stop.check)
+        with self._numeric_errors(step):
+            loss, count = mean_nats(self.engine, batches.epoch(0), self.stop.check)
         state.evaluated_step = step
         self.run.log({"step": step, "val_loss": loss, "val_tokens": count})
         self.progress.event("evaluation", step=step, val_loss=loss)
@@ -256,44 +320,64 @@ class Trainer:
         if step == 0:
             state.base_val = loss
             return
-        if state.best_val is None or loss < state.best_val:
-            state.best_val, state.best_step, state.bad_evals = loss, step, 0
-            self._write_adapter()
+        best = state.best_val
+        if best is None and state.smaller_lr:
+            best = state.base_val
+        if best is None or loss < best:
+            state.best_val, state.bad_evals = loss, 0
+            self._keep()
         else:
             state.bad_evals += 1
             if self.config.patience and state.bad_evals >= self.config.patience:
                 state.ended = f"no better held-out loss in {state.bad_evals} evaluations"
 
-    def _write_adapter(self) -> None:
-        write_adapter(self.run.adapter, self.engine.parameters, self.engine.get, self.meta)
+    def _keep(self) -> None:
+        """Keep the adapter as it is now."""
+        self.state.best_step = self.engine.step
+        with self._numeric_errors(self.engine.step):
+            self.state.kept_sha256 = self.kept.write()
 
     def _save(self, *, at_start: bool = False) -> None:
-        """Write a checkpoint, unless this step has one; before the first step only `at_start`."""
-        step = self.engine.step
-        if step == self.saved_step or (step == 0 and not at_start):
+        """Write a checkpoint, unless this step has one; before the first step only `at_start`.
+
+        Without held-out rows the adapter that is kept is the last one, until the loss rises.
+        """
+        state, step = self.state, self.engine.step
+        if (step == self.saved_step and not state.ended) or (step == 0 and not at_start):
             return
-        self.state.metrics_bytes = self.run.metrics_bytes
-        checkpoint.save(
-            self.run.checkpoints,
-            self.engine,
-            self.meta,
-            {
-                "ggft": __version__,
-                "circumstances": self._circumstances,
-                "progress": asdict(self.state),
-            },
-            keep=self.config.keep_checkpoints,
-        )
+        keeps_this = not (len(self.data.validation) or self.watch.is_rising or state.smaller_lr)
+        if step and state.evaluated_step != step:
+            loss = self._first_rows_loss()
+            keeps_this = keeps_this and not is_worse(loss, state.start_loss or loss)
+        if keeps_this:
+            state.best_step = step
+        state.metrics_bytes = self.run.metrics_bytes
+        with self._numeric_errors(step):
+            checkpoint.save(
+                self.run.checkpoints,
+                self.engine,
+                self.meta,
+                {
+                    "ggft": __version__,
+                    "circumstances": self._circumstances,
+                    "progress": asdict(state),
+                },
+                keep=self.config.keep_checkpoints,
+            )
         self.saved_step = step
-        if not len(self.data.validation):
-            self._write_adapter()
+        if keeps_this:
+            self._keep()
+        elif state.ended and not state.best_step:
+            self.engine.init_lora(self.config.seed)
+            self.kept.write()
 
     def _save_interrupted(self) -> None:
         """Save after a signal, then raise Interrupted."""
+        self.stop.on_stop(None)
         self.engine.zero_grad()
         self._save(at_start=True)
-        if self.state.best_val is None:
-            self._write_adapter()
+        if not self.state.best_step:
+            self._keep()
         step = self.engine.step
         self.progress.event("interrupted", step=step, adapter=str(self.run.adapter))
         learned = "holds what was learned" if step else "has learned nothing yet"

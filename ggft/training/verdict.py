@@ -18,8 +18,8 @@ class Losses:
         val_best: Of the adapter that was kept.
         val_last: At the end.
         n_val: Held-out rows.
-        diverged: Whether training was stopped because the loss rose.
-        smaller_lr: The learning rate to try after that.
+        smaller_lr: The learning rate to try next, if this run diverged; else None.
+        is_kept: Whether the adapter is one from before that, not one that has learned nothing.
         chance: Loss of a guess that knows nothing, ln(vocabulary); None where it is not known.
     """
 
@@ -29,8 +29,8 @@ class Losses:
     val_best: float | None = None
     val_last: float | None = None
     n_val: int = 0
-    diverged: bool = False
     smaller_lr: float | None = None
+    is_kept: bool = True
     chance: float | None = None
 
 
@@ -61,7 +61,7 @@ def judge(losses: Losses) -> Verdict:
     x = losses
     train = f"training loss {x.train_before:.3f} → {x.train_after:.3f}"
     fell = _drop(x.train_before, x.train_after)
-    if x.diverged:
+    if x.smaller_lr is not None:
         return _judge_diverged(x, train)
     if x.chance is not None and x.train_after > x.chance:
         return Verdict(
@@ -109,12 +109,14 @@ def judge(losses: Losses) -> Verdict:
 
 def _judge_diverged(x: Losses, train: str) -> Verdict:
     """Judge a run whose steps were too large."""
-    kept = "" if x.val_best is None else f" (held-out loss {x.val_best:.3f})"
-    rate = "a smaller --lr" if x.smaller_lr is None else f"--lr {x.smaller_lr:g}"
+    kept = "the adapter has learned nothing"
+    if x.is_kept:
+        at = "" if x.val_best is None else f" (held-out loss {x.val_best:.3f})"
+        kept = f"the adapter that was kept is from before the loss rose{at}"
     return Verdict(
         "diverged",
-        f"diverged: {train}, the steps were too large. Training stopped early, and the adapter"
-        f" that was kept is from before the loss rose{kept}. Train again with {rate}.",
+        f"diverged: {train}, the steps were too large; {kept}. Train again with"
+        f" --lr {x.smaller_lr:g}.",
     )
 
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 from ggft.adapters.adapter import AdapterMeta, read_adapter, write_adapter
 from ggft.gguf.read import GGUFFile, read_gguf
 from ggft.llama.model import LlamaModel
-from ggft.system.errors import InputError
+from ggft.system.errors import InputError, NumericError
 from tests.support.models import Spec, Tensor, write_gguf, write_model
 
 R = 4
@@ -49,6 +53,20 @@ def meta_for(base: GGUFFile, **changes: Any) -> AdapterMeta:
 def write(path: Path, arrays: Arrays, meta: AdapterMeta) -> Path:
     shapes = {name: (array.shape[0], array.shape[1]) for name, array in arrays.items()}
     write_adapter(path, shapes, arrays.__getitem__, meta)
+    return path
+
+
+ALPHA = "adapter.lora.alpha"
+METADATA = {
+    "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora",
+    ALPHA: 8.0,
+}  # fmt: skip
+
+
+def write_raw(path: Path, arrays: Arrays, metadata: dict[str, Any]) -> Path:
+    """Write what `write_adapter` would refuse to."""
+    tensors = [Tensor(name, "F32", array.shape, array.tobytes()) for name, array in arrays.items()]
+    write_gguf(path, {k: v for k, v in metadata.items() if v is not None}, tensors)
     return path
 
 
@@ -131,7 +149,7 @@ def bad_arrays(base: GGUFFile, case: str) -> Arrays:
     ],
 )
 def test_bad_matrices(base: GGUFFile, tmp_path: Path, case: str, parts: list[str]) -> None:
-    path = write(tmp_path / "a.gguf", bad_arrays(base, case), meta_for(base))
+    path = write_raw(tmp_path / "a.gguf", bad_arrays(base, case), METADATA)
     with pytest.raises(InputError) as caught:
         read_adapter(path, base)
     for part in ["a.gguf", *parts]:
@@ -143,10 +161,13 @@ def test_bad_matrices(base: GGUFFile, tmp_path: Path, case: str, parts: list[str
     [
         ({"general.type": "model"}, ["not a LoRA adapter", "'model'"]),
         ({"adapter.type": "control"}, ["not a LoRA adapter", "'control'"]),
-        ({"adapter.lora.alpha": None}, ["alpha is missing"]),
-        ({"adapter.lora.alpha": math.nan}, ["alpha is not usable", "nan"]),
-        ({"adapter.lora.alpha": 0.0}, ["alpha is not usable", "above 0"]),
-        ({"adapter.lora.alpha": "8"}, ["alpha is missing"]),
+        ({ALPHA: None}, ["alpha is missing", "factor 1", "4.0", "ggft convert"]),
+        ({ALPHA: 0.0}, ["alpha is 0", "factor 1", "gguf-set-metadata", "alpha 4"]),
+        ({ALPHA: math.nan}, ["alpha is not usable", "nan"]),
+        ({ALPHA: -1.0}, ["alpha is not usable", "above 0"]),
+        ({ALPHA: "8"}, ["wrong type", "STRING", "FLOAT32", "at byte"]),
+        ({ALPHA: 8}, ["wrong type", "FLOAT32"]),
+        ({ALPHA: np.float64(8)}, ["wrong type", "FLOAT64"]),
         ({"general.architecture": "gemma"}, ["another architecture", "gemma", "llama"]),
         ({"ggft.base_sha256": "00" * 32}, ["another base model", "0000", "--model"]),
         ({"ggft.rank": 0}, ["rank"]),
@@ -155,19 +176,7 @@ def test_bad_matrices(base: GGUFFile, tmp_path: Path, case: str, parts: list[str
 def test_bad_metadata(
     base: GGUFFile, tmp_path: Path, changes: dict[str, Any], parts: list[str]
 ) -> None:
-    metadata: dict[str, Any] = {
-        "general.type": "adapter",
-        "general.architecture": "llama",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": 8.0,
-        **changes,
-    }
-    path = tmp_path / "a.gguf"
-    tensors = [
-        Tensor(name, "F32", array.shape, array.tobytes())
-        for name, array in arrays_for(base).items()
-    ]
-    write_gguf(path, {k: v for k, v in metadata.items() if v is not None}, tensors)
+    path = write_raw(tmp_path / "a.gguf", arrays_for(base), {**METADATA, **changes})
     with pytest.raises(InputError) as caught:
         read_adapter(path, base)
     for part in ["a.gguf", *parts]:
@@ -178,9 +187,7 @@ def test_three_dimensions_are_refused(base: GGUFFile, tmp_path: Path) -> None:
     zeros = np.zeros((2, R, 64), np.float32).tobytes()
     a = Tensor("blk.0.attn_q.weight.lora_a", "F32", (2, R, 64), zeros)
     b = Tensor("blk.0.attn_q.weight.lora_b", "F32", (2, 64, R), zeros)
-    metadata = {"general.type": "adapter", "general.architecture": "llama",
-                "adapter.type": "lora", "adapter.lora.alpha": 8.0}  # fmt: skip
-    write_gguf(tmp_path / "a.gguf", metadata, [a, b])
+    write_gguf(tmp_path / "a.gguf", METADATA, [a, b])
     with pytest.raises(InputError, match="not a matrix"):
         read_adapter(tmp_path / "a.gguf", base)
 
@@ -197,6 +204,26 @@ def test_a_pickle_is_named_and_not_loaded(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(InputError, match="pickle"):
         read_adapter(path)
+
+
+@pytest.mark.parametrize("case", ["nan", "inf"])
+def test_what_is_not_finite_is_not_written(base: GGUFFile, tmp_path: Path, case: str) -> None:
+    path = write(tmp_path / "a.gguf", arrays_for(base), meta_for(base))
+    before = path.read_bytes()
+    with pytest.raises(NumericError, match=r"attn_q\.weight\.lora_.*not finite"):
+        write(path, bad_arrays(base, case), meta_for(base))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_remedy_for_alpha_0_works(base: GGUFFile, tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "it's a.gguf", arrays_for(base), {**METADATA, ALPHA: 0.0})
+    with pytest.raises(InputError) as caught:
+        read_adapter(path, base)
+    (command,) = re.findall(r"gguf-set-metadata (.*)$", str(caught.value))
+    script = Path(sys.executable).with_name("gguf-set-metadata")
+    subprocess.run([script, *shlex.split(command)], check=True, capture_output=True)
+    assert read_adapter(path, base).meta.alpha == R
 
 
 def test_no_memory_of_a_failed_write(base: GGUFFile, tmp_path: Path) -> None:

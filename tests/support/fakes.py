@@ -78,17 +78,17 @@ class FakeEngine:
             ids, labels = ids[kept], labels[kept]
             rng = np.random.default_rng([seed, row]) if seed and self.settings.dropout else None
             logits, inputs = self._logits(ids, rng)
-            p = _softmax(logits)
-            picked = p[np.arange(len(ids)), labels]
-            nats -= float(np.log(picked).sum())
+            log_p = _log_softmax(logits)
+            nats -= float(log_p[np.arange(len(ids)), labels].sum())
             count += len(ids)
-            d_logits = p
+            d_logits = np.exp(log_p)
             d_logits[np.arange(len(ids)), labels] -= 1.0
             for (name, _, u), x in zip(self.pairs, inputs, strict=True):
                 a, b = (self.state[f"{name}.{s}"]["value"] for s in ("lora_a", "lora_b"))
                 dy = d_logits @ u.T * self.scale
                 grads[f"{name}.lora_b"] += (dy.T @ (x @ a.T)).astype(np.float32)
                 grads[f"{name}.lora_a"] += ((dy @ b).T @ x).astype(np.float32)
+        _check_finite(nats)
         for name, grad in grads.items():
             self.state[name]["grad"] += grad
         return nats, count
@@ -96,8 +96,10 @@ class FakeEngine:
     def evaluate(
         self, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray, targets: np.ndarray
     ) -> tuple[float, int]:
-        nats = self.token_nats(tokens, positions, segments, targets)
-        return float(nats.sum(dtype=np.float64)), int((targets >= 0).sum())
+        self._cancel.clear()
+        nats = float(self.token_nats(tokens, positions, segments, targets).sum(dtype=np.float64))
+        _check_finite(nats)
+        return nats, int((targets >= 0).sum())
 
     def token_nats(
         self, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray, targets: np.ndarray
@@ -106,8 +108,8 @@ class FakeEngine:
         for row, labels in enumerate(targets):
             self._wait()
             kept = labels >= 0
-            p = _softmax(self._logits(tokens[row][kept], None)[0])
-            nats[row, kept] = -np.log(p[np.arange(kept.sum()), labels[kept]])
+            log_p = _log_softmax(self._logits(tokens[row][kept], None)[0])
+            nats[row, kept] = -log_p[np.arange(kept.sum()), labels[kept]]
         return nats
 
     def optimizer_step(self, lr: float, n_targets: int) -> float:
@@ -168,9 +170,14 @@ class FakeEngine:
             raise Error("cancelled", "cancelled")
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(p / p.sum(axis=1, keepdims=True))
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def _check_finite(nats: float) -> None:
+    if not np.isfinite(nats):
+        raise Error("numeric", "the loss is not finite")
 
 
 def native_module(engine: Any = FakeEngine) -> Any:

@@ -45,20 +45,25 @@ class Tensor(NamedTuple):
     data: bytes
 
 
-def _string(text: str) -> bytes:
-    raw = text.encode()
+def _string(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(raw)) + raw
 
 
 def _value(value: Any) -> bytes:
-    """Return type and payload: bool, int (u32), float (f32), str, or a list of one of these."""
+    """Return type and payload: bool, int (u32), float (f32), str, or a list of one of these.
+
+    A np.float64 is written as one, bytes as a text that need not be UTF-8.
+    """
+    if isinstance(value, np.float64):
+        return struct.pack("<Id", 12, value)
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return struct.pack("<I", 8) + _string(value)
     if isinstance(value[0], str):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))

@@ -131,6 +131,23 @@ def test_a_damaged_one_gives_way_to_the_one_before(
     assert len(warnings) == 1
     assert "step-000002" in warnings[0]
     assert name in warnings[0]
+    assert saved_steps(folder) == ["step-000001", "step-000002.damaged"]
+
+
+def test_the_last_whole_one_stays_until_there_is_another(tmp_path: Path, engine: Engine) -> None:
+    folder = tmp_path / "c"
+    for step in (1, 2, 3):
+        save_step(folder, engine, step)
+    truncate(folder / "step-000002" / "optimizer.gguf")
+    flip(folder / "step-000003" / "adapter.gguf")
+    found = load_newest(folder, lambda text: None)
+    assert found is not None
+    found.restore(engine)
+    save_step(folder, engine, 2, keep=1)
+    again = load_newest(folder, pytest.fail)
+    assert again is not None
+    assert again.step == 2
+    assert saved_steps(folder) == ["step-000002", "step-000002.damaged", "step-000003.damaged"]
 
 
 def test_all_damaged_is_an_error_and_no_new_start(tmp_path: Path, engine: Engine) -> None:

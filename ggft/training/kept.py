@@ -1,0 +1,66 @@
+"""The adapter that a run keeps: known by its hash, and made again where a run has lost it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ggft.adapters.adapter import AdapterMeta, write_adapter
+from ggft.engine.engine import Engine
+from ggft.system.files import atomic_output, sha256_of
+from ggft.training.checkpoint import Checkpoint, load_step
+from ggft.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class KeptAdapter:
+    """A run's adapter.gguf.
+
+    Attributes:
+        run: The run's files.
+        engine: Holds the matrices.
+        meta: What the adapter says about itself.
+        seed: What the matrices began with.
+    """
+
+    run: RunDirectory
+    engine: Engine
+    meta: AdapterMeta
+    seed: int
+
+    def write(self) -> str:
+        """Write the engine's matrices, and return the file's SHA-256.
+
+        Raises:
+            NumericError: a value is not finite.
+            ResourceError: it cannot be written; an older file is untouched.
+        """
+        write_adapter(self.run.adapter, self.engine.parameters, self.engine.get, self.meta)
+        return sha256_of([self.run.adapter])
+
+    def mend(
+        self, last: Checkpoint, step: int, sha256: str | None, warn: Callable[[str], None]
+    ) -> None:
+        """Make the adapter of a run that has ended again, if it is missing or another one.
+
+        Args:
+            last: The run's last checkpoint, which the engine holds.
+            step: The step of the adapter that was kept.
+            sha256: Its hash; None if it was not written.
+            warn: Told when only the last one can be had.
+        """
+        if step == last.step:
+            sha256 = last.adapter_sha256
+        if self.run.adapter.exists() and sha256 in (None, sha256_of([self.run.adapter])):
+            return
+        if step == 0:
+            self.engine.init_lora(self.seed)
+        elif step != last.step:
+            saved = load_step(self.run.checkpoints, step)
+            if saved is not None:
+                with atomic_output(self.run.adapter) as temporary:
+                    shutil.copyfile(saved.path / "adapter.gguf", temporary)
+                return
+            warn(f"the adapter of step {step}, which was kept, is gone; the last one replaces it")
+        self.write()
