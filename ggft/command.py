@@ -13,7 +13,7 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -27,6 +27,7 @@ from ggft.system.errors import (
     Interrupted,
     ResourceError,
 )
+from ggft.system.progress import Output
 from ggft.system.signals import silence_stdout
 from ggft.system.text import printable
 
@@ -227,9 +228,8 @@ def run(group: click.Group, args: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _on_sigterm)
     try:
-        result = group.main(args, prog_name="ggft", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with _watched_output():
+            result = group.main(args, prog_name="ggft", standalone_mode=False)
         return result if isinstance(result, int) else EXIT_OK
     except BaseException as error:
         if _debug and not isinstance(error, SystemExit):
@@ -237,6 +237,32 @@ def run(group: click.Group, args: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return report(error)
+
+
+@contextlib.contextmanager
+def _watched_output() -> Iterator[None]:
+    """Make lost output an error of the command, unless there is another one.
+
+    Raises:
+        ResourceError: Standard output took not all.
+    """
+    if sys.stdout is None:
+        yield
+        return
+    stdout = sys.stdout
+    output = Output(stdout)
+    sys.stdout = output
+    try:
+        yield
+        output.require()
+    except OSError:
+        if output.lost is not None:
+            output.require()
+        raise
+    finally:
+        sys.stdout = stdout
+        with contextlib.suppress(ResourceError):
+            output.require()  # lest Python fail to write the rest of it at its end
 
 
 def report(error: BaseException) -> int:
@@ -275,6 +301,11 @@ def _as_ggft_error(error: BaseException) -> GgftError | None:
         return InputError(error.format_message())
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", hint="close other programs, or use a smaller model")
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return ResourceError(
+            "no more threads can be started",
+            hint="close other programs, or allow more processes and memory (ulimit -u, ulimit -v)",
+        )
     if isinstance(error, OSError) and error.errno is not None:
         kind = ResourceError if error.errno in _NO_ROOM else InputError
         path = error.filename if isinstance(error.filename, str) else None

@@ -280,7 +280,7 @@ def _check_base(file: GGUFFile, base: GGUFFile, check_hash: bool) -> None:
             path=file.path,
             found=f"{base.path} with SHA-256 {base.sha256()[:16]}…",
             expected=f"{name or 'the file'} with SHA-256 {wanted[:16]}…",
-            hint="give the GGUF that it was trained on to --model",
+            hint="give the GGUF that it was trained on to --model (merge takes --any-base)",
         )
 
 

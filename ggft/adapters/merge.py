@@ -17,7 +17,7 @@ from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, ValueType, rea
 from ggft.gguf.write import TensorSource, write_gguf
 from ggft.settings.commands import MergeConfig
 from ggft.system.errors import InputError
-from ggft.system.files import atomic_output
+from ggft.system.files import atomic_output, require_new
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,12 +98,15 @@ def merge(
     """
     config = config or MergeConfig()
     base = read_gguf(base_path)
-    adapter = read_adapter(adapter_path, base, check_hash=not config.force)
+    adapter = read_adapter(adapter_path, base, check_hash=not config.any_base)
+    inputs = [*base.paths, adapter.path]
+    for path in (output, config.receipt):
+        if path is not None:
+            require_new(path, force=config.force, inputs=inputs)
     report = MergeReport(Path(output), 0, base.file_bytes)
     deltas = _deltas(adapter, config.scale)
     sources = [_plan(tensor, deltas, config, report) for tensor in base.tensors.values()]
     metadata, types = _metadata(base, adapter)
-    inputs = [*base.paths, adapter.path]
     template = adapter.meta.template or "auto"
     losses: tuple[float, float] | None = None
     if config.data and measure is not None:

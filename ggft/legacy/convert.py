@@ -23,7 +23,7 @@ from ggft.legacy.reader import JoinedTensor, LegacyFile, read_legacy
 from ggft.legacy.vocabulary import SpmVocabulary, load_vocabulary, rebuild_vocabulary
 from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
-from ggft.system.files import require_regular_file
+from ggft.system.files import require_new, require_regular_file
 
 _CHUNK_BYTES = 8 << 20
 _QUANTIZATION_VERSION = 2
@@ -100,6 +100,7 @@ def convert_model(
     """
     config = config or ConvertConfig()
     file = _read_old(Path(old))
+    require_new(new, force=config.force, inputs=file.paths)
     report = ConvertReport(source=file, output=Path(new))
     if config.vocab_dir is not None:
         vocabulary = load_vocabulary(config.vocab_dir, file.hparams.n_vocab)

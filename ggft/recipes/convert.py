@@ -15,6 +15,7 @@ from ggft.hub.download import find_model
 from ggft.legacy.convert import ConvertReport, convert_model
 from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError
+from ggft.system.files import require_new
 from ggft.system.progress import ByteBar
 from ggft.system.text import format_bytes
 
@@ -40,6 +41,7 @@ def _convert_adapter(old: Path, new: Path, config: ConvertConfig) -> str:
             "a PEFT adapter needs its base model in GGUF", path=old,
             hint=f"ggft convert {old} {new} --base MODEL.gguf",
         )  # fmt: skip
+    require_new(new, force=config.force)
     meta = convert_peft(old, new, read_gguf(find_model(config.base)))
     size = format_bytes(new.stat().st_size)
     return f"wrote {new}, {size}: LoRA of rank {meta.rank}, alpha {meta.alpha:g}"

@@ -19,7 +19,13 @@ from ggft.prompts.ollama import go_template, learn_turns, modelfile
 from ggft.settings.commands import ExportConfig
 from ggft.setup.inputs import choose_template
 from ggft.system.errors import InputError
-from ggft.system.files import atomic_output, copy_file, make_folder, remove_empty
+from ggft.system.files import (
+    atomic_output,
+    copy_file,
+    make_folder,
+    remove_empty,
+    require_plain_name,
+)
 from ggft.system.text import printable
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
@@ -46,7 +52,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
     target = Path(folder)
     if config.to == "ollama":
         texts, notes = _for_ollama(base, adapter, config)
-        with _folder(target, config.overwrite):
+        with _folder(target, config.force):
             if adapter is not None and adapter.path.resolve() != (target / ADAPTER).resolve():
                 copy_file(adapter.path, target / ADAPTER)
             with atomic_output(target / MODELFILE) as temporary:
@@ -55,7 +61,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
     else:
         if adapter is None:
             raise InputError("for PEFT there must be an adapter", hint="give one with --adapter")
-        with _folder(target, config.overwrite):
+        with _folder(target, config.force):
             write_peft(target, adapter, info)
         notes, todo = [], f'PeftModel.from_pretrained(model, "{target}")'
     lines = [f"wrote {target}", *(f"note: {note}" for note in notes), f"next: {todo}"]
@@ -85,8 +91,9 @@ def _for_ollama(
 
 
 @contextlib.contextmanager
-def _folder(path: Path, overwrite: bool) -> Iterator[None]:
+def _folder(path: Path, force: bool) -> Iterator[None]:
     """Have a folder to write into; on any exception nothing new stays in it."""
+    require_plain_name(path)
     if path.exists() and not path.is_dir():
         raise InputError("the output is a file", path=path, expected="a folder")
     if not path.parent.is_dir():
@@ -98,10 +105,10 @@ def _folder(path: Path, overwrite: bool) -> Iterator[None]:
         hint="choose another folder or change the permissions of the one around it",
     )  # fmt: skip
     before = set(path.iterdir())
-    if before and not overwrite:
+    if before and not force:
         raise InputError(
             "the folder is not empty", path=path,
-            hint="choose another one, or replace files in it with --overwrite",
+            hint="choose another one, or replace files in it with --force",
         )  # fmt: skip
     try:
         yield

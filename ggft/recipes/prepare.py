@@ -25,13 +25,20 @@ from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
 from ggft.setup.inputs import open_vocabulary
 from ggft.system.errors import InputError
-from ggft.system.files import atomic_output, make_folder, remove_empty
+from ggft.system.files import (
+    atomic_output,
+    make_folder,
+    remove_empty,
+    require_new,
+    require_plain_name,
+)
 from ggft.system.progress import Progress
 from ggft.system.text import printable
 
 if TYPE_CHECKING:
     from ggft.data.store import IntArray
 
+SIDES = ("train.jsonl", "valid.jsonl")
 HISTOGRAM_ROWS = 10
 BAR_WIDTH = 40
 GREEN, BOLD, RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -45,6 +52,10 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         GgftError: a file, a row or the template does not serve; nothing is written then.
     """
     progress = progress or Progress("json" if config.json else "auto")
+    if config.out is not None:
+        require_plain_name(config.out)
+        for name in SIDES if Path(config.out).is_dir() else ():
+            require_new(Path(config.out) / name, force=config.force)
     model, template = open_vocabulary(config.model, config.template, warn=progress.warn)
     n_ctx = model.get(f"{model.architecture}.context_length")
     corpus = load_corpus(
@@ -218,7 +229,7 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
         Rows written, by file.
     """
     made = make_folder(folder, "the folder cannot be used", hint="choose another one with --out")
-    sides = {Fate.TRAIN: "train.jsonl", Fate.VALID: "valid.jsonl"}
+    sides = dict(zip((Fate.TRAIN, Fate.VALID), SIDES, strict=True))
     counts = {side: 0 for side in sides if (corpus.fate == side).any()}
 
     def tidy(kind: type[BaseException] | None, *_: object) -> None:

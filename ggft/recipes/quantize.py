@@ -19,7 +19,7 @@ from ggft.hub.download import find_model
 from ggft.llama.library import complaint, load
 from ggft.settings.commands import QuantizeConfig
 from ggft.system.errors import InputError, ResourceError
-from ggft.system.files import atomic_output
+from ggft.system.files import atomic_output, require_new
 from ggft.system.processes import Child
 from ggft.system.progress import ByteBar
 from ggft.system.text import format_bytes
@@ -87,6 +87,7 @@ def quantize(
         raise InputError("unknown type", found=ascii(type_name), expected=", ".join(FILE_TYPES))
     number, bits = FILE_TYPES[type_name.upper()]
     file = read_gguf(find_model(str(path)))
+    require_new(output, force=config.force, inputs=file.paths)
     _check_input(file, config)
     n_elements = sum(tensor.n_elements for tensor in file.tensors.values())
     expected_bytes = file.tensors[next(iter(file.tensors))].offset + int(n_elements * bits / 8)

@@ -15,7 +15,6 @@ from ggft.settings.declared import (
     keep_duplicates_option,
     max_length_option,
     model_option,
-    overwrite_option,
     seed_option,
     system_option,
     template_option,
@@ -71,6 +70,7 @@ class PrepareConfig:
     train_on_prompt: bool = train_on_prompt_option()
     keep_duplicates: bool = keep_duplicates_option("Keep rows that equal an earlier one")
     seed: int = seed_option()
+    force: bool = force_option("Replace files of these names in --out")
     json: bool = json_option("Print the result as JSON")
 
 
@@ -156,6 +156,7 @@ class ConvertConfig:
     name: str | None = option(
         "--name", default=None, shown="from the file's name", help="Name written into the GGUF"
     )
+    force: bool = force_option()
 
 
 TYPE_CHOICES = (
@@ -183,7 +184,10 @@ class MergeConfig:
     receipt: str | None = option(
         "--receipt", default=None, metavar="FILE", help="Write the receipt as JSON, too"
     )
-    force: bool = force_option("Merge although the adapter names another base file")
+    any_base: bool = option(
+        "--any-base", default=False, help="Merge although the adapter names another base file"
+    )
+    force: bool = force_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,7 @@ class QuantizeConfig:
         "--pure", default=False, help="One type for all matrices, none of them finer"
     )
     threads: int | None = threads_option("all")
+    force: bool = force_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +213,7 @@ class ExportConfig:
     adapter: str | None = adapter_option()
     template: str = template_option(trained=True)
     system: str | None = system_option()
-    overwrite: bool = overwrite_option("Replace files in a folder that is not empty")
+    force: bool = force_option("Replace files in a folder that is not empty", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)

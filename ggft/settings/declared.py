@@ -177,9 +177,12 @@ def json_option(help: str) -> Any:  # noqa: A002
     return option("--json", default=False, recorded=False, help=help)
 
 
-def force_option(help: str) -> Any:  # noqa: A002
+def force_option(
+    help: str = "Replace the output if it exists",  # noqa: A002
+    *aliases: str,
+) -> Any:
     """Declare --force."""
-    return option("--force", default=False, help=help)
+    return option("--force", *aliases, default=False, help=help)
 
 
 def overwrite_option(help: str, *aliases: str) -> Any:  # noqa: A002

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.text import format_bytes
 
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())
 _HINT_PEFT = "an adapter becomes GGUF with ggft convert FOLDER NEW.gguf --base MODEL.gguf"
 
 
@@ -57,6 +61,8 @@ _REMEDIES = {
     errno.EDQUOT: "free some disk space: your share of it is used up",
     errno.EFBIG: "files of this size are not allowed here: see ulimit -f, or use another disk",
 }
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_NO_FOLDER_FLUSH = (*_NO_FLUSH, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 # Bytes left free on the disk after a write that was allowed to start.
 _SPARE_BYTES = 16 << 20
 
@@ -110,8 +116,40 @@ def atomic_output(
             temporary.unlink(missing_ok=True)
 
 
+def require_new(path: str | Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output that exists, unless it may be replaced, and all that `atomic_output` would.
+
+    Called before any work is done. A symbolic link is followed; one that leads nowhere yet is new.
+
+    Raises:
+        InputError: It exists, or cannot be an output.
+    """
+    target = Path(os.path.realpath(path))
+    _check_output(Path(path), target, inputs)
+    if target.exists() and not force:
+        raise InputError(
+            "the output exists already", path=path,
+            hint="choose another name for it, or replace it with --force",
+        )  # fmt: skip
+
+
+def require_plain_name(path: str | Path) -> None:
+    """Refuse an output whose name would command the terminal that lists it.
+
+    Raises:
+        InputError: It holds control characters, or half of one.
+    """
+    name = Path(path).name
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise InputError(
+            "the output's name holds control characters", path=ascii(os.fspath(path))[1:-1],
+            hint="choose another name",
+        )  # fmt: skip
+
+
 def _check_output(path: Path, target: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is a folder, special, an input, or in no folder."""
+    """Refuse an output that is a folder, special, an input, in no folder, or named badly."""
+    require_plain_name(path)
     if target.is_dir():
         raise InputError("the output is a folder", path=path, expected="a file name")
     if target.exists() and not target.is_file():
@@ -182,7 +220,20 @@ def _is_running(pid: int) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
+    """Have a file or folder on the disk itself, as far as the file system can.
+
+    Shared folders of virtual machines and some network mounts cannot flush folders, and one that
+    may not be listed cannot be opened for it; what was written is whole there all the same.
+    """
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (_NO_FOLDER_FLUSH if path.is_dir() else _NO_FLUSH):
+            raise
+        _log.info("%s cannot be flushed to the disk: %s", path, error.strerror)
+
+
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":
@@ -208,6 +259,7 @@ def make_folder(folder: Path, error: str, *, hint: str) -> list[Path]:
     Raises:
         InputError: As `error` says, with the reason.
     """
+    require_plain_name(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

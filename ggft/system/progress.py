@@ -7,17 +7,70 @@ training goes on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
+from ggft.system.errors import ResourceError
+from ggft.system.signals import silence_stdout
 from ggft.system.text import finite
 
+# What writing to a file may fail with, and to a reader not.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 MIN_COLUMNS = 40
 BAR_DELAY_S = 2.0
 MODES = ("auto", "bar", "lines", "json", "quiet")
+
+
+class Output:
+    """Standard output, which remembers whether something could not be written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with self._remembering():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        with self._remembering():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A reader that left lost nothing that it wanted.
+            if error.errno in _NO_ROOM and self.lost is None:
+                self.lost = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def require(self) -> None:
+        """Write what is not written yet; refuse to call done what is lost.
+
+        Raises:
+            ResourceError: Something could not be written.
+        """
+        try:
+            self.flush()
+        except (OSError, ValueError):  # full, closed, or its reader left
+            silence_stdout()
+        if self.lost is not None:
+            raise ResourceError(
+                f"the output is lost: {self.lost.strerror}", path="standard output",
+                hint="free some space, or write to another disk",
+            )  # fmt: skip
 
 
 class Progress:
@@ -105,7 +158,8 @@ class Progress:
                 stream.write(text + "\n")
             stream.flush()
         except (OSError, ValueError):
-            # The reader is gone (SIGPIPE, closed terminal): go on in silence.
+            # The reader is gone (SIGPIPE, closed terminal), or the disk is full, which `Output`
+            # tells at the end: go on in silence.
             self._bar = None
             self.mode = "quiet"
 

@@ -55,7 +55,7 @@ def merged(
 ) -> tuple[Path, Path, dict[str, Array], MergeReport]:
     base = write_model(tmp_path / "base.gguf", spec).path
     adapter, deltas = write_lora(tmp_path, base, size)
-    report = merge(base, adapter, tmp_path / "out.gguf", MergeConfig(**settings))
+    report = merge(base, adapter, tmp_path / "out.gguf", MergeConfig(force=True, **settings))
     return base, tmp_path / "out.gguf", deltas, report
 
 
@@ -200,12 +200,12 @@ def test_refusals(tmp_path: Path) -> None:
     before = base.read_bytes()
     with pytest.raises(InputError, match="another base model"):
         merge(base, adapter, out)
-    merge(base, adapter, out, MergeConfig(force=True))
+    merge(base, adapter, out, MergeConfig(any_base=True))
     for output in (base, adapter):
         with pytest.raises(InputError, match="the output is the input"):
-            merge(base, adapter, output, MergeConfig(force=True))
+            merge(base, adapter, output, MergeConfig(any_base=True))
     with pytest.raises(InputError, match="multiple of 256"):
-        merge(base, adapter, out, MergeConfig(force=True, type="Q4_K"))
+        merge(base, adapter, out, MergeConfig(any_base=True, force=True, type="Q4_K"))
     with pytest.raises(InputError):
         merge(adapter, base, out)
     assert base.read_bytes() == before

@@ -31,7 +31,7 @@ NOISE = 0.11
 def converted(folder: Path, name: str, **settings: Any) -> tuple[LegacyFile, GGUFFile]:
     """Convert a file of the collection."""
     old = place(folder, name)
-    report = convert_model(old, folder / "new.gguf", ConvertConfig(**settings))
+    report = convert_model(old, folder / "new.gguf", ConvertConfig(force=True, **settings))
     assert report.refusal is None
     return read_legacy(old), read_gguf(folder / "new.gguf")
 
@@ -205,7 +205,7 @@ def test_flags_override(tmp_path: Path) -> None:
     assert file.get("general.name") == "mine"
     assert "given" in render(report)
     with pytest.raises(InputError, match="--gqa contradicts"):
-        convert_model(raw(tmp_path), tmp_path / "new.gguf", ConvertConfig(gqa=2))
+        convert_model(raw(tmp_path), tmp_path / "newer.gguf", ConvertConfig(gqa=2))
 
 
 @pytest.mark.parametrize(("type_name", "limit"), [("F32", 0.0), ("F16", 1e-3), ("Q8_0", 2e-2)])

@@ -12,6 +12,7 @@ import ggft.legacy.convert
 from ggft.gguf.cursor import read_bytes
 from ggft.legacy.convert import convert_model
 from ggft.legacy.reader import read_legacy
+from ggft.settings.commands import ConvertConfig
 from ggft.system.errors import InputError, ResourceError
 from tests.support.legacy_files import content, place
 
@@ -80,8 +81,9 @@ def test_reading_in_small_pieces_gives_the_same(
 ) -> None:
     for name in ("ggmf_v1_q4_0_2part", "ggml_q4_1_planar", "ggjt_v1_q4_3"):
         old = place(tmp_path, name)
-        convert_model(old, tmp_path / "whole.gguf")
+        config = ConvertConfig(force=True)
+        convert_model(old, tmp_path / "whole.gguf", config)
         monkeypatch.setattr(ggft.legacy.convert, "_CHUNK_BYTES", 1000)
-        convert_model(old, tmp_path / "pieces.gguf")
+        convert_model(old, tmp_path / "pieces.gguf", config)
         monkeypatch.undo()
         assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
