@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, base: BaseModel, data: Data, stop: StopSig
         lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
         shape = make_shape(settled, lora, base.file, base.info)
         steps, plan = plan_run(settled, data, shape)
-        engine = engines.enter_context(open_engine(settled, base.file, lora, plan, stop))
+        engine = engines.enter_context(open_engine(plan, stop))
         engine.init_lora(seed=1)
         made = [steps.step(0, i, plan.n_rows, plan.n_tokens) for i in range(args.steps)]
         laid_out = [[change(batch) for batch in step] for step in made]

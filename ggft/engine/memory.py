@@ -1,8 +1,8 @@
 """Predict a run's memory from the model's header, and choose settings that fit the budget.
 
-The parts mirror the buffers that the engine reports: what is predicted here is compared with what
-was allocated in the report of every run. N is the number of tokens of a micro-batch; shapes are
-those of the supported decoder, float32 unless said otherwise.
+The native engine says what it takes, by the code that allocates it; added are the program itself
+and the choice among micro-batches. What is predicted here is compared with what was allocated in
+the report of every run.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from ggft.gguf.read import GGUFFile, ModelInfo
+from ggft.engine.engine import EngineSettings, Forecast
+from ggft.gguf.read import ModelInfo
 from ggft.system.errors import ResourceError
 from ggft.system.machine import available_bytes
 from ggft.system.text import format_bytes
 
-F32 = 4
 # Tokens per micro-batch beyond which larger ones no longer train faster.
 MAX_TOKENS = 4096
-# Bytes of logits that the engine makes at once; see native/engine/engine.cpp.
-LOGIT_BYTES = 96 * 2**20
 # The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
 RUNTIME_BYTES = 90 * 2**20
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
@@ -32,21 +31,26 @@ RUNTIME_BYTES = 90 * 2**20
 MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_PREPACKED = 40.0, 8.0
 SMALL_TOKENS, MORE_PER_DOUBLING = 512, 0.01
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
-# Values of a row that are packed together, and their bytes, padding included; see RowPacking in
-# native/kernels/gemm/token_rows.cpp.
-PACKED_VALUES, PACKED_BYTES = 512, 1120
-# Bytes of a prepacked weight, for both directions, and of the largest direction that the engine
-# keeps; see native/kernels/gemm/prepacked.h.
-PREPACKED_BYTES, PREPACKED_MOST = 4.1, 128 * 2**20
 # Shares of the weights that are prepacked. These take no more than this, and than all else does.
 PREPACKED_SHARES, PREPACKED_LIMIT = (0.0, 0.25, 0.5, 0.75, 1.0), 768 * 2**20
+# The engine takes memory for them in pages of this size.
+LARGE_PAGE = 2 * 2**20
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
 NEARLY_BEST = 1.01
 # Share of the free memory that a run takes unless told otherwise.
 SAFE_SHARE = 0.8
-WEIGHTS = "weights (mapped)"
-PREPACKED = "prepacked weights"
+WEIGHTS, PROGRAM = "weights (mapped)", "program"
 LORA, ADAPTER = "LoRA, gradients, moments", "adapter"
+SAVED, SCRATCH, PREPACKED = "saved for the backward pass", "scratch", "prepacked weights"
+BUFFERS = {
+    WEIGHTS: ("weights",),
+    LORA: ("lora",),
+    ADAPTER: ("lora",),
+    SAVED: ("saved",),
+    SCRATCH: ("compute", "inputs"),
+    PREPACKED: ("prepacked",),
+}
+"""The engine's buffers that a part of a plan consists of; what the program takes is none."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,28 @@ class Plan:
     prepacked: float
     limits: Limits
     parts: Mapping[str, int]
-    n_trained: int
+    shape: Shape = field(repr=False)
+
+    @property
+    def n_trained(self) -> int:
+        """Number of LoRA parameters."""
+        return self.shape.n_trained
 
     @property
     def prepacked_bytes(self) -> int:
         """Bytes of weights that are kept as the products read them."""
         return self.parts.get(PREPACKED, 0)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What the engine is opened with."""
+        return replace(
+            self.shape.settings,
+            n_rows=self.n_rows,
+            n_tokens=self.n_tokens,
+            keep=self.keep,
+            prepacked_bytes=self.shape.prepacked_limit(self.prepacked),
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -114,113 +134,61 @@ class Plan:
 class Shape:
     """What memory depends on, besides the micro-batch.
 
-    `fused` says whether the CPU's fused kernels run, or the portable graph that GPUs run; `train`
-    whether there is a backward pass.
+    Attributes:
+        model: Hyper-parameters.
+        settings: What the engine is to be opened with; those of the micro-batch are of no matter.
     """
 
     model: ModelInfo
-    weights_bytes: int
-    targets: tuple[str, ...]
-    layer_first: int
-    layer_last: int
-    rank: int
-    fused: bool = True
-    train: bool = True
+    settings: EngineSettings
+
+    @cached_property
+    def _forecast(self) -> Forecast:
+        return Forecast(self.settings)
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int, bool, int], dict[str, int]]:
+        return {}
 
     @property
-    def q(self) -> int:
-        """Width of the queries."""
-        return self.model.n_head * self.model.n_embd_head
+    def fused(self) -> bool:
+        """Whether the CPU's fused kernels run, or the portable graph that GPUs run."""
+        return self._forecast.kernels == "fused"
 
     @property
-    def kv(self) -> int:
-        """Width of the keys."""
-        return self.model.n_head_kv * self.model.n_embd_head
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks that the backward pass visits."""
-        return self.model.n_layer - self.layer_first if self.train else 0
-
     def n_trained(self) -> int:
-        """Return the number of LoRA parameters."""
-        m = self.model
-        widths = {
-            "attn_q": m.n_embd + self.q,
-            "attn_k": m.n_embd + self.kv,
-            "attn_v": m.n_embd + self.kv,
-            "attn_output": self.q + m.n_embd,
-            "ffn_gate": m.n_embd + m.n_ff,
-            "ffn_up": m.n_embd + m.n_ff,
-            "ffn_down": m.n_ff + m.n_embd,
-        }
-        per_block = sum(widths[name] for name in self.targets)
-        return (self.layer_last - self.layer_first) * per_block * self.rank
+        """Number of LoRA parameters."""
+        return self._forecast.n_parameters
 
-    def prepacked_bytes(self) -> int:
-        """Return the bytes of all weights that can be prepacked."""
-        if not self.fused:
-            return 0
-        m = self.model
-        block = (self.q, self.kv, self.kv, self.q, m.n_ff, m.n_ff, m.n_ff)
-        sizes = [(width * m.n_embd * PREPACKED_BYTES, m.n_layer) for width in block]
-        sizes.append((m.n_vocab * m.n_embd * PREPACKED_BYTES, 1))
-        directions = 2 if self.train else 1
-        return (
-            sum(int(size) * n for size, n in sizes if size / 2 <= PREPACKED_MOST) // 2 * directions
-        )
+    def prepacked_limit(self, share: float) -> int:
+        """Return the bytes that a share of the weights takes when it is prepacked."""
+        return -(-int(share * self._forecast.prepackable_bytes) // LARGE_PAGE) * LARGE_PAGE
+
+    def buffers(
+        self, n_rows: int, n_tokens: int, *, keep: bool, prepacked_bytes: int = 0
+    ) -> dict[str, int]:
+        """Return the bytes of the engine's buffers by name, as the engine will report them."""
+        key = (n_rows, n_tokens, keep, prepacked_bytes)
+        if key not in self._known:
+            self._known[key] = self._forecast.buffers(*key)
+        return self._known[key]
 
 
 def predict(
     shape: Shape, n_rows: int, n_tokens: int, *, keep: bool, prepacked: float = 0.0
 ) -> dict[str, int]:
     """Return the predicted bytes by part; `prepacked` is the share of the weights that are."""
-    m, n = shape.model, n_rows * n_tokens
-    # Queries, keys, values, attention with a number per head, x between, gate and up.
-    internals = 2 * shape.q + 2 * shape.kv + m.n_head + m.n_embd + 2 * m.n_ff
-    # The input of every block that is trained, the last one's output, and a gradient.
-    saved = (shape.n_blocks + 1 + shape.train) * n * m.n_embd * F32
-    # Values, gradients and two moments; or values in 16 bits, and a layer of them as float32.
-    lora = 4 * F32 if shape.train else F32 // 2
-    if keep:
-        saved += shape.n_blocks * n * internals * F32
+    buffers = shape.buffers(n_rows, n_tokens, keep=keep)
     parts = {
-        WEIGHTS: shape.weights_bytes,
-        LORA if shape.train else ADAPTER: lora * shape.n_trained(),
-        "saved for the backward pass": saved,
-        "scratch": _scratch(shape, n_rows, n_tokens, 0 if keep else internals),
-        "program": RUNTIME_BYTES,
+        part: sum(buffers[name] for name in BUFFERS[part])
+        for part in (WEIGHTS, LORA if shape.settings.train else ADAPTER, SAVED, SCRATCH)
     }
+    parts[PROGRAM] = RUNTIME_BYTES
     if prepacked:
-        parts[PREPACKED] = int(prepacked * shape.prepacked_bytes())
+        # The same whatever the micro-batch.
+        limit = shape.prepacked_limit(prepacked)
+        parts[PREPACKED] = shape.buffers(1, 2, keep=False, prepacked_bytes=limit)["prepacked"]
     return parts
-
-
-def _scratch(shape: Shape, n_rows: int, n_tokens: int, internals: int) -> int:
-    """Return the bytes of the largest graph: a block's backward pass, or a chunk of the loss.
-
-    The factors are upper bounds of what ggml's allocator needed over a range of shapes.
-    """
-    m, n = shape.model, n_rows * n_tokens
-    again = internals + m.n_ff // 2 if internals else 0
-    block = n * (again + 2 * m.n_ff + 2 * max(m.n_embd, shape.q) + 128) * F32
-    chunk = min(n, max(16, LOGIT_BYTES // (m.n_vocab * F32)))
-    head = chunk * (m.n_vocab + 4 * m.n_embd) * F32
-    if shape.fused:
-        block += _packed(m.n_ff, n) + _packed(m.n_embd, n)
-        return max(block, head + _packed(m.n_vocab, chunk))
-    # The portable graph holds attention's probabilities and gradients, dequantized matrices, twice
-    # the logits, and a mask.
-    matrix = m.n_embd * max(m.n_ff, shape.q)
-    block += n * (3 * m.n_head * n_tokens + shape.q) * F32 + 2 * matrix * F32
-    head = head * 2 + 3 * m.n_vocab * m.n_embd * F32 // 2
-    mask = 2 * n * n_tokens
-    return max(block, head) + mask + 8 * 2**20
-
-
-def _packed(n_values: int, n_tokens: int) -> int:
-    """Return the bytes of rows packed for products of 16-bit integers; other products need none."""
-    return n_tokens * (-(-n_values // PACKED_VALUES) + 1) * PACKED_BYTES
 
 
 @dataclass(frozen=True)
@@ -259,7 +227,7 @@ class Limits:
 
     def hold(self, parts: Mapping[str, int]) -> bool:
         """Return whether predicted parts fit the device and the budget."""
-        total, program = sum(parts.values()), parts["program"]
+        total, program = sum(parts.values()), parts[PROGRAM]
         if self.device_bytes is not None and total - program > SAFE_SHARE * self.device_bytes:
             return False
         return (total if self.unified else program) <= self.budget_bytes
@@ -302,13 +270,14 @@ def make_plan(
     plans = [
         Plan(
             rows, tokens, keeps, share, limits,
-            predict(shape, rows, tokens, keep=keeps, prepacked=share), shape.n_trained(),
+            predict(shape, rows, tokens, keep=keeps, prepacked=share), shape,
         )
         for rows, tokens in sizes
         for keeps in ((True, False) if keep is None else (keep,))
-        for share in (PREPACKED_SHARES if shape.prepacked_bytes() else (0.0,))
+        for share in PREPACKED_SHARES
+        if not share or 0 < shape.prepacked_limit(share) <= PREPACKED_LIMIT
     ]  # fmt: skip
-    plans = [p for p in plans if p.prepacked_bytes <= min(PREPACKED_LIMIT, p.total_bytes / 2)]
+    plans = [plan for plan in plans if plan.prepacked_bytes <= plan.total_bytes / 2]
     fitting = [plan for plan in plans if limits.hold(plan.parts)]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -321,11 +290,16 @@ def make_plan(
 
 
 def _sizes(n_tokens: int, step_tokens: int, joined: bool) -> list[tuple[int, int]]:
-    """Return the rows and tokens per row that micro-batches of a step may have."""
+    """Return the rows and tokens per row that micro-batches of a step may have.
+
+    Of sizes that divide a step into as many micro-batches, only the smallest is worth a thought.
+    """
     most = max(1, min(-(-step_tokens // n_tokens), MAX_TOKENS // n_tokens))
-    if joined:
-        return [(1, max(n_tokens, min(n * n_tokens, step_tokens))) for n in range(1, most + 1)]
-    return [(n, n_tokens) for n in range(1, most + 1)]
+    by_count: dict[int, tuple[int, int]] = {}
+    for n in range(most, 0, -1):
+        size = (1, max(n_tokens, min(n * n_tokens, step_tokens))) if joined else (n, n_tokens)
+        by_count[-(-step_tokens // (size[0] * size[1]))] = size
+    return list(by_count.values())
 
 
 def _cost(plan: Plan, step_tokens: int) -> float:
@@ -361,8 +335,3 @@ def _too_large(shape: Shape, n_tokens: int, smallest: Plan) -> ResourceError:
 
 def _flag(plan: Plan) -> str:
     return f"{-(-plan.total_bytes // 2**20)}M"
-
-
-def weights_bytes(file: GGUFFile) -> int:
-    """Return the bytes of a model's tensors."""
-    return sum(tensor.n_bytes for tensor in file.tensors.values())

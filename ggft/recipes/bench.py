@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ggft.engine.engine import Engine
-from ggft.engine.memory import Plan, Shape
+from ggft.engine.memory import Plan
 from ggft.engine.peak import measure_peak
 from ggft.gguf.read import ModelInfo, check_model, read_gguf
 from ggft.hub.download import find_model
@@ -55,7 +55,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     shape = make_shape(config, lora, file, info)
     plan = plan_rows(config, shape, n_tokens=n_tokens, max_rows=n_rows)
     result: dict[str, Any] = {"model": file.path.name, "rows": n_rows, "row_tokens": n_tokens}
-    with StopSignals() as stop, open_engine(config, file, lora, plan, stop) as engine:
+    with StopSignals() as stop, open_engine(plan, stop) as engine:
         engine.init_lora(seed=1)
         result |= time_steps(engine, plan, n_rows, info.n_vocab, config.steps)
         result["engine"] = engine.info()
@@ -65,7 +65,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.peak:
         threads = result["engine"]["threads"]
         result["gemm_flops"] = measure_peak(block_matrices(info), plan.n_rows * n_tokens, threads)
-    result |= utilisation(result, info, shape, plan)
+    result |= utilisation(result, info, plan)
     print_json(result) if config.json else print_table(result)
     return result
 
@@ -162,14 +162,12 @@ def block_matrices(info: ModelInfo) -> dict[tuple[int, int], int]:
     return {shape: shapes.count(shape) for shape in shapes}
 
 
-def utilisation(
-    result: dict[str, Any], info: ModelInfo, shape: Shape, plan: Plan
-) -> dict[str, Any]:
+def utilisation(result: dict[str, Any], info: ModelInfo, plan: Plan) -> dict[str, Any]:
     """Return N, the FLOP rate, and the two utilisations where the peak was measured."""
     block = sum(rows * columns * n for (rows, columns), n in block_matrices(info).items())
     n_params = info.n_layer * block + info.n_vocab * info.n_embd
     per_token = 4.0 * n_params
-    again = 0.0 if plan.keep else 2.0 * block * (info.n_layer - shape.layer_first)
+    again = 0.0 if plan.keep else 2.0 * block * (info.n_layer - plan.settings.layer_first)
     rate = float(result["tokens_per_s"])
     figures: dict[str, Any] = {
         "n_params_matmul": n_params,

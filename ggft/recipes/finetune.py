@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             announce(settled, base, data, planned, progress, progress.note)
             check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
-            with open_engine(settled, base.file, lora, planned, stop) as engine:
+            with open_engine(planned, stop) as engine:
                 trainer = Trainer(settled, base, data, steps, planned, run, engine, progress, stop)
                 trainer.begin(saved)
                 trainer.loop()

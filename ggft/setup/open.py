@@ -16,7 +16,7 @@ from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from ggft.data.advice import MIX_SHARE, Suggestion, n_general, suggest
 from ggft.data.batches import Steps, steps_per_epoch
 from ggft.engine.engine import Cancelled, Engine, EngineSettings, find_device
-from ggft.engine.memory import Limits, Plan, Shape, make_plan, weights_bytes
+from ggft.engine.memory import Limits, Plan, Shape, make_plan
 from ggft.gguf.linears import TARGETS, block_of, parse_layers, parse_targets
 from ggft.gguf.read import GGUFFile, ModelInfo
 from ggft.settings.training import FinetuneConfig, SettledConfig
@@ -150,18 +150,17 @@ def lora_of(adapter: Adapter | None) -> Lora:
 
 
 def make_shape(config: MachineSettings, lora: Lora, file: GGUFFile, info: ModelInfo) -> Shape:
-    """Return what memory depends on."""
-    on_cpu = find_device(config.device)["type"] == "cpu"
-    return Shape(
-        model=info,
-        weights_bytes=weights_bytes(file),
-        targets=lora.targets,
-        layer_first=lora.layer_first,
-        layer_last=lora.layer_last,
-        rank=lora.rank,
-        fused=on_cpu and getattr(config, "kernels", "auto") != "ggml",
-        train=lora.train,
-    )
+    """Return what memory depends on: what the engine will be opened with but the micro-batch."""
+    names = {item.name for item in fields(EngineSettings)}
+    given = {
+        name: value for name, value in vars(config).items() if name in names and value is not None
+    }
+    chosen = {
+        "paths": [str(path) for path in file.paths],
+        "threads": config.threads or physical_cores(),
+        "targets": list(lora.targets),
+    }
+    return Shape(model=info, settings=EngineSettings(**{**given, **vars(lora), **chosen}))
 
 
 def limits_of(config: MachineSettings) -> Limits:
@@ -325,33 +324,14 @@ def make_steps(config: SettledConfig, data: Data, n_tokens: int) -> Steps:
     )
 
 
-def engine_settings(
-    config: MachineSettings, file: GGUFFile, lora: Lora, plan: Plan
-) -> EngineSettings:
-    """Return what the engine is opened with."""
-    names = {item.name for item in fields(EngineSettings)}
-    given = {name: value for name, value in vars(config).items() if name in names}
-    chosen = {
-        "paths": [str(path) for path in file.paths],
-        "threads": config.threads or physical_cores(),
-        "keep": plan.keep,
-        "prepacked_bytes": plan.prepacked_bytes,
-        "n_rows": plan.n_rows,
-        "n_tokens": plan.n_tokens,
-    }
-    return EngineSettings(**{**given, **vars(lora), "targets": list(lora.targets), **chosen})
-
-
 @contextlib.contextmanager
-def open_engine(
-    config: MachineSettings, file: GGUFFile, lora: Lora, plan: Plan, stop: StopSignals
-) -> Iterator[Engine]:
+def open_engine(plan: Plan, stop: StopSignals) -> Iterator[Engine]:
     """Open the engine as planned; a signal cancels its calls, and is what they then raise.
 
     Raises:
         Interrupted: A signal cancelled a call, and whoever made the call did not expect it.
     """
-    with Engine(engine_settings(config, file, lora, plan)) as engine:
+    with Engine(plan.settings) as engine:
         stop.on_stop(engine.cancel)
         try:
             yield engine

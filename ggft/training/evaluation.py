@@ -83,7 +83,7 @@ def measure(
     stop.check()
     lora = lora_of(adapter)
     plan = plan_evaluation(config, make_shape(config, lora, model.file, model.info), data)
-    with open_engine(config, model.file, lora, plan, stop) as engine:
+    with open_engine(plan, stop) as engine:
         put_adapter(engine, adapter, scale)
         batches = Batches(data.to_evaluate, rows=plan.n_rows, n_tokens=plan.n_tokens, shuffle=False)
         loss, count = mean_nats(engine, batches.epoch(0), stop.check)

@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
+from ggft.engine.memory import BUFFERS
 from ggft.system.errors import InputError
 from ggft.training.run_directory import RunDirectory
 from ggft.training.verdict import Losses, Verdict, judge
 
 # What computing with a record of the wrong form raises.
 _DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
-# Which of the engine's buffers each part of a plan becomes.
-_BUFFERS = {
-    "weights (mapped)": ("weights",),
-    "LoRA, gradients, moments": ("lora",),
-    "saved for the backward pass": ("saved",),
-    "prepacked weights": ("prepacked",),
-    "scratch": ("compute", "inputs"),
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ class Outcome:
         buffers: Mapping[str, int] = self.engine.get("buffers", {})
         rows: list[tuple[str, int, int | None]] = []
         for part, predicted in self.plan["parts_bytes"].items():
-            names = _BUFFERS.get(part, ())
+            names = BUFFERS.get(part, ())
             actual = sum(int(buffers.get(name, 0)) for name in names) if names else None
             rows.append((part, predicted, actual))
         rows.append(("peak of the process", self.plan["total_bytes"], self.peak_bytes))

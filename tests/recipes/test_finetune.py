@@ -16,7 +16,7 @@ from tests.support.runs import Case
 def test_a_plan_with_data_is_that_of_a_dry_run(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = case.config(rank=None, lr=None, dropout=None, epochs=None)
+    config = case.config(rank=None, lr=None, dropout=None, epochs=None, memory="2GiB")
     plan(config)
     planned = capsys.readouterr().out
     finetune(replace(config, dry_run=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ggft import _native
 from ggft.gguf.read import read_gguf
 
 
@@ -184,4 +185,6 @@ def native_module(engine: Any = FakeEngine) -> Any:
     """Return what `ggft.engine.engine.load_native` gives in tests."""
     cpu = {"name": "CPU", "description": "fake", "type": "cpu", "memory_free": 1 << 34,
            "host_pointer": True, "trains": True}  # fmt: skip
-    return SimpleNamespace(Engine=engine, Error=Error, devices=lambda: [cpu])
+    return SimpleNamespace(
+        Engine=engine, Error=Error, Forecast=_native.Forecast, devices=lambda: [cpu]
+    )
