@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.adapters.receipt import Losses, MergeReport, TensorReceipt, to_json
 from ggft.engine.quants import can_quantize, dequantize_rows, quantize_rows, read_rows
+from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, ValueType, read_array, read_gguf
 from ggft.gguf.write import TensorSource, write_gguf
 from ggft.settings.commands import MergeConfig
@@ -98,6 +99,7 @@ def merge(
     """
     config = config or MergeConfig()
     base = read_gguf(base_path)
+    check_and_hash(base)
     adapter = read_adapter(adapter_path, base, check_hash=not config.any_base)
     inputs = [*base.paths, adapter.path]
     for path in (output, config.receipt):

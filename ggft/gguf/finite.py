@@ -1,7 +1,7 @@
 """Finds NaN and infinity among a tensor's values or the scales of its blocks.
 
 A single such scale turns every result into NaN, so it is refused by tensor and block before a
-model is trained, converted or merged. The positions of the scales are data.
+model is trained, asked, merged, exported or converted. The positions of the scales are data.
 
 Source: the block structs in ggml-common.h of the pinned llama.cpp.
 """
@@ -83,14 +83,28 @@ def first_bad_block(data: npt.NDArray[np.uint8], tensor_type: GGMLType) -> int |
     return int(bad.argmax()) if bad.any() else None
 
 
+# Files that this process has found whole, as they then were, with their SHA-256 if it was taken.
+_Stamp = tuple[tuple[str, int, int], ...]
+_sound: dict[_Stamp, str | None] = {}
+
+
+def _stamp(file: GGUFFile) -> _Stamp:
+    """Return path, size and time of change of a model's files."""
+    stats = ((path, path.stat()) for path in file.paths)
+    return tuple((str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats)
+
+
 def check_values(file: GGUFFile) -> None:
-    """Refuse a model that has NaN or infinity in it; reads all of its data once.
+    """Refuse a model that has NaN or infinity in it; a process reads all of a file once.
 
     Raises:
         InputError: Names the tensor, the block and its offset.
     """
-    for tensor in file.tensors.values():
-        check_tensor_values(tensor)
+    stamp = _stamp(file)
+    if stamp not in _sound:
+        for tensor in file.tensors.values():
+            check_tensor_values(tensor)
+        _sound[stamp] = None
 
 
 def check_and_hash(file: GGUFFile) -> None:
@@ -99,6 +113,10 @@ def check_and_hash(file: GGUFFile) -> None:
     Raises:
         InputError: Names the tensor, the block and its offset.
     """
+    stamp = _stamp(file)
+    if known := _sound.get(stamp):
+        file.note_sha256(known)
+        return
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as hasher:
         hashed = hasher.submit(digest.update, b"")
@@ -109,6 +127,7 @@ def check_and_hash(file: GGUFFile) -> None:
                 if tensor is not None:
                     _check_rows(tensor, row, data)
         hashed.result()
+    _sound[stamp] = digest.hexdigest()
     file.note_sha256(digest.hexdigest())
 
 

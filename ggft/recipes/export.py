@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.adapters.peft import write_peft
+from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGUFFile, check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
@@ -48,6 +49,7 @@ def export(model: str, folder: str, config: ExportConfig) -> str:
         raise InputError("the folder's name is empty")
     base = read_gguf(find_model(model))
     info = check_model(base)
+    check_and_hash(base)
     adapter = None if config.adapter is None else read_adapter(config.adapter, base)
     target = Path(folder)
     if config.to == "ollama":

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 
 from ggft.adapters.adapter import read_adapter
+from ggft.gguf.finite import check_and_hash, check_values
 from ggft.gguf.read import check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaModel
@@ -29,6 +30,8 @@ class Speaker:
         self._config = config
         file = read_gguf(find_model(config.model))
         check_model(file)
+        # An adapter asks for the SHA-256 of its base: it comes of the same reading.
+        (check_values if config.adapter is None else check_and_hash)(file)
         adapter = None if config.adapter is None else read_adapter(config.adapter, file)
         self._model = LlamaModel(
             file.path, config.adapter, adapter_scale=config.adapter_scale,
