@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from ggft.prompts.assistant_mask import Message
 
-MIN_SPLIT_ROWS = 20  # below, a held-out row costs more than its loss can tell
-MAX_HELD_OUT = 256  # more make the estimate hardly better and evaluation slow
+MIN_SPLIT_ROWS = 20  # with fewer held-out rows, their loss is a rough estimate
 SHORT_ROW = 32
 MIX_SHARE = 2 / 7  # of general rows in an epoch of few rows
 MANY_WORDINGS = 6  # rows for an answer: with more, answers are classes
@@ -139,7 +141,7 @@ def kind_of(rows: Sequence[tuple[str, str]], *, share_given: float = 0.0) -> tup
     return "unclear", "answers are neither short facts nor of one form"
 
 
-def kind_of_conversations(texts: Sequence[Sequence[Message] | None]) -> tuple[Kind, str]:
+def kind_of_texts(texts: Sequence[Sequence[Message] | None]) -> tuple[Kind, str]:
     """Return what rows are, by those of one question and one answer if these are most of them.
 
     Args:
@@ -171,6 +173,7 @@ class Suggestion:
         lr: Peak learning rate.
         dropout: Dropout of the LoRA input.
         mix_share: Share of general rows among an epoch's examples.
+        vary: Whether questions are varied.
         reasons: Why, a line each.
     """
 
@@ -180,32 +183,46 @@ class Suggestion:
     lr: float
     dropout: float
     mix_share: float
+    vary: bool
     reasons: tuple[str, ...]
 
 
-def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Suggestion:
-    """Return settings for a data set.
+@cache
+def recipes() -> dict[str, Any]:
+    """Return the table of settings by kind and size of the data, recipes.toml."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    text = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
+    table: dict[str, Any] = tomllib.loads(text)
+    return table
 
-    Small sets need more passes, since the number of optimizer steps is what lets an adapter move,
-    and a higher learning rate with smaller batches for the same reason. The rank follows from how
-    many tokens there are to store; dropout hinders a set that is small enough to be learned by
-    heart, which is then what the user wants of it.
+
+def suggest(
+    n_rows: int, n_trained: int, kind: Kind, *, batch_size: int | None = None
+) -> Suggestion:
+    """Return settings for a data set, by the table of recipes.
 
     Args:
         n_rows: Training rows.
         n_trained: Tokens in them that the loss counts.
+        kind: What the rows are.
         batch_size: The user's choice, if any; the learning rate follows it.
     """
-    tiny, small = n_rows < 200, n_rows < 2_000
-    epochs = max(1, min(10, math.ceil(800 / max(n_rows, 1)))) if tiny else 3
-    if n_rows > 20_000:
-        epochs = 1 if n_rows > 100_000 else 2
-    batch = batch_size or (4 if small else 8 if n_rows <= 20_000 else 16)
-    rank = 8 if n_trained < 200_000 else 16 if n_trained < 2_000_000 else 32
-    lr = 1e-3 if tiny else 5e-4 if small else 3e-4
+    table = recipes()
+    found = next(
+        recipe
+        for recipe in table["recipe"]
+        if kind in recipe["kinds"] and n_rows < recipe.get("rows_below", math.inf)
+    )
+    rank = next(r["rank"] for r in table["rank"] if n_trained < r.get("trained_below", math.inf))
+    epochs = found["epochs"]
+    if "rows_seen" in found:
+        epochs = min(epochs, math.ceil(found["rows_seen"] / max(n_rows, 1)))
+    batch, lr, mix_share = batch_size or found["batch_size"], found["lr"], found["mix_share"]
     if batch > 16:
         lr *= math.sqrt(batch / 16)  # Adam's square-root rule for large batches
-    mix_share = MIX_SHARE if tiny else 0.0
     n_mixed = n_general(n_rows, mix_share)
     per_epoch = math.ceil((n_rows + n_mixed) / batch)
     mixed = f" and {n_mixed} general ones against forgetting" if n_mixed else ""
@@ -213,7 +230,7 @@ def suggest(n_rows: int, n_trained: int, *, batch_size: int | None = None) -> Su
         f"{n_rows} rows{mixed}: {epochs} epochs of {per_epoch} steps, {per_epoch * epochs} in all",
         f"{n_trained} tokens to learn: rank {rank}",
     )
-    return Suggestion(epochs, batch, rank, lr, 0.0 if tiny else 0.05, mix_share, reasons)
+    return Suggestion(epochs, batch, rank, lr, found["dropout"], mix_share, found["vary"], reasons)
 
 
 def n_general(n_rows: int, share: float) -> int:
@@ -255,12 +272,13 @@ def held_out_rows(n_rows: int, share: float | None, kind: Kind, known: str) -> t
             f"all {n_rows} rows are trained, as they are facts ({known}): none tells another;"
             " --val-split 0.1 holds some out"
         )
-    if n_rows < MIN_SPLIT_ROWS:
+    rule = recipes()["hold_out"]
+    if n_rows < rule["min_rows"]:
         return 0, (
-            f"no validation: with {n_rows} rows (fewer than {MIN_SPLIT_ROWS}) every one is needed"
+            f"no validation: with {n_rows} rows (fewer than {rule['min_rows']}) every one is needed"
             " for training; --val-split 0.1 forces it"
         )
-    n = max(2, min(MAX_HELD_OUT, n_rows // 10))
+    n = max(rule["fewest"], min(rule["most"], math.floor(n_rows * rule["share"] + 1e-9)))
     of = "a task or a style" if kind == "task" else "a task, perhaps facts"
     return n, (
         f"{n} of {n_rows} rows held out for validation, as they are {of} ({known});"

@@ -251,18 +251,21 @@ class Chain:
 class Course:
     """What each epoch trains: every row once, and some general rows against forgetting.
 
-    General rows come in an order of their own, a new piece of it in each epoch, and begin anew
-    when all have been trained.
+    A row may have several wordings, of which an epoch takes one. General rows come in an order of
+    their own, a new piece of it in each epoch, and begin anew when all have been trained.
 
     Attributes:
-        examples: All examples that any epoch has: the rows, then the general ones.
-        n_rows: How many of them are rows.
+        examples: All examples that any epoch has: the rows in their first wording, in the next,
+            and so on, then the general ones.
+        n_rows: How many rows there are.
+        n_wordings: Wordings of each row.
         n_general: General examples of an epoch.
         seed: Seed of the general examples' order.
     """
 
     examples: Examples
     n_rows: int
+    n_wordings: int = 1
     n_general: int = 0
     seed: int = 0
 
@@ -275,11 +278,12 @@ class Course:
         """Return the indexes of an epoch's examples, (n_examples,)."""
         import numpy as np
 
-        rows = np.arange(self.n_rows)
+        rows = np.arange(self.n_rows) + epoch % self.n_wordings * self.n_rows
         if not self.n_general:
             return rows
+        n_worded = self.n_rows * self.n_wordings
         order = np.random.Generator(np.random.PCG64([self.seed, _GENERAL])).permutation(
-            np.arange(self.n_rows, len(self.examples.lengths))
+            np.arange(n_worded, len(self.examples.lengths))
         )
         first = epoch * self.n_general
         chosen = np.arange(first, first + self.n_general) % len(order)

@@ -14,13 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggft.data.advice import (
-    MANY_ROWS,
-    Kind,
-    choose_max_length,
-    held_out_rows,
-    kind_of_conversations,
-)
+from ggft.data.advice import MANY_ROWS, Kind, choose_max_length, held_out_rows, kind_of_texts
 from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with
 from ggft.data.examples import Example, check_format, read_examples
@@ -124,8 +118,7 @@ class Corpus:
         fate: A `Fate` for each row, in the order of the files; (N,).
         duplicates: What rows have to do with one another.
         table: Where the rows are.
-        texts: Conversations of the first rows, None where one is long or plain text.
-        row_of: The row of each training example, (N_train,).
+        conversations: Those of the training examples, if all are short and have one answer each.
     """
 
     train: StoreView
@@ -135,8 +128,7 @@ class Corpus:
     fate: npt.NDArray[np.uint8]
     duplicates: Duplicates
     table: RowTable
-    texts: list[list[Message] | None]
-    row_of: npt.NDArray[np.int64]
+    conversations: list[list[Message]]
 
 
 def load_corpus(
@@ -209,7 +201,7 @@ class _Loader:
 
         account, n = self.account, len(self.table)
         account.n_rows = n
-        self._kind = kind_of_conversations(self.texts)
+        self._kind = kind_of_texts(self.texts)
         account.row_kind = self._kind[0]
         duplicates = self.hashes.duplicates()
         row_of = np.array(self.row_of, np.int64)
@@ -253,9 +245,15 @@ class _Loader:
         fate[~is_trainable] = Fate.UNTRAINABLE
         fate[is_duplicate] = Fate.DUPLICATE
         return Corpus(
-            views[0], views[1], account, max_length, fate, duplicates, self.table, self.texts,
-            row_of[sides[0]],
+            views[0], views[1], account, max_length, fate, duplicates, self.table,
+            self._conversations(row_of[sides[0]].tolist()),
         )  # fmt: skip
+
+    def _conversations(self, rows: list[int]) -> list[list[Message]]:
+        """Return those of some examples, by their rows; none if one has no text or is not alone."""
+        texts = [self.texts[row] for row in rows] if max(rows) < len(self.texts) else [None]
+        single = len(set(rows)) == len(rows) and None not in texts
+        return [text for text in texts if text is not None] if single else []
 
     def read(self, number: int, path: Path, on_bytes: Callable[[int], object]) -> None:
         """Read and tokenize one file; `on_bytes` is told now and then how many bytes are read."""

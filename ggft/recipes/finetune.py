@@ -13,7 +13,7 @@ from ggft.hub.download import find_model, model_here
 from ggft.hub.header import model_outline
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
-from ggft.setup.course import with_general
+from ggft.setup.course import with_course
 from ggft.setup.inputs import BaseModel, Data, load_data, open_model
 from ggft.setup.open import (
     choose_settings,
@@ -93,7 +93,7 @@ def settle(
         check=stop.check,
     )
     settled = choose_settings(config, data)
-    return settled, with_general(settled, base, data, stop.check)
+    return settled, with_course(settled, base, data, stop.check)
 
 
 def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
@@ -163,6 +163,10 @@ def announce(
         say(
             f"             {data.course.n_general} general rows in each epoch against forgetting"
             " (--mix none leaves them out)"
+        )
+    if data.course.n_wordings > 1:
+        say(
+            "             each epoch asks the questions a little differently (--vary none does not)"
         )
     for text in account.notes:
         say(f"             {text}")

@@ -119,7 +119,7 @@ def describe(corpus: Corpus, template: Template) -> Iterator[str]:
     median = int(np.median(lengths))
     yield f"length     {lengths.min()} to {lengths.max()} tokens, half of them up to {median}"
     yield from histogram(lengths)
-    advice = suggest(account.n_kept, account.n_trained)
+    advice = suggest(account.n_kept, account.n_trained, account.row_kind)
     yield (
         f"suggested  --epochs {advice.epochs} --batch-size {advice.batch_size} --rank"
         f" {advice.rank} --lr {advice.lr:g}"

@@ -121,6 +121,10 @@ class FinetuneConfig:
         "--mix-share", default=None, minimum=0.0, below=1.0, shown="by the data",
         help="Share of general rows among an epoch's examples",
     )  # fmt: skip
+    vary: str = option(
+        "--vary", default="auto", choices=("auto", "none", "questions"),
+        help="Ask the rows' questions a little differently in each epoch; `auto`: those of facts",
+    )  # fmt: skip
     patience: int | None = option(
         "--patience", "--early-stopping-patience", default=None, minimum=0, shown="3",
         help="Stop after this many evaluations without a better one; 0 is never",

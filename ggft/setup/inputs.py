@@ -18,6 +18,7 @@ from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
+from ggft.prompts.assistant_mask import Message
 from ggft.prompts.encoding import Tokenizer
 from ggft.prompts.template import Template, make_template
 from ggft.system.errors import InputError
@@ -122,7 +123,8 @@ class Data:
         validation: Held-out examples; empty when nothing is held out.
         account: What became of the rows.
         max_length: Where examples were cut, tokens.
-        course: What an epoch consists of: training examples, and general ones mixed in.
+        course: What each epoch trains.
+        conversations: Those of the training examples, if all are short and have one answer each.
     """
 
     train: StoreView
@@ -130,6 +132,7 @@ class Data:
     account: Account
     max_length: int
     course: Course
+    conversations: list[list[Message]]
 
     @property
     def to_evaluate(self) -> StoreView:
@@ -191,7 +194,10 @@ def load_data(
     paths = [data] if isinstance(data, str | Path) else data
     corpus = load_corpus(paths, model.template, options, check, helpers)
     course = Course(corpus.train, len(corpus.train))
-    return Data(corpus.train, corpus.validation, corpus.account, corpus.max_length, course)
+    return Data(
+        corpus.train, corpus.validation, corpus.account, corpus.max_length, course,
+        corpus.conversations,
+    )  # fmt: skip
 
 
 def choose_template(

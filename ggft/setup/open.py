@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
-from ggft.data.advice import MIX_SHARE, Suggestion, n_general, suggest
+from ggft.data.advice import MIX_SHARE, Suggestion, n_general, recipes, suggest
 from ggft.data.batches import Steps, steps_per_epoch
 from ggft.engine.engine import Cancelled, Engine, EngineSettings, find_device
 from ggft.engine.memory import Limits, Plan, Shape, make_plan
@@ -31,7 +31,6 @@ ROW_TOKENS = 512
 # Rows of a micro-batch when only the loss is measured.
 EVALUATION_ROWS = 8
 PATIENCE = 3
-ALPHA_PER_RANK = 4.0
 
 
 class MachineSettings(Protocol):
@@ -113,7 +112,7 @@ def lora_to_train(
         layer_first=first,
         layer_last=last,
         rank=rank,
-        alpha=alpha or ALPHA_PER_RANK * rank,
+        alpha=alpha or recipes()["scale"]["alpha_per_rank"] * rank,
     )
 
 
@@ -269,7 +268,9 @@ def joins(config: FinetuneConfig, shape: Shape) -> bool:
 def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
     """Fill what the user left open."""
     n_rows = len(data.train)
-    advice = suggest(n_rows, data.account.n_trained, batch_size=config.batch_size)
+    advice = suggest(
+        n_rows, data.account.n_trained, data.account.row_kind, batch_size=config.batch_size
+    )
     mix_share = choose_mix_share(config, advice)
     rank = config.rank or advice.rank
     batch_size = config.batch_size or advice.batch_size
@@ -283,10 +284,11 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "batch_size": batch_size,
         "lr": config.lr or advice.lr,
         "rank": rank,
-        "alpha": config.alpha or ALPHA_PER_RANK * rank,
+        "alpha": config.alpha or recipes()["scale"]["alpha_per_rank"] * rank,
         "dropout": advice.dropout if config.dropout is None else config.dropout,
         "max_length": data.max_length,
         "mix_share": mix_share,
+        "vary": config.vary if config.vary != "auto" else "questions" if advice.vary else "none",
         "val_split": data.account.val_share,
         "patience": PATIENCE if config.patience is None else config.patience,
         "threads": config.threads or physical_cores(),

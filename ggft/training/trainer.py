@@ -197,7 +197,8 @@ class Trainer:
 
     def _smaller_lr(self) -> float:
         n_rows, n_trained = len(self.data.train), self.data.account.n_trained
-        usual = suggest(n_rows, n_trained, batch_size=self.config.batch_size).lr
+        kind, batch_size = self.data.account.row_kind, self.config.batch_size
+        usual = suggest(n_rows, n_trained, kind, batch_size=batch_size).lr
         return smaller_lr(self.config.lr, usual)
 
     def _first_rows_loss(self) -> float:

@@ -12,50 +12,66 @@ from ggft.data.advice import (
     Kind,
     choose_max_length,
     held_out_rows,
-    kind_of_conversations,
+    kind_of_texts,
     likeness,
     n_general,
+    recipes,
     suggest,
 )
 from ggft.data.examples import load_examples
 from ggft.prompts.assistant_mask import Message
 from ggft.training.verdict import Losses, judge, smaller_lr
 
+PACKAGED = Path(ggft.__file__).parent / "data"
+RECIPES = PACKAGED.parent.parent / "bench" / "recipes"
+
 
 @pytest.mark.parametrize(
-    ("n_rows", "n_trained", "epochs", "batch", "rank", "lr"),
+    ("n_rows", "n_trained", "kind", "epochs", "batch", "rank", "lr"),
     [
-        (1, 10, 10, 4, 8, 1e-3),
-        (60, 951, 10, 4, 8, 1e-3),
-        (199, 20_000, 5, 4, 8, 1e-3),
-        (1_000, 150_000, 3, 4, 8, 5e-4),
-        (5_000, 750_000, 3, 8, 16, 3e-4),
-        (50_000, 7_500_000, 2, 16, 32, 3e-4),
-        (1_000_000, 10**8, 1, 16, 32, 3e-4),
+        (1, 10, "task", 10, 4, 8, 1e-3),
+        (1, 10, "facts", 12, 4, 8, 1e-3),
+        (60, 951, "facts", 12, 4, 8, 1e-3),
+        (60, 951, "unclear", 10, 4, 8, 1e-3),
+        (199, 20_000, "task", 5, 4, 8, 1e-3),
+        (999, 20_000, "facts", 12, 4, 8, 1e-3),
+        (1_000, 150_000, "facts", 3, 4, 8, 5e-4),
+        (1_000, 150_000, "task", 3, 4, 8, 5e-4),
+        (5_000, 750_000, "task", 3, 8, 16, 3e-4),
+        (50_000, 7_500_000, "unclear", 2, 16, 32, 3e-4),
+        (1_000_000, 10**8, "task", 1, 16, 32, 3e-4),
     ],
 )
-def test_settings_by_size(
-    n_rows: int, n_trained: int, epochs: int, batch: int, rank: int, lr: float
+def test_settings_by_kind_and_size(
+    n_rows: int, n_trained: int, kind: Kind, epochs: int, batch: int, rank: int, lr: float
 ) -> None:
-    advice = suggest(n_rows, n_trained)
+    advice = suggest(n_rows, n_trained, kind)
     assert (advice.epochs, advice.batch_size, advice.rank, advice.lr) == (epochs, batch, rank, lr)
     assert str(n_rows) in advice.reasons[0]
     assert 0 <= advice.dropout < 0.2
 
 
 def test_small_data_is_mixed_with_general_rows() -> None:
-    advice = suggest(20, 280)
+    advice = suggest(20, 280, "facts")
     assert n_general(20, advice.mix_share) == 8
     assert "20 rows and 8 general ones" in advice.reasons[0]
     assert f"of 7 steps, {7 * advice.epochs} in all" in advice.reasons[0]
-    assert suggest(1_000, 150_000).mix_share == 0
+    assert suggest(1_000, 150_000, "task").mix_share == 0
     assert n_general(1_000, 0.0) == 0
     assert n_general(10, 0.5) == 10
 
 
+def test_every_recipe_says_what_backs_it() -> None:
+    known = set((RECIPES.parent / "recipes.py").read_text().split('"'))
+    for rule in (*recipes()["recipe"], recipes()["scale"], recipes()["hold_out"]):
+        assert rule["why"]
+        if rule["experiment"] != "rule of thumb":
+            assert set(rule["experiment"].split()) <= known
+
+
 def test_the_users_batch_size_is_kept() -> None:
-    assert suggest(60, 900, batch_size=64).batch_size == 64
-    assert suggest(60, 900, batch_size=64).lr == pytest.approx(2e-3)
+    assert suggest(60, 900, "task", batch_size=64).batch_size == 64
+    assert suggest(60, 900, "task", batch_size=64).lr == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize(
@@ -139,16 +155,12 @@ def test_the_rate_after_a_diverged_one(lr: float, usual: float, wanted: float) -
     assert smaller_lr(lr, usual) == wanted
 
 
-PACKAGED = Path(ggft.__file__).parent / "data"
-RECIPES = PACKAGED.parent.parent / "bench" / "recipes"
-
-
 def kind_of_file(path: Path, change: Callable[[str], str] = str, n: int | None = None) -> Kind:
     texts: list[list[Message]] = []
     for example in load_examples([path]):
         *before, answer = example.messages
         texts.append([*before, {**answer, "content": change(answer["content"])}])
-    return kind_of_conversations(texts[:n])[0]
+    return kind_of_texts(texts[:n])[0]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +203,7 @@ def test_two_rows_are_facts() -> None:
     texts: list[list[Message]] = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows
     ]
-    kind, why = kind_of_conversations(texts)
+    kind, why = kind_of_texts(texts)
     assert kind == "facts"
     assert "100%" in why
     assert likeness(rows).worded == 1
@@ -202,11 +214,11 @@ def test_what_is_no_question_with_an_answer_is_a_task() -> None:
     chat: list[Message] = [
         {"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")
     ]
-    assert kind_of_conversations([chat] * 3)[0] == "task"
-    assert kind_of_conversations([None] * 3)[0] == "task"
-    assert kind_of_conversations([])[0] == "task"
+    assert kind_of_texts([chat] * 3)[0] == "task"
+    assert kind_of_texts([None] * 3)[0] == "task"
+    assert kind_of_texts([])[0] == "task"
     given: list[Message] = [
         {"role": "user", "content": "say it in German", "input": "bread"},
         {"role": "assistant", "content": "Brot"},
     ]
-    assert kind_of_conversations([given])[0] == "task"
+    assert kind_of_texts([given])[0] == "task"

@@ -150,3 +150,11 @@ def test_a_chain_gives_the_examples_of_its_parts() -> None:
     assert [len(chain.get(i)[0]) for i in range(5)] == [5, 6, 7, 3, 4]
     with pytest.raises(IndexError):
         chain.get(5)
+
+
+def test_each_epoch_asks_every_row_in_one_wording() -> None:
+    worded, general = store([5] * 6), store([9] * 2)  # two rows in three wordings
+    course = Course(Chain.of(worded, general), 2, n_wordings=3, n_general=1, seed=1)
+    assert [course.epoch(e)[:2].tolist() for e in range(4)] == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert {int(course.epoch(e)[2]) for e in range(2)} == {6, 7}
+    assert course.n_examples == 3

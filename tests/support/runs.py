@@ -39,6 +39,7 @@ class Case:
             "threads": 1,
             "val_split": 0,
             "mix": "none",
+            "vary": "none",
             "samples": 0,
             "lr": 3e-4,
             "dropout": 0.1,

@@ -51,7 +51,7 @@ def test_a_file_of_the_users(case: Case) -> None:
 
 
 def test_large_data_is_not_mixed_unless_a_file_is_given(case: Case) -> None:
-    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}"} for i in range(201)]
+    rows = [{"instruction": f"ask {i * i}", "output": f"say {i}!"} for i in range(201)]
     case.data.write_text(json.dumps(rows))
     given = {"epochs": 1, "batch_size": 64, "dropout": 0}
     assert settings(case.train("a", mix="auto", **given))["mix_share"] == 0
@@ -75,3 +75,24 @@ def test_a_mixed_run_is_resumed_to_the_bit_from_wherever_the_file_lies(case: Cas
     assert "data_sha256" in message
     with pytest.raises(InputError, match="mix_share"):
         case.train("parts", **{**given, "mix": str(moved), "mix_share": 0.4, "resume": True})
+
+
+def test_varied_questions_train_the_same_answers(case: Case) -> None:
+    plain = metrics(case.train("plain", epochs=3))
+    varied = metrics(case.train("varied", epochs=3, vary="auto"))
+    assert [line["step"] for line in varied] == [line["step"] for line in plain]
+    answers = [sum(line["trained_tokens"] for line in lines) for lines in (plain, varied)]
+    assert answers[0] == answers[1]
+    assert varied[-1]["tokens_seen"] > plain[-1]["tokens_seen"]
+    assert settings(case.folder / "varied")["vary"] == "questions"
+    case.data.write_text(json.dumps([{**row, "output": "yes!"} for row in ROWS]))
+    assert settings(case.train("task", epochs=1, vary="auto"))["vary"] == "none"
+
+
+def test_a_varied_run_is_resumed_to_the_bit(case: Case) -> None:
+    given = {"epochs": 4, "mix": "auto", "vary": "questions"}
+    whole, parts = case.train("whole", **given), case.train("parts", **given)
+    shutil.rmtree(max((parts / "checkpoints").iterdir()))
+    case.train("parts", **given, resume=True)
+    assert metrics(parts) == metrics(whole)
+    assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
