@@ -26,12 +26,16 @@ from ggft.setup.open import (
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
+from ggft.system.text import printable
 from ggft.training import checkpoint
+from ggft.training.measure import measure_kept
 from ggft.training.outcome import Outcome
 from ggft.training.page import write_report
 from ggft.training.run_directory import RunDirectory, check_free, check_output, open_run
 from ggft.training.samples import ask
 from ggft.training.trainer import Trainer
+
+SHOWN = 3  # answers that are not as given, in the terminal
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
@@ -65,10 +69,13 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
                 trainer.begin(saved)
                 trainer.loop()
                 outcome = trainer.outcome()
-            if config.samples and not stop.signal_number:
+                if settled.ask and run.adapter.exists():
+                    measured = measure_kept(engine, planned, base, data, run.adapter, stop.check)
+                    outcome = replace(outcome, measured=measured)
+            if (config.samples or config.ask) and not stop.signal_number:
                 progress.note("asking the base model and the adapter")
-                samples = ask(base, data, run.adapter, settled, stop, progress)
-                outcome = replace(outcome, samples=samples)
+                answers = ask(base, data, run.adapter, settled, stop, progress)
+                outcome = replace(outcome, samples=answers.samples, asked=answers.asked)
             conclude(run, outcome, progress)
             stop.check()
 
@@ -102,9 +109,15 @@ def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
     verdict = outcome.verdict()
     progress.event(
         "done", adapter=str(run.adapter), verdict=verdict.kind, text=verdict.text,
-        steps=len(outcome.steps), peak_bytes=outcome.peak_bytes,
+        steps=len(outcome.steps), peak_bytes=outcome.peak_bytes, asked=asdict(outcome.tally()),
+        measured=outcome.measured,
     )  # fmt: skip
     progress.result(verdict.text)
+    wrong = [record for record in outcome.asked if not (record["as_given"] or record["held_out"])]
+    for record in wrong[:SHOWN]:
+        progress.result(f"  asked    {printable(record['question'])}")
+        progress.result(f"  expected {printable(record['expected'])}")
+        progress.result(f"  given    {printable(record['given'])}")
     progress.result(f"adapter: {run.adapter}")
     progress.result(f"report:  {run.report_html}")
 

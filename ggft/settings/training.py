@@ -152,6 +152,10 @@ class FinetuneConfig:
     device: str = device_option()
     kernels: str = kernels_option()
     memory: str | None = memory_option()
+    ask: int = option(
+        "--ask", default=20, minimum=0, maximum=1000,
+        help="Trained rows, and held-out ones, asked at the end for the verdict; 0: none",
+    )  # fmt: skip
     samples: int = option(
         "--samples", default=3, minimum=0, maximum=100,
         help="Questions that the report answers before and after",

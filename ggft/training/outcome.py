@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from ggft import __version__
 from ggft.engine.memory import BUFFERS
 from ggft.system.errors import InputError
 from ggft.training.run_directory import RunDirectory
-from ggft.training.verdict import Losses, Verdict, judge
+from ggft.training.verdict import Losses, Tally, Verdict, judge
 
 # What computing with a record of the wrong form raises.
 _DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+_LATER = ("asked", "measured")  # which reports of older runs lack
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Outcome:
         samples: Questions with the answers of base and adapter.
         peak_bytes: The process's largest resident size.
         n_held_out: Held-out examples.
+        asked: Rows with the answers expected and given.
+        measured: Losses of trained and of general rows, before and after.
     """
 
     settings: dict[str, Any]
@@ -45,6 +48,8 @@ class Outcome:
     peak_bytes: int
     n_held_out: int
     samples: list[dict[str, str]]
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -62,8 +67,8 @@ class Outcome:
         few = max(1, len(steps) // 20)
         epoch = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
         return Losses(
-            train_before=_mean_loss(steps[:few]),
-            train_after=_mean_loss(epoch),
+            train_before=self.measured.get("rows_before") or _mean_loss(steps[:few]),
+            train_after=self.measured.get("rows_after") or _mean_loss(epoch),
             val_before=held_out[0] if len(held_out) > 1 else None,
             val_best=self._best_held_out(),
             val_last=held_out[-1] if len(held_out) > 1 else None,
@@ -82,7 +87,15 @@ class Outcome:
 
     def verdict(self) -> Verdict:
         """Return what was learned, with its numbers."""
-        return judge(self.losses())
+        general = [self.measured.get(f"general_{when}") for when in ("before", "after")]
+        kind = self.account.get("row_kind", "task")
+        return judge(self.losses(), is_facts=kind == "facts", asked=self.tally(), general=general)
+
+    def tally(self) -> Tally:
+        """Return how many of the rows that were asked were answered as they say."""
+        trained = [record["as_given"] for record in self.asked if not record["held_out"]]
+        held_out = [record["as_given"] for record in self.asked if record["held_out"]]
+        return Tally(sum(trained), len(trained), sum(held_out), len(held_out))
 
     def tokens_per_s(self) -> float:
         """Return tokens of the data trained per second, over all steps but the first."""
@@ -134,7 +147,9 @@ def read_outcome(path: str | Path) -> Outcome:
     try:
         record = json.loads(run.report_json.read_text(encoding="utf-8"))
         values = {
-            name.name: record[name.name] for name in fields(Outcome) if name.name != "metrics"
+            name.name: record[name.name]
+            for name in fields(Outcome)
+            if name.name != "metrics" and (name.name in record or name.name not in _LATER)
         }
         return Outcome(**values, metrics=run.read_metrics())
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -25,6 +25,7 @@ _ROWS = {
     "n_tokens": "tokens to train with",
     "n_trained": "of them in answers",
     "val_share": "share to hold out",
+    "row_kind": "what the rows are",
 }
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #8c959f; --line: #d0d7de;
@@ -74,6 +75,7 @@ def html(outcome: Outcome) -> str:
         f'<p class="verdict">{escape(verdict.text)}</p>',
         "<h2>Loss (nats per trained token)</h2>",
         chart(losses),
+        *_asked(outcome),
         *_samples(outcome),
         "<h2>Memory, predicted and used</h2>",
         _table(
@@ -101,6 +103,24 @@ def html(outcome: Outcome) -> str:
         f"<title>ggft: {escape(outcome.model)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
+
+
+def _asked(outcome: Outcome) -> list[str]:
+    """Return rows that were asked, what they say beside what was answered; wrong ones first."""
+    if not outcome.asked:
+        return []
+    parts = ["<h2>Rows asked at the end</h2>", f"<p>{escape(outcome.tally().text())}</p>"]
+    for record in sorted(outcome.asked, key=lambda r: (r["held_out"], r["as_given"])):
+        asked, expected, given = (
+            f"<pre>{escape(record[name])}</pre>" for name in ("question", "expected", "given")
+        )
+        mark = "as given" if record["as_given"] else "otherwise"
+        side = "held out, " if record["held_out"] else ""
+        parts.append(
+            f'<div class="answers"><div class="asked">{asked}</div>'
+            f"<div><b>expected</b>{expected}</div><div><b>{side}{mark}</b>{given}</div></div>"
+        )
+    return parts
 
 
 def _samples(outcome: Outcome) -> list[str]:

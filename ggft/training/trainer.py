@@ -35,7 +35,7 @@ from ggft.training.verdict import smaller_lr
 # Settings that do not change the course of a run: where things lie, what is shown and kept.
 _MAY_CHANGE = (
     "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
-    "samples", "mix",
+    "samples", "ask", "mix",
 )  # fmt: skip
 
 

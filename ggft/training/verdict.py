@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ggft.data.advice import MIN_SPLIT_ROWS
+
+LEARNED = 0.9  # of the facts that are asked
+FORGETTING = 1.1  # times the loss on general text
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Verdict:
     """What a run came to.
 
     Attributes:
-        kind: `learned`, `too little`, `memorised`, `diverged` or `worse than chance`.
+        kind: `learned`, `too little`, `memorised`, `forgetting`, `diverged` or
+            `worse than chance`.
         text: The same in a sentence or two, with the numbers.
     """
 
@@ -47,8 +52,78 @@ class Verdict:
     text: str
 
 
-def judge(losses: Losses) -> Verdict:
-    """Say plainly what was learned.
+@dataclass(frozen=True)
+class Tally:
+    """How many rows were answered as they say, of how many that were asked."""
+
+    n_as_given: int = 0
+    n_trained: int = 0
+    n_held_out_as_given: int = 0
+    n_held_out: int = 0
+
+    def text(self) -> str:
+        """Return the same in words, nothing if none was asked."""
+        parts = []
+        if self.n_trained:
+            parts.append(f"{self.n_as_given} of {self.n_trained} trained rows answered as given")
+        if self.n_held_out:
+            parts.append(f"{self.n_held_out_as_given} of {self.n_held_out} held-out ones")
+        return ", ".join(parts)
+
+
+def judge(
+    losses: Losses,
+    *,
+    is_facts: bool = False,
+    asked: Tally = Tally(),
+    general: Sequence[float | None] = (None, None),
+) -> Verdict:
+    """Say plainly what was learned, from losses, answers, and what became of general text.
+
+    - *forgetting*: the loss on general text rose by a tenth or more.
+    - Facts are *learned* when nine of ten rows that are asked are answered as given, else it was
+      *too little*. Of everything else, the losses tell.
+
+    Args:
+        losses: Of the adapter that was kept.
+        is_facts: Whether the rows are facts.
+        asked: What the rows that were asked were answered.
+        general: Loss on general text before and after.
+    """
+    verdict = _judge_losses(losses)
+    if verdict.kind in ("diverged", "worse than chance"):
+        return verdict
+    if is_facts and asked.n_trained and not losses.n_val:
+        verdict = _judge_facts(losses, asked)
+    elif said := asked.text():
+        verdict = Verdict(verdict.kind, f"{verdict.text} Asked at the end: {said}.")
+    before, after = general
+    if before is None or after is None:
+        return verdict
+    change = f"general text {before:.3f} → {after:.3f}"
+    if after < FORGETTING * before:
+        return Verdict(verdict.kind, f"{verdict.text} Not forgotten: {change}.")
+    return Verdict(
+        "forgetting",
+        f"forgetting: {change}, so the model answers other questions worse than before. Mix in"
+        " general rows (--mix auto, or a larger --mix-share), or train less (fewer --epochs, a"
+        f" smaller --lr). Otherwise {verdict.text}",
+    )
+
+
+def _judge_facts(x: Losses, asked: Tally) -> Verdict:
+    """Judge a run on facts by what its rows were answered."""
+    train = f"training loss {x.train_before:.3f} → {x.train_after:.3f}"
+    if asked.n_as_given >= LEARNED * asked.n_trained:
+        return Verdict("learned", f"learned: {asked.text()}, {train}.")
+    return Verdict(
+        "too little",
+        f"too little: only {asked.text()}, {train}. Train longer (--epochs) or with a higher --lr.",
+    )
+
+
+def _judge_losses(losses: Losses) -> Verdict:
+    """Judge by losses alone.
 
     - *diverged*: the loss rose while training, beyond what differs from step to step.
     - *worse than chance*: the end is above ln(vocabulary), where a guess among all tokens is.

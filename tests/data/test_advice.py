@@ -20,7 +20,7 @@ from ggft.data.advice import (
 )
 from ggft.data.examples import load_examples
 from ggft.prompts.assistant_mask import Message
-from ggft.training.verdict import Losses, judge, smaller_lr
+from ggft.training.verdict import Losses, Tally, judge, smaller_lr
 
 PACKAGED = Path(ggft.__file__).parent / "data"
 RECIPES = PACKAGED.parent.parent / "bench" / "recipes"
@@ -222,3 +222,32 @@ def test_what_is_no_question_with_an_answer_is_a_task() -> None:
         {"role": "assistant", "content": "Brot"},
     ]
     assert kind_of_texts([given])[0] == "task"
+
+
+@pytest.mark.parametrize(
+    ("asked", "general", "kind", "says"),
+    [
+        (Tally(20, 20), (1.5, 1.52), "learned", "20 of 20 trained rows answered as given"),
+        (Tally(18, 20), (1.5, 1.52), "learned", "general text 1.500 → 1.520"),
+        (Tally(17, 20), (1.5, 1.52), "too little", "only 17 of 20"),
+        (Tally(20, 20), (1.508, 2.355), "forgetting", "--mix auto"),
+        (Tally(20, 20), (1.508, 2.355), "forgetting", "Otherwise learned: 20 of 20"),
+        (Tally(), (None, None), "memorised", "by heart"),
+    ],
+)
+def test_facts_are_judged_by_their_answers(
+    asked: Tally, general: tuple[float | None, float | None], kind: str, says: str
+) -> None:
+    verdict = judge(Losses(3.0, 0.02), is_facts=True, asked=asked, general=general)
+    assert verdict.kind == kind
+    assert verdict.text.startswith(kind)
+    assert says in verdict.text
+
+
+def test_a_task_is_judged_by_its_losses_and_says_what_was_answered() -> None:
+    losses = Losses(3.0, 1.0, 3.0, 2.0, 2.0, 30)
+    verdict = judge(losses, asked=Tally(1, 20, 0, 20), general=(2.0, 2.0))
+    assert verdict.kind == "learned"
+    assert "1 of 20 trained rows answered as given, 0 of 20 held-out ones" in verdict.text
+    assert judge(losses, asked=Tally(1, 20, 0, 20), general=(2.0, 2.3)).kind == "forgetting"
+    assert judge(Losses(3.0, 18.0, smaller_lr=1e-4), asked=Tally(0, 20)).kind == "diverged"

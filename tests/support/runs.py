@@ -41,6 +41,7 @@ class Case:
             "mix": "none",
             "vary": "none",
             "samples": 0,
+            "ask": 0,
             "lr": 3e-4,
             "dropout": 0.1,
             "save_steps": 5,

@@ -44,7 +44,7 @@ class Case:
         values = {
             "model": str(self.model), "data": [str(self.data)], "threads": 1, "val_split": 0,
             "output": str(self.folder / output), "lr": 3e-3, "dropout": 0.1, "save_steps": 5,
-            "samples": 0, "mix": "none", "vary": "none",
+            "samples": 0, "ask": 0, "mix": "none", "vary": "none",
         }  # fmt: skip
         finetune(make(FinetuneConfig, {**values, **given}), Progress("quiet"))
         return self.folder / output

@@ -19,13 +19,13 @@ from tests.support.fakes import native_module
 from tests.support.models import CHATML, Spec, write_model
 
 
-def train(folder: Path, **given: Any) -> list[dict[str, str]]:
+def train(folder: Path, answer: str = "yes", **given: Any) -> list[dict[str, str]]:
     model = write_model(folder / "tiny.gguf", Spec(n_layer=1, chat_template=CHATML)).path
-    rows = [{"instruction": f"<question {i}>", "output": "yes"} for i in range(9)]
+    rows = [{"instruction": f"<question {i}>", "output": answer} for i in range(9)]
     (folder / "rows.json").write_text(json.dumps(rows))
     values = {
         "model": str(model), "data": [str(folder / "rows.json")], "output": str(folder / "run"),
-        "threads": 1, "epochs": 1, "device": "cpu",
+        "threads": 1, "epochs": 1, "device": "cpu", "mix": "none", "vary": "none", "ask": 0,
     }  # fmt: skip
     finetune(make(FinetuneConfig, {**values, **given}), Progress("quiet"))
     samples: list[dict[str, str]] = json.loads((folder / "run" / "report.json").read_text())[
@@ -48,6 +48,41 @@ def test_questions_are_answered_before_and_after(tmp_path: Path) -> None:
         assert sample["before"] != sample["after"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "&lt;question 0&gt;" in page
+
+
+def test_rows_are_asked_and_compared_with_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(["yes", " yes ", "no"])
+
+    class Telling(LlamaModel):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            assert kwargs["temperature"] == 0
+            yield from self.vocabulary.encode(next(told), special=False)
+
+    monkeypatch.setattr("ggft.training.samples.LlamaModel", Telling)
+    train(tmp_path, samples=0, ask=2, val_split=0.1)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    asked = report["asked"]
+    assert [record["expected"] for record in asked] == ["yes"] * 3
+    assert [record["as_given"] for record in asked] == [True, True, False]
+    assert [record["held_out"] for record in asked] == [False, False, True]
+    assert asked[2]["given"] == "no"
+    assert (
+        "2 of 2 trained rows answered as given, 0 of 1 held-out ones" in report["verdict"]["text"]
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Rows asked at the end" in page
+    assert "held out, otherwise" in page
+    assert set(report["measured"]) == {
+        "rows_before", "rows_after", "general_before", "general_after"
+    }  # fmt: skip
+    assert report["losses"]["train_after"] == report["measured"]["rows_after"]
+
+
+def test_long_answers_are_not_asked(tmp_path: Path) -> None:
+    train(tmp_path, answer="y" * 100, samples=0, ask=9)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["asked"] == []
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 0), (1, 1), (5, 5), (50, 9)])
