@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cctype>
 #include <cstring>
+#include <mutex>
+#include <thread>
 
 namespace ggft {
 
@@ -106,7 +108,30 @@ ggml_backend_dev_t find_device(const std::string & name) {
     fail(ErrorKind::resource, "device '" + name + "' does not exist here (found: " + names + ")");
 }
 
+// ggml's threads come from OpenMP, which ends the process where they cannot be had.
+static void require_threads(int n) {
+    std::mutex all_started;
+    std::vector<std::thread> threads;
+    bool ok = true;
+    {
+        std::lock_guard<std::mutex> lock(all_started);
+        try {
+            for (int i = 0; i < n; i++) {
+                threads.emplace_back([&] { std::lock_guard<std::mutex> wait(all_started); });
+            }
+        } catch (const std::exception &) {
+            ok = false;
+        }
+    }
+    for (std::thread & thread : threads) {
+        thread.join();
+    }
+    require(ok, ErrorKind::resource,
+            "cannot start " + std::to_string(n) + " threads: out of memory or above a limit");
+}
+
 ggml_backend_ptr open_device(ggml_backend_dev_t device, int threads) {
+    require_threads(threads);
     ggml_backend_ptr backend(ggml_backend_dev_init(device, nullptr));
     require(backend != nullptr, ErrorKind::resource,
             std::string("device ") + ggml_backend_dev_name(device) + " cannot be opened");

@@ -20,7 +20,7 @@ std::vector<DeviceInfo> list_devices();
 // By device name or family, case ignored; "auto" prefers a GPU that trains. Throws Error(resource).
 ggml_backend_dev_t find_device(const std::string & name);
 
-// Throws Error(resource).
+// Throws Error(resource), also where so many threads cannot be started.
 ggml_backend_ptr open_device(ggml_backend_dev_t device, int threads);
 
 } // namespace ggft

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,3 +120,40 @@ def test_a_kernel_without_memory_is_an_error(tiny: Tiny) -> None:
         finally:
             native.fail_kernels("")
         assert engine.evaluate(batch)[0] == loss
+
+
+LIMITED = """
+import resource, sys
+from dataclasses import replace
+from ggft.engine.engine import Engine, EngineSettings, load_native
+from ggft.system.errors import ResourceError
+load_native().devices()
+settings = EngineSettings(
+    paths=[sys.argv[1]], targets=["attn_q"], layer_first=0, layer_last=2, rank=2, alpha=4.0,
+    device="cpu", kernels=sys.argv[2], threads=1,
+)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (192 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+long = {"n_tokens": 1 << 20}
+for changes in (long, {**long, "keep": True}, {"rank": 1 << 20}, {"threads": 400}):
+    try:
+        Engine(replace(settings, **changes))
+    except ResourceError as error:
+        assert "memory" in error.message or "allocate" in error.message, error.message
+    else:
+        sys.exit("it was opened")
+Engine(replace(settings, n_tokens=16, prepacked_bytes=1 << 40))
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS ignores the limit")
+@pytest.mark.parametrize("kernels", ["fused", "ggml"])
+def test_memory_that_is_not_there_is_an_error(tiny: Tiny, kernels: str) -> None:
+    """Also weights that cannot be prepacked, which is no error."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tiny.path), kernels],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout == "done\n", done.stderr[-2000:]

@@ -232,6 +232,20 @@ def test_what_is_planned_is_what_the_engine_takes(tmp_path: Path) -> None:
         assert bool(plan.prepacked_bytes) == shape.fused
 
 
+def test_a_larger_adapter_costs_an_evaluation_little(smollm2: Path) -> None:
+    """At rank 64 no more than 40 MiB beyond rank 8: its values, in 16 bits."""
+    info = check_model(read_gguf(smollm2))
+    totals = []
+    for rank in (8, 64):
+        settings = EngineSettings(
+            paths=[str(smollm2)], targets=list(TARGETS), layer_first=0, layer_last=info.n_layer,
+            rank=rank, alpha=32.0, device="cpu", train=False,
+        )  # fmt: skip
+        shape = Shape(model=info, settings=settings)
+        totals.append(make_plan(shape, limits(), n_tokens=512, max_rows=8, keep=False).total_bytes)
+    assert 30 << 20 < totals[1] - totals[0] <= 40 << 20
+
+
 MODELS = {
     "plain": Spec(),
     "wide heads": Spec(n_head=8, head_size=16, n_head_kv=4),
