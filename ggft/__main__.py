@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 
-# The commands that run native code, which may crash: they run in a child.
+# The commands that run native code, if only NumPy's, which may crash: they run in a child.
 SUPERVISED = (
-    "finetune", "plan", "prepare", "eval", "generate", "chat", "merge", "quantize", "export",
-    "doctor", "bench",
+    "finetune", "plan", "prepare", "eval", "generate", "chat", "info", "convert", "merge",
+    "quantize", "export", "doctor", "bench",
 )  # fmt: skip
 
 

@@ -299,7 +299,8 @@ def _as_ggft_error(error: BaseException) -> GgftError | None:
         return InputError(error.format_message().rstrip("."), hint=f"see {where} --help")
     if isinstance(error, click.ClickException):
         return InputError(error.format_message())
-    if isinstance(error, MemoryError):
+    no_room = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    if isinstance(error, MemoryError) or no_room:
         return ResourceError("out of memory", hint="close other programs, or use a smaller model")
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         return ResourceError(

@@ -171,6 +171,8 @@ def toy(action: object) -> CommandGroup:
         (Interrupted("stopped", signal_number=15), 143, "stopped"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 3, "out of memory"),
+        (ImportError("x.so: failed to map segment from shared object"), 3, "out of memory"),
+        (RuntimeError("can't start new thread"), 3, "ulimit -u"),
         (FileNotFoundError(2, "No such file or directory", "x.bin"), 2, "x.bin: No such file"),
         (PermissionError(13, "Permission denied", "x.bin"), 2, "x.bin: Permission denied"),
         (OSError(28, "No space left on device", "x.bin"), 3, "x.bin: No space left"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -48,10 +49,9 @@ def _macos_cores() -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that a new process may take without swapping."""
+    """Return the memory that this process may take without swapping, and without being killed."""
     free = _macos_available() if sys.platform == "darwin" else _linux_available()
-    limit = _cgroup_available()
-    return free if limit is None else min(free, limit)
+    return max(0, min([free, *_cgroups_available(), *_limits_available()]))
 
 
 def _linux_available() -> int:
@@ -81,26 +81,53 @@ def _macos_available() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _cgroup_available() -> int | None:
-    """Return what a container's limit leaves, None without a limit; page cache does not count."""
-    for limit_name, used_name, stat_name in (
-        ("memory.max", "memory.current", "memory.stat"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-        ),
-    ):
-        root = Path("/sys/fs/cgroup")
+# Names of a group's limit, of what is used, and of the page cache among it, which does not count.
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroups_available() -> Iterator[int]:
+    """Yield what the limits of this process's groups leave, from its own one up the tree."""
+    for folder, (limit_name, used_name, cache_name) in _cgroups():
         try:
-            limit = int((root / limit_name).read_text())
-            used = int((root / used_name).read_text())
-            stat = dict(line.split() for line in (root / stat_name).read_text().splitlines())
-        except (OSError, ValueError):
+            limit = int((folder / limit_name).read_text())
+            used = int((folder / used_name).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            cache = int(dict(line.split() for line in lines).get(cache_name, 0))
+        except (OSError, ValueError):  # no limit, or no such group seen from inside a container
             continue
-        cache = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
-        return max(0, limit - used + cache)
-    return None
+        yield limit - used + cache
+
+
+def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (root / "memory", _CGROUP_V1) if controllers else (root, _CGROUP_V2)
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for n in range(len(parts), -1, -1):
+            yield top.joinpath(*parts[:n]), names
+
+
+def _limits_available() -> Iterator[int]:
+    """Yield what ulimit -v and ulimit -d leave."""
+    import resource
+
+    try:
+        counts = [int(n) for n in Path("/proc/self/statm").read_text().split()]
+        sizes = [count * resource.getpagesize() for count in (counts[0], counts[5])]
+    except (OSError, ValueError, IndexError):
+        sizes = [peak_rss_bytes()] * 2
+    for kind, used in zip((resource.RLIMIT_AS, resource.RLIMIT_DATA), sizes, strict=True):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            yield limit - used
 
 
 def peak_rss_bytes() -> int:

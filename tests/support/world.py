@@ -18,7 +18,7 @@ from tests.support.legacy_files import RawGGML
 from tests.support.models import CHATML, Spec, write_model
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i * 7}"} for i in range(12)]
-PROGRAM = [sys.executable, "-c", "from ggft.__main__ import main; main()"]
+PROGRAM = [str(Path(sys.executable).with_name("ggft"))]
 TIMEOUT_S = 120
 """A hang is told from work on a busy machine by this."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,29 @@ def test_this_machine() -> None:
     assert 0 < available_bytes() <= total
 
 
-def test_a_container_limits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# (what /proc/self/cgroup says, the folder with the limit, the names of v1 or v2)
+GROUPS = [
+    ("0::/\n", "", "memory.max memory.current inactive_file"),
+    ("0::/a.slice/b.scope\n", "/a.slice/b.scope", "memory.max memory.current inactive_file"),
+    ("0::/a.slice/b.scope\n", "/a.slice", "memory.max memory.current inactive_file"),
+    ("5:cpu:/\n4:memory:/docker/1\n0::/\n", "/memory/docker/1",
+     "memory.limit_in_bytes memory.usage_in_bytes total_inactive_file"),
+    ("4:hugetlb,memory:/docker/1\n", "/memory",
+     "memory.limit_in_bytes memory.usage_in_bytes total_inactive_file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("own", "place", "names"), GROUPS)
+def test_a_container_limits_memory(
+    monkeypatch: pytest.MonkeyPatch, own: str, place: str, names: str
+) -> None:
+    limit, used, cache = names.split()
+    folder = f"/sys/fs/cgroup{place}"
     files = {
-        "/sys/fs/cgroup/memory.max": "1000000\n",
-        "/sys/fs/cgroup/memory.current": "700000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 200000\n",
+        "/proc/self/cgroup": own,
+        f"{folder}/{limit}": "1000000\n",
+        f"{folder}/{used}": "700000\n",
+        f"{folder}/memory.stat": f"anon 1\n{cache} 200000\n",
     }
     real = Path.read_text
 
@@ -51,5 +70,16 @@ def test_a_container_limits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert available_bytes() == 500_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    files[f"{folder}/{limit}"] = "max\n"
     assert available_bytes() > 500_000
+
+
+@pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_a_limit_of_the_shell_counts(kind: int) -> None:
+    before = resource.getrlimit(kind)
+    free = available_bytes()
+    resource.setrlimit(kind, (8 << 30, before[1]))
+    try:
+        assert available_bytes() < min(8 << 30, free + (1 << 20))
+    finally:
+        resource.setrlimit(kind, before)
