@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ggft.data.advice import MANY_ROWS, Kind, choose_max_length, held_out_rows, kind_of_texts
 from ggft.data.duplicates import Duplicates, HashTable, split
-from ggft.data.encode import Encode, encode_ahead, encode_with
+from ggft.data.encode import Encode, encode_ahead, encode_with, shortened
 from ggft.data.examples import Example, check_format, read_examples
 from ggft.data.files import DataFiles, find_files
 from ggft.data.store import RowTable, StoreView, TokenStore
@@ -188,6 +188,7 @@ class _Loader:
         self.options = options
         self.check = check
         self.encode = encode
+        self.n_tokens = min(options.max_length or options.n_ctx, options.n_ctx)  # at most used
         self.account = Account()
         self.table = RowTable([*files.train, *files.valid])
         self.hashes = HashTable()
@@ -283,7 +284,7 @@ class _Loader:
     ) -> Iterator[tuple[Example, list[Tokens]]]:
         """Yield the rows of a file, each with the examples that it makes."""
         examples = read_examples(path, self.options.format_name, on_bytes)
-        for example, tokens in self._encoded(examples):
+        for example, tokens in self._encoded(shortened(examples, self.template, self.n_tokens)):
             try:
                 if isinstance(tokens, UnstableError):
                     yield example, self._turn_by_turn(example.messages)
@@ -316,7 +317,8 @@ class _Loader:
         note = "the template rewrites earlier turns, so each answer is an example of its own"
         if note not in self.account.notes:
             self.account.notes.append(note)
-        return self.template.encode_turns(messages, train_on_prompt=self.options.train_on_prompt)
+        learn_all, n = self.options.train_on_prompt, self.n_tokens
+        return self.template.encode_turns(messages, train_on_prompt=learn_all, n_tokens=n)
 
     def _pieces(self, tokens: Tokens) -> list[Tokens]:
         """Cut plain text into pieces that fit."""

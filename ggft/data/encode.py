@@ -154,6 +154,19 @@ def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> E
     return template.encode_all(batch, train_on_prompt=train_on_prompt), hash_rows(batch)
 
 
+def shortened(examples: Iterator[Example], template: Template, n_tokens: int) -> Iterator[Example]:
+    """Yield examples without what their first `n_tokens` tokens do not depend on.
+
+    Plain text stays whole: all of it is learned, in pieces.
+    """
+    for example in examples:
+        if example.text is None:
+            messages = list(template.shorten(example.messages, n_tokens))
+            yield Example(messages, None, example.path, example.line)
+        else:
+            yield example
+
+
 def encode_ahead(
     examples: Iterator[Example], encode: Encode
 ) -> Iterator[tuple[list[Example], Encoded]]:

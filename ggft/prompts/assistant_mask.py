@@ -9,6 +9,7 @@ does not hold is refused, with the reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -80,6 +81,9 @@ class UnstableError(InputError):
 RenderAll = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
 
 MARK_OPEN, MARK_CLOSE = "\ue0c5", "\ue0c6"  # private use; a template that has them is refused
+_MARK = re.compile(f"{MARK_OPEN}(\\d+){MARK_CLOSE}")
+# Answers at either end of a conversation whose beginnings are found by rendering what is before.
+N_ASKED = 8
 _OTHER = "choose another template, for example --template chatml"
 
 
@@ -148,7 +152,7 @@ class AssistantMask:
         prompt = asked is None
         key = (
             prompt,
-            *((m["role"], m.get("learn", True), *map(_filled, _texts(m))) for m in messages),
+            *((m["role"], m.get("learn", True), *map(is_filled, _texts(m))) for m in messages),
         )
         shape = self._shapes.get(key)
         if shape is None:
@@ -179,27 +183,65 @@ class AssistantMask:
         """Find the fixed text around the contents, and where each answer begins."""
         marked = [_marked(m, 2 * i) for i, m in enumerate(messages)]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        whole, *befores = self._render([(marked, prompt), *((marked[:i], True) for i in answers)])
+        asked = answers
+        if len(answers) > 2 * N_ASKED:
+            asked = [*answers[:N_ASKED], *answers[-N_ASKED:]]
+        whole, *befores = self._render([(marked, prompt), *((marked[:i], True) for i in asked)])
         starts: dict[int, int] = {}
-        for i, before in zip(answers, befores, strict=True):
+        for i, before in zip(asked, befores, strict=True):
             for text in (whole, before):
                 if isinstance(text, InputError):
                     raise text
             if str(whole).startswith(str(before)):
                 starts[len(str(before))] = i
             elif not prompt and messages[i].get("learn", True):
-                raise UnstableError(
-                    f"the chat template cannot be split at message {i + 1}: the prompt that it"
-                    " writes before an answer is not how the whole conversation begins",
-                    found=_after_common(str(before), str(whole)),
-                    expected=_after_common(str(whole), str(before)),
-                    hint=_OTHER,
-                )
+                raise _unstable(i, str(before), str(whole))
         if isinstance(whole, InputError):
             raise whole
+        if asked != answers:
+            self._start_between(whole, marked, answers[N_ASKED:-N_ASKED], starts)
         shape = _cut(whole, starts)
         _check(shape, messages, set(starts.values()))
         return shape
+
+    def _start_between(
+        self, whole: str, marked: Sequence[Message], answers: Sequence[int], starts: dict[int, int]
+    ) -> None:
+        """Add to `starts` those of many answers; to render what is before each takes too long.
+
+        Where the fixed text in front of an answer is one that stands in front of others, too, the
+        answer begins at the same place of it.
+        """
+        marks = list(_MARK.finditer(whole))
+        ends = [0, *(mark.end() for mark in marks)]
+        places = {
+            int(mark[1]): (mark.start(), whole[end : mark.start()])
+            for mark, end in zip(marks, ends, strict=False)
+        }
+        left: dict[str, int] = {}  # characters of a fixed text that are the answer's
+        for start, i in starts.items():
+            place, fixed = places.get(2 * i, (start, ""))
+            left[fixed] = place - start
+        for i in answers:
+            place, fixed = places.get(2 * i, (0, ""))
+            if fixed not in left:
+                before = self._render([(marked[:i], True)])[0]
+                if isinstance(before, InputError):
+                    raise before
+                if not whole.startswith(before):
+                    raise _unstable(i, before, whole)
+                left[fixed] = place - len(before)
+            starts[place - left[fixed]] = i
+
+
+def _unstable(i: int, before: str, whole: str) -> UnstableError:
+    return UnstableError(
+        f"the chat template cannot be split at message {i + 1}: the prompt that it writes before an"
+        " answer is not how the whole conversation begins",
+        found=_after_common(before, whole),
+        expected=_after_common(whole, before),
+        hint=_OTHER,
+    )
 
 
 def _texts(message: Message) -> tuple[str, str]:
@@ -208,10 +250,11 @@ def _texts(message: Message) -> tuple[str, str]:
 
 def _is_learned(answer: Message) -> bool:
     """Whether an answer is to be learned; an empty one would only teach to be silent."""
-    return answer.get("learn", True) and _filled(answer["content"])
+    return answer.get("learn", True) and is_filled(answer["content"])
 
 
-def _filled(text: str) -> bool:
+def is_filled(text: str) -> bool:
+    """Return whether there is more than blanks in a text."""
     return bool(text) and not text.isspace()
 
 
@@ -223,7 +266,7 @@ def _marked(message: Message, number: int) -> Message:
     """
     always = message["role"] == "assistant"
     content, extra = (
-        f"{MARK_OPEN}{number + n}{MARK_CLOSE}" if _filled(text) or (always and not n) else text
+        f"{MARK_OPEN}{number + n}{MARK_CLOSE}" if is_filled(text) or (always and not n) else text
         for n, text in enumerate(_texts(message))
     )
     return {"role": message["role"], "content": content, "input": extra}
@@ -285,7 +328,7 @@ def _check(shape: tuple[_Item, ...], messages: Sequence[Message], answers: set[i
                 hint=_OTHER,
             )
     for index, message in enumerate(messages):
-        if any(_filled(t) and 2 * index + n not in seen for n, t in enumerate(_texts(message))):
+        if any(is_filled(t) and 2 * index + n not in seen for n, t in enumerate(_texts(message))):
             raise InputError(
                 f"the chat template leaves out message {index + 1}",
                 found=f"role {message['role']!r}",

@@ -32,6 +32,7 @@ from ggft.prompts.encoding import (
     find_special,
 )
 from ggft.prompts.jinja import JinjaProcess, render_here
+from ggft.prompts.shorten import Shortener
 from ggft.prompts.word_cache import WordCache
 from ggft.system.errors import InputError
 
@@ -77,6 +78,7 @@ class Template:
         self._space_prefix = metadata.get("tokenizer.ggml.model") == "llama" and bool(
             metadata.get("tokenizer.ggml.add_space_prefix", True)
         )
+        self._shortener = Shortener(metadata)
         words = WordCache(tokenizer, metadata, space_prefix=self._space_prefix)
         self._encoder = Encoder(words.encode_all)
         self._knows_input = source in KNOW_INPUT
@@ -137,11 +139,16 @@ class Template:
         return self._encoder.tokens([segments])[0]
 
     def encode_turns(
-        self, messages: Sequence[Message], *, train_on_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        train_on_prompt: bool = False,
+        n_tokens: int = 1 << 30,
     ) -> list[Tokens]:
         """Return an example for each answer, with what is before it as context.
 
-        For templates that write earlier turns otherwise than the last (`UnstableError`).
+        For templates that write earlier turns otherwise than the last (`UnstableError`). Answers
+        that would begin behind the first `n_tokens` tokens are left out.
         """
         examples: list[Tokens] = []
         for n, message in enumerate(messages):
@@ -150,6 +157,8 @@ class Template:
                 examples.append(
                     self.encode_example([*context, message], train_on_prompt=train_on_prompt)
                 )
+                if len(examples[-1].ids) > n_tokens:
+                    break
         return examples
 
     def encode_all(
@@ -171,6 +180,10 @@ class Template:
             except InputError as error:
                 segments.append(error)
         return self._tokens(segments)
+
+    def shorten(self, messages: Sequence[Message], n_tokens: int) -> Sequence[Message]:
+        """Return as much of a conversation as its first `n_tokens` tokens depend on."""
+        return self._shortener.shorten(messages, n_tokens)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the model's next answer begins."""
