@@ -27,7 +27,14 @@ from bench.common import SMOLLM2
 from ggft.engine.engine import Engine
 from ggft.settings.training import FinetuneConfig
 from ggft.setup.inputs import BaseModel, Data, load_data, open_model
-from ggft.setup.open import choose_settings, lora_to_train, make_shape, open_engine, plan_run
+from ggft.setup.open import (
+    choose_settings,
+    factor_of,
+    lora_to_train,
+    make_shape,
+    open_engine,
+    plan_run,
+)
 from ggft.system.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -95,7 +102,7 @@ def measure(args: argparse.Namespace, base: BaseModel, data: Data, stop: StopSig
             model=str(args.model), data=(args.data,), packing=packing, val_split=0.0
         )
         settled = choose_settings(config, data)
-        lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+        lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
         shape = make_shape(settled, lora, base.file, base.info)
         steps, plan = plan_run(settled, data, shape)
         engine = engines.enter_context(open_engine(plan, stop))

@@ -20,7 +20,7 @@ from ggft.engine.peak import measure_peak
 from ggft.gguf.read import ModelInfo, check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.settings.training import BenchConfig
-from ggft.setup.open import lora_to_train, make_shape, open_engine, plan_rows
+from ggft.setup.open import lora_to_train, make_shape, open_engine, plan_rows, usual_factor
 from ggft.system.errors import InputError
 from ggft.system.machine import peak_rss_bytes, process_seconds
 from ggft.system.signals import StopSignals
@@ -51,7 +51,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     n_rows, n_tokens = parse_shape(config.shape)
     file = read_gguf(find_model(config.model))
     info = check_model(file)
-    lora = lora_to_train(config, info, config.rank)
+    lora = lora_to_train(config, info, config.rank, usual_factor())
     shape = make_shape(config, lora, file, info)
     plan = plan_rows(config, shape, n_tokens=n_tokens, max_rows=n_rows)
     result: dict[str, Any] = {"model": file.path.name, "rows": n_rows, "row_tokens": n_tokens}

@@ -25,7 +25,7 @@ from ggft.hub.download import find_model
 from ggft.llama.library import library_info
 from ggft.settings.commands import DoctorConfig
 from ggft.settings.training import BenchConfig
-from ggft.setup.open import lora_to_train, make_shape, plan_rows
+from ggft.setup.open import lora_to_train, make_shape, plan_rows, usual_factor
 from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError
 from ggft.system.machine import available_bytes, memory_bytes, physical_cores
 from ggft.system.text import format_bytes, printable
@@ -150,7 +150,7 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
     config = BenchConfig(
         device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto"
     )
-    lora = lora_to_train(config, info, config.rank)
+    lora = lora_to_train(config, info, config.rank, usual_factor())
     plan = plan_rows(config, make_shape(config, lora, file, info), n_tokens=128, max_rows=1)
     settings = replace(plan.settings, dropout=GRAPH_DROPOUT, prepacked_bytes=0)
     with Engine(settings) as engine:

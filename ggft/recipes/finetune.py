@@ -17,6 +17,7 @@ from ggft.setup.course import with_course
 from ggft.setup.inputs import BaseModel, Data, load_data, open_model
 from ggft.setup.open import (
     choose_settings,
+    factor_of,
     lora_to_train,
     make_shape,
     open_engine,
@@ -55,7 +56,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
     with StopSignals() as stop:
         base = open_model(path, config.template, warn=progress.warn)
         settled, data = settle(config, base, stop)
-        lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+        lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
         shape = make_shape(settled, lora, base.file, base.info)
         with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
             saved = find_checkpoint(run, config, progress)
@@ -138,7 +139,7 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
         if config.data:
             base = open_model(path, config.template, check=is_whole, warn=progress.warn)
             settled, data = settle(config, base, stop)
-            lora = lora_to_train(settled, base.info, settled.rank, settled.alpha)
+            lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
             shape = make_shape(settled, lora, base.file, base.info)
             _, planned = plan_run(settled, data, shape)
             announce(settled, base, data, planned, progress, progress.result)

@@ -102,17 +102,15 @@ class Lora:
     train: bool = True
 
 
-def lora_to_train(
-    config: TrainingSettings, info: ModelInfo, rank: int, alpha: float | None = None
-) -> Lora:
-    """Return the matrices that settings ask for."""
+def lora_to_train(config: TrainingSettings, info: ModelInfo, rank: int, factor: float) -> Lora:
+    """Return the matrices that settings ask for, whose delta is scaled by `factor`."""
     first, last = parse_layers(config.layers, info.n_layer)
     return Lora(
         targets=parse_targets(config.target_modules),
         layer_first=first,
         layer_last=last,
         rank=rank,
-        alpha=alpha or recipes()["scale"]["alpha_per_rank"] * rank,
+        alpha=factor * rank,  # as llama.cpp reads it: it scales by alpha / rank
     )
 
 
@@ -146,6 +144,16 @@ def lora_of(adapter: Adapter | None) -> Lora:
         alpha=adapter.meta.alpha,
         train=False,
     )
+
+
+def usual_factor() -> float:
+    """Return what a delta is scaled by, whatever its rank, unless the user gives an alpha."""
+    return float(recipes()["scale"]["alpha_per_rank"])
+
+
+def factor_of(config: SettledConfig) -> float:
+    """Return what the delta is scaled by."""
+    return config.alpha / config.rank
 
 
 def make_shape(config: MachineSettings, lora: Lora, file: GGUFFile, info: ModelInfo) -> Shape:
@@ -206,7 +214,7 @@ def plan_header(config: FinetuneConfig, file: GGUFFile, info: ModelInfo) -> tupl
         if (value := getattr(config, item.name)) is not None
     }
     assumed = Assumed(**given)
-    lora = lora_to_train(config, info, assumed.rank, config.alpha)
+    lora = lora_to_train(config, info, assumed.rank, usual_factor())
     shape = make_shape(config, lora, file, info)
     n_tokens = min(assumed.max_length, info.n_ctx)
     max_rows = assumed.batch_size * config.grad_accum
@@ -284,7 +292,7 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "batch_size": batch_size,
         "lr": config.lr or advice.lr,
         "rank": rank,
-        "alpha": config.alpha or recipes()["scale"]["alpha_per_rank"] * rank,
+        "alpha": config.alpha or usual_factor() * rank,
         "dropout": advice.dropout if config.dropout is None else config.dropout,
         "max_length": data.max_length,
         "mix_share": mix_share,

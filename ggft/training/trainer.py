@@ -63,7 +63,7 @@ class Trainer:
         self.meta = AdapterMeta(
             architecture=self.base.file.architecture,
             rank=config.rank,
-            alpha=config.alpha,
+            alpha=self.engine.settings.alpha,
             dropout=config.dropout,
             base_sha256=self.base.file.sha256(),
             base_name=self.base.name,
