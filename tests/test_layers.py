@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ LAYERS = [
     "system", "prompts", "gguf", "settings", "llama", "legacy", "hub", "data", "engine",
     "adapters", "setup", "training", "recipes", "command", "cli", "__main__",
 ]  # fmt: skip
+# Imported only where Python has no tomllib; and what an extra brings.
+OLD_PYTHONS = {"tomli": ["tomli"]}
+OPTIONAL: set[str] = set()
 NATIVE_LAYERS = [
     "base", "kernels", "trace", "model", "rules", "patterns", "segments", "engine", "bindings",
 ]  # fmt: skip
@@ -78,6 +83,33 @@ def test_foreign_modules_have_one_importer(path: Path) -> None:
         for foreign, importers in ONLY.items():
             if imported == foreign or imported.startswith(foreign + "."):
                 assert name_of(path) in importers, f"{name_of(path)} imports {foreign}"
+
+
+def test_what_is_imported_is_declared_or_brought_by_what_is() -> None:
+    declared = {
+        _project(line) for line in metadata.requires("ggft") or [] if "extra ==" not in line
+    }
+    brought = {
+        _project(line)
+        for name in declared
+        for line in metadata.requires(name) or []
+        if "extra ==" not in line
+    }
+    projects = {**metadata.packages_distributions(), **OLD_PYTHONS}
+    for path in MODULES:
+        for imported in imports(path):
+            top = imported.partition(".")[0]
+            if top == "ggft" or top in sys.stdlib_module_names or top in OPTIONAL:
+                continue
+            names = {_project(name) for name in projects[top]}
+            assert names & (declared | brought), f"{name_of(path)} imports {top}: declare it"
+
+
+def _project(requirement: str) -> str:
+    """Return the normalized name of the project in a requirement."""
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
 def test_every_folder_is_small_and_every_package_says_what_it_is() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggft.data.files import Row, find_files, read_rows
+from ggft.data.files import Row, read_rows
 from ggft.prompts.assistant_mask import Message
 from ggft.system.errors import InputError
 
@@ -60,21 +60,6 @@ ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-
-
-def load_examples(paths: Iterable[str | Path], format_name: str = "auto") -> Iterator[Example]:
-    """Yield the examples of files and folders (their training files), in order.
-
-    Args:
-        paths: Files or folders.
-        format_name: One of `FORMATS`; `auto` decides for each row.
-
-    Raises:
-        InputError: A file cannot be read or a row is not an example; names file and line.
-    """
-    check_format(format_name)
-    for path in find_files(paths).train:
-        yield from read_examples(path, format_name)
 
 
 def read_examples(

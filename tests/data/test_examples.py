@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggft.data.examples import load_examples, to_example
+from ggft.data.examples import read_examples, to_example
 from ggft.data.files import Row, find_files, read_rows
 from ggft.prompts.assistant_mask import Message
 from ggft.system.errors import InputError
@@ -200,7 +200,7 @@ def test_folders_and_several_files(tmp_path: Path) -> None:
     other.mkdir()
     (other / "a.json").write_bytes(jsonl(ROWS[1:2]))
     (other / "b.csv").write_bytes(table(ROWS[2:]))
-    examples = list(load_examples([tmp_path, other]))
+    examples = [e for path in find_files([tmp_path, other]).train for e in read_examples(path)]
     assert [e.messages[-1]["content"] for e in examples] == [r["output"] for r in ROWS]
 
 
@@ -231,7 +231,7 @@ def test_any_mix_of_rows_round_trips(
     (folder / "a.jsonl").write_bytes(jsonl(rows))
     (folder / "b.json").write_text(json.dumps({"data": rows}, indent=1))
     for name in ("a.jsonl", "b.json"):
-        examples = list(load_examples([folder / name]))
+        examples = list(read_examples(folder / name))
         assert len(examples) == len(rows)
         for row, example in zip(rows, examples, strict=True):
             if "text" in row:
