@@ -94,7 +94,11 @@ class FinetuneConfig:
     rank: int | None = rank_option(shown="8")
     alpha: float | None = option(
         "--alpha", "--lora-alpha", default=None, above=0.0, maximum=65_536.0,
-        shown="4 x rank", help="LoRA alpha; the delta is scaled by alpha / rank",
+        shown="4 x rank, 16 with --rslora", help="LoRA alpha; the delta is scaled by alpha / rank",
+    )  # fmt: skip
+    rslora: bool = option(
+        "--rslora", "--use-rslora", default=False,
+        help="Scale the delta by alpha / sqrt(rank), so that high ranks learn as fast",
     )  # fmt: skip
     dropout: float | None = option(
         "--dropout", "--lora-dropout", default=None, minimum=0.0, below=1.0,

@@ -8,6 +8,7 @@ from them, so that a new setting of the engine is declared once, as an option.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -31,6 +32,7 @@ ROW_TOKENS = 512
 # Rows of a micro-batch when only the loss is measured.
 EVALUATION_ROWS = 8
 PATIENCE = 3
+RSLORA_ALPHA = 16.0  # the usual factor at rank 16
 
 
 class MachineSettings(Protocol):
@@ -152,8 +154,11 @@ def usual_factor() -> float:
 
 
 def factor_of(config: SettledConfig) -> float:
-    """Return what the delta is scaled by."""
-    return config.alpha / config.rank
+    """Return what the delta is scaled by.
+
+    Source: Kalajdzievski, "A rank stabilization scaling factor for fine-tuning with LoRA" (2023).
+    """
+    return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
 def make_shape(config: MachineSettings, lora: Lora, file: GGUFFile, info: ModelInfo) -> Shape:
@@ -292,7 +297,7 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "batch_size": batch_size,
         "lr": config.lr or advice.lr,
         "rank": rank,
-        "alpha": config.alpha or usual_factor() * rank,
+        "alpha": config.alpha or (RSLORA_ALPHA if config.rslora else usual_factor() * rank),
         "dropout": advice.dropout if config.dropout is None else config.dropout,
         "max_length": data.max_length,
         "mix_share": mix_share,

@@ -97,6 +97,16 @@ def test_an_adapter_scaled_to_nothing_is_the_base(case: Case, trained: Path) -> 
     assert case.loss(adapter, adapter_scale=0.5) < base
 
 
+def test_rslora_is_an_alpha_that_llama_cpp_reads(case: Case) -> None:
+    """8 / sqrt(4) is 16 / 4: llama.cpp, which knows only alpha / rank, scales alike."""
+    given = {"rank": 4, "epochs": 10}
+    rslora = case.train("rslora", alpha=8, rslora=True, **given)
+    plain = case.train("plain", alpha=16, **given)
+    assert read_adapter(rslora / "adapter.gguf").meta.alpha == 16
+    assert (rslora / "adapter.gguf").read_bytes() == (plain / "adapter.gguf").read_bytes()
+    assert case.loss(rslora / "adapter.gguf") < case.loss(None)
+
+
 def test_pairs_of_different_rank(case: Case, trained: Path, tmp_path: Path) -> None:
     """A pair that is split into two ranks in one file keeps its own factor alpha / rank."""
     arrays = read_adapter(trained / "adapter.gguf").arrays()
