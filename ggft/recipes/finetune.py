@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
             saved = find_checkpoint(run, config, progress)
             micro_batch = saved.state["circumstances"]["micro_batch"] if saved else None
             steps, planned = plan_run(settled, data, shape, micro_batch and tuple(micro_batch))
-            announce(settled, base, data, planned, progress, progress.note)
+            announce(config, settled, base, data, planned, progress, progress.note)
             check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
             stop.check()
             with open_engine(planned, stop) as engine:
@@ -142,7 +142,7 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
             lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
             shape = make_shape(settled, lora, base.file, base.info)
             _, planned = plan_run(settled, data, shape)
-            announce(settled, base, data, planned, progress, progress.result)
+            announce(config, settled, base, data, planned, progress, progress.result)
             return
         file = read_gguf(path)
         assumed, planned = plan_header(config, file, check_model(file))
@@ -159,6 +159,7 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
 
 
 def announce(
+    given: FinetuneConfig,
     config: SettledConfig,
     base: BaseModel,
     data: Data,
@@ -166,7 +167,17 @@ def announce(
     progress: Progress,
     say: Callable[[str], None],
 ) -> None:
-    """Say what will be done, line by line to `say`, with warnings about the data."""
+    """Say what will be done, line by line to `say`, with warnings about the data.
+
+    Args:
+        given: The settings before those that were left open were chosen.
+        config: The settings.
+        base: The model.
+        data: The data.
+        plan: How memory is used.
+        progress: Told the warnings and, as an event, the plan.
+        say: Prints a line.
+    """
     account = data.account
     say(f"model        {base.name} ({base.file.path.name})")
     say(
@@ -193,6 +204,12 @@ def announce(
         f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "
         f"lr {config.lr:g}, rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"
     )
+    names = ("epochs", "batch_size", "lr", "rank", "dropout")
+    if chosen := [name.replace("_", " ") for name in names if getattr(given, name) is None]:
+        say(
+            f"             chosen by {account.n_kept} rows and {account.n_trained} tokens to learn:"
+            f" {', '.join(chosen)}"
+        )
     for line in plan.lines():
         say(line)
     if plan.warning:

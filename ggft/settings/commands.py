@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggft.settings.declared import (
+    MAX_LENGTH_RULE,
     adapter_option,
     adapter_scale_option,
     data_option,
@@ -65,7 +66,7 @@ class PrepareConfig:
     )  # fmt: skip
     format: str = format_option()
     template: str = template_option(trained=False)
-    max_length: int | None = max_length_option(shown="by the data")
+    max_length: int | None = max_length_option(shown=MAX_LENGTH_RULE)
     val_split: float | None = val_split_option()
     train_on_prompt: bool = train_on_prompt_option()
     keep_duplicates: bool = keep_duplicates_option("Keep rows that equal an earlier one")

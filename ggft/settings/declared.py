@@ -11,6 +11,9 @@ from ggft.gguf.linears import TARGETS
 from ggft.settings.option import option
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# What is said of settings that follow from the data; tests hold it to what `data.advice` does.
+DATA_RULE = "by kind and number of rows; `ggft plan -d FILE` says what"
+MAX_LENGTH_RULE = "by the data: the longest example; beyond 1,024 tokens, of 99 in 100"
 
 
 def model_option(
@@ -84,7 +87,8 @@ def max_length_option(default: int | None = None, *, shown: str | None = None) -
 def val_split_option() -> Any:
     """Declare --val-split."""
     return option(
-        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0, shown="by size",
+        "--val-split", "--val-size", default=None, minimum=0.0, below=1.0,
+        shown=DATA_RULE,
         help="Share of the rows held out for validation; 0 is off",
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ggft.settings.declared import (
+    DATA_RULE,
+    MAX_LENGTH_RULE,
     adapter_option,
     adapter_scale_option,
     data_option,
@@ -49,7 +51,8 @@ class FinetuneConfig:
     format: str = format_option()
     epochs: int | None = option(
         "--epochs", "--num-epochs", "--num-train-epochs", default=None, minimum=1, maximum=100_000,
-        shown="3, more for tiny data", help="Passes over the data",
+        shown=DATA_RULE,
+        help="Passes over the data",
     )  # fmt: skip
     max_steps: int | None = option(
         "--max-steps", "--iters", default=None, minimum=1, shown="no limit",
@@ -57,7 +60,8 @@ class FinetuneConfig:
     )  # fmt: skip
     batch_size: int | None = option(
         "--batch-size", "--per-device-train-batch-size", default=None, minimum=1, maximum=65_536,
-        shown="4", help="Examples per optimizer step (times --grad-accum)",
+        shown=DATA_RULE,
+        help="Examples per optimizer step (times --grad-accum)",
     )  # fmt: skip
     grad_accum: int = option(
         "--grad-accum", "--gradient-accumulation-steps", default=1, minimum=1, maximum=65_536,
@@ -65,7 +69,7 @@ class FinetuneConfig:
     )  # fmt: skip
     lr: float | None = option(
         "--lr", "--learning-rate", default=None, above=0.0, maximum=1.0,
-        shown="3e-4, more for tiny data", help="Peak learning rate",
+        shown=DATA_RULE, help="Peak learning rate",
     )  # fmt: skip
     warmup_steps: int = option(
         "--warmup-steps", default=50, minimum=0,
@@ -91,7 +95,9 @@ class FinetuneConfig:
         "--max-grad-norm", "--grad-clip", default=1.0, minimum=0.0,
         help="Clip the gradient's global norm; 0 is off",
     )  # fmt: skip
-    rank: int | None = rank_option(shown="8")
+    rank: int | None = rank_option(
+        shown="by tokens to learn: 8 below 200,000, 16 below 2,000,000, then 32"
+    )
     alpha: float | None = option(
         "--alpha", "--lora-alpha", default=None, above=0.0, maximum=65_536.0,
         shown="4 x rank, 16 with --rslora", help="LoRA alpha; the delta is scaled by alpha / rank",
@@ -102,11 +108,11 @@ class FinetuneConfig:
     )  # fmt: skip
     dropout: float | None = option(
         "--dropout", "--lora-dropout", default=None, minimum=0.0, below=1.0,
-        shown="0.1, less for tiny data", help="Dropout of the LoRA input",
+        shown=DATA_RULE, help="Dropout of the LoRA input",
     )  # fmt: skip
     target_modules: tuple[str, ...] = target_modules_option()
     layers: str = layers_option()
-    max_length: int | None = max_length_option(shown="512")
+    max_length: int | None = max_length_option(shown=MAX_LENGTH_RULE)
     packing: bool = option(
         "--packing", off=("--no-packing",), default=True,
         help="Put several short examples of a step into one row",
@@ -122,7 +128,8 @@ class FinetuneConfig:
         help="General rows mixed in against forgetting; `auto`: packaged ones where data is small",
     )  # fmt: skip
     mix_share: float | None = option(
-        "--mix-share", default=None, minimum=0.0, below=1.0, shown="by the data",
+        "--mix-share", default=None, minimum=0.0, below=1.0,
+        shown=DATA_RULE,
         help="Share of general rows among an epoch's examples",
     )  # fmt: skip
     vary: str = option(

@@ -18,8 +18,11 @@ from ggft.data.advice import (
     recipes,
     suggest,
 )
-from ggft.data.examples import load_examples
+from ggft.data.examples import read_examples
 from ggft.prompts.assistant_mask import Message
+from ggft.settings.declared import DATA_RULE
+from ggft.settings.option import options_of
+from ggft.settings.training import FinetuneConfig
 from ggft.training.verdict import Losses, Tally, judge, smaller_lr
 
 PACKAGED = Path(ggft.__file__).parent / "data"
@@ -157,7 +160,7 @@ def test_the_rate_after_a_diverged_one(lr: float, usual: float, wanted: float) -
 
 def kind_of_file(path: Path, change: Callable[[str], str] = str, n: int | None = None) -> Kind:
     texts: list[list[Message]] = []
-    for example in load_examples([path]):
+    for example in read_examples(path):
         *before, answer = example.messages
         texts.append([*before, {**answer, "content": change(answer["content"])}])
     return kind_of_texts(texts[:n])[0]
@@ -251,3 +254,17 @@ def test_a_task_is_judged_by_its_losses_and_says_what_was_answered() -> None:
     assert "1 of 20 trained rows answered as given, 0 of 20 held-out ones" in verdict.text
     assert judge(losses, asked=Tally(1, 20, 0, 20), general=(2.0, 2.3)).kind == "forgetting"
     assert judge(Losses(3.0, 18.0, smaller_lr=1e-4), asked=Tally(0, 20)).kind == "diverged"
+
+
+def test_help_says_by_which_rule_settings_follow_from_the_data() -> None:
+    shown = {entry.name: entry.shown for entry in options_of(FinetuneConfig)}
+    for name in ("epochs", "batch_size", "lr", "dropout", "mix_share", "val_split"):
+        assert shown[name] == DATA_RULE
+    *ranks, last = recipes()["rank"]
+    parts = [f"{entry['rank']} below {entry['trained_below']:,}" for entry in ranks]
+    assert shown["rank"] == f"by tokens to learn: {', '.join(parts)}, then {last['rank']}"
+    assert choose_max_length(1024, 10, 9999) == 1024
+    assert choose_max_length(1056, 1025, 9999) == 1056
+    assert shown["max_length"] == (
+        "by the data: the longest example; beyond 1,024 tokens, of 99 in 100"
+    )

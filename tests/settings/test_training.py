@@ -32,11 +32,6 @@ def test_each_default_is_valid_and_each_none_is_explained(config_class: type) ->
 
 
 def test_tutorial_defaults() -> None:
-    entries = {entry.name: entry for entry in options_of(FinetuneConfig)}
-    shown = {n: str(entries[n].shown) for n in ("rank", "alpha", "epochs", "lr", "batch_size")}
-    assert shown["rank"] == "8"
-    assert shown["epochs"].startswith("3")
-    assert shown["lr"].startswith("3e-4")
     assert (config().warmup_steps, config().save_steps, config().logging_steps) == (50, 100, 10)
 
 
