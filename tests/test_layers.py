@@ -22,7 +22,7 @@ LAYERS = [
 ]  # fmt: skip
 # Imported only where Python has no tomllib; and what an extra brings.
 OLD_PYTHONS = {"tomli": ["tomli"]}
-OPTIONAL: set[str] = set()
+OPTIONAL = {"tensorboardX", "wandb"}
 NATIVE_LAYERS = [
     "base", "kernels", "trace", "model", "rules", "patterns", "segments", "engine", "bindings",
 ]  # fmt: skip
@@ -37,6 +37,8 @@ ONLY = {
     "jinja2": {"prompts.jinja"},
     "yaml": {"settings.option"},
     "tqdm": {"system.progress"},
+    "tensorboardX": {"training.callbacks"},
+    "wandb": {"training.callbacks"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 SOURCES = sorted(

@@ -30,6 +30,7 @@ from ggft.gguf.read import (
 )
 from ggft.gguf.write import TensorSource, write_gguf
 from ggft.system.errors import InputError, NumericError
+from ggft.system.files import copy_file
 
 if TYPE_CHECKING:
     from ggft.engine.engine import FloatArray
@@ -63,6 +64,14 @@ class Adapter:
     def base_names(self) -> tuple[str, ...]:
         """Names of the base tensors that the adapter changes."""
         return tuple(n.removesuffix(A_SUFFIX) for n in self.tensors if n.endswith(A_SUFFIX))
+
+    def save(self, path: str | Path) -> None:
+        """Copy the file, whole or not at all.
+
+        Raises:
+            InputError, ResourceError: It cannot be written there.
+        """
+        copy_file(self.path, Path(path))
 
     def array(self, name: str) -> FloatArray:
         """Read a matrix as float32: lora_a (R, C_in) or lora_b (C_out, R)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ggft.engine.memory import Plan
@@ -20,21 +20,16 @@ from ggft.setup.open import (
     factor_of,
     lora_to_train,
     make_shape,
-    open_engine,
     plan_header,
     plan_run,
 )
-from ggft.system.errors import InputError
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
 from ggft.system.text import printable
-from ggft.training import checkpoint
-from ggft.training.measure import measure_kept
+from ggft.training.callbacks import Callback, TensorBoard, WandB
 from ggft.training.outcome import Outcome
-from ggft.training.page import write_report
-from ggft.training.run_directory import RunDirectory, check_free, check_output, open_run
-from ggft.training.samples import ask
-from ggft.training.trainer import Trainer
+from ggft.training.run_directory import RunDirectory, check_output
+from ggft.training.train import run_training
 
 SHOWN = 3  # answers that are not as given, in the terminal
 
@@ -55,41 +50,20 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
     path = find_model(config.model)
     with StopSignals() as stop:
         base = open_model(path, config.template, warn=progress.warn)
-        settled, data = settle(config, base, stop)
-        lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
-        shape = make_shape(settled, lora, base.file, base.info)
-        with open_run(output, resume=config.resume, overwrite=config.overwrite) as run:
-            saved = find_checkpoint(run, config, progress)
-            micro_batch = saved.state["circumstances"]["micro_batch"] if saved else None
-            steps, planned = plan_run(settled, data, shape, micro_batch and tuple(micro_batch))
-            announce(config, settled, base, data, planned, progress, progress.note)
-            check_free(output, checkpoint.n_bytes(planned.n_trained), config.keep_checkpoints)
-            stop.check()
-            with open_engine(planned, stop) as engine:
-                trainer = Trainer(settled, base, data, steps, planned, run, engine, progress, stop)
-                trainer.begin(saved)
-                trainer.loop()
-                outcome = trainer.outcome()
-                if settled.ask and run.adapter.exists():
-                    measured = measure_kept(engine, planned, base, data, run.adapter, stop.check)
-                    outcome = replace(outcome, measured=measured)
-            if (config.samples or config.ask) and not stop.signal_number:
-                progress.note("asking the base model and the adapter")
-                answers = ask(base, data, run.adapter, settled, stop, progress)
-                outcome = replace(outcome, samples=answers.samples, asked=answers.asked)
-            conclude(run, outcome, progress)
-            stop.check()
+        data = read_data(config, base, stop)
+        callbacks = [Announcement(config, base, progress), *trackers(config)]
+        outcome = run_training(config, base, data, stop, progress, callbacks)
+        conclude(RunDirectory(output), outcome, progress)
+        stop.check()
 
 
-def settle(
-    config: FinetuneConfig, base: BaseModel, stop: StopSignals
-) -> tuple[SettledConfig, Data]:
-    """Read the data and choose the settings that follow from it.
+def read_data(config: FinetuneConfig, base: BaseModel, stop: StopSignals) -> Data:
+    """Read the data as the settings say.
 
     Raises:
-        InputError: A file cannot be read, a row is not an example, or settings contradict.
+        InputError: A file cannot be read, or a row is not an example.
     """
-    data = load_data(
+    return load_data(
         base,
         config.data,
         format=config.format,
@@ -100,13 +74,35 @@ def settle(
         seed=config.seed,
         check=stop.check,
     )
-    settled = choose_settings(config, data)
-    return settled, with_course(settled, base, data, stop.check)
+
+
+class Announcement(Callback):
+    """Says what will be done before it is."""
+
+    def __init__(self, config: FinetuneConfig, base: BaseModel, progress: Progress) -> None:
+        self._config, self._base, self._progress = config, base, progress
+
+    def on_plan(self, settings: SettledConfig, data: Data, plan: Plan) -> None:
+        """Say it."""
+        say = self._progress.note
+        announce(self._config, settings, self._base, data, plan, self._progress, say)
+
+
+def trackers(config: FinetuneConfig) -> list[Callback]:
+    """Return the callback of the service that `--report-to` names.
+
+    Raises:
+        InputError: Its extra is not installed.
+    """
+    if config.report_to == "tensorboard":
+        return [TensorBoard(Path(config.output) / "tensorboard")]
+    if config.report_to == "wandb":
+        return [WandB(project="ggft", config=to_record(config))]
+    return []
 
 
 def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> None:
-    """Write the report and say what came of the run."""
-    write_report(run, outcome)
+    """Say what came of the run."""
     verdict = outcome.verdict()
     progress.event(
         "done", adapter=str(run.adapter), verdict=verdict.kind, text=verdict.text,
@@ -138,7 +134,9 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
     with model_outline(config.model, progress.note) as path, StopSignals() as stop:
         if config.data:
             base = open_model(path, config.template, check=is_whole, warn=progress.warn)
-            settled, data = settle(config, base, stop)
+            data = read_data(config, base, stop)
+            settled = choose_settings(config, data)
+            data = with_course(settled, base, data, stop.check)
             lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))
             shape = make_shape(settled, lora, base.file, base.info)
             _, planned = plan_run(settled, data, shape)
@@ -215,26 +213,3 @@ def announce(
     if plan.warning:
         progress.warn(plan.warning)
     progress.event("plan", settings=to_record(config), plan=plan.record())
-
-
-def find_checkpoint(
-    run: RunDirectory, config: FinetuneConfig, progress: Progress
-) -> checkpoint.Checkpoint | None:
-    """Return what to continue from, None to start anew.
-
-    Raises:
-        InputError: a run is there, but nothing to continue it from.
-    """
-    if not config.resume:
-        return None
-    saved = checkpoint.load_newest(run.checkpoints, progress.warn)
-    if saved is None and run.adapter.exists() and not run.was_begun():
-        raise InputError(
-            "there is an adapter but no checkpoint to continue from",
-            path=run.path,
-            expected=f"{run.checkpoints.name}/step-…",
-            hint="start again with --overwrite, or choose another directory with --output",
-        )
-    if saved is None:
-        progress.note("nothing to resume; starting from the beginning")
-    return saved

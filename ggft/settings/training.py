@@ -171,6 +171,10 @@ class FinetuneConfig:
         "--samples", default=3, minimum=0, maximum=100,
         help="Questions that the report answers before and after",
     )  # fmt: skip
+    report_to: str = option(
+        "--report-to", default="none", choices=("none", "tensorboard", "wandb"), recorded=False,
+        help="Also send losses to TensorBoard or Weights & Biases, by the extra of that name",
+    )  # fmt: skip
     dry_run: bool = option(
         "--dry-run", default=False, recorded=False, help="Check everything, print the plan and stop"
     )

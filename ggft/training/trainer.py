@@ -25,6 +25,7 @@ from ggft.system.machine import peak_rss_bytes
 from ggft.system.progress import Progress
 from ggft.system.signals import StopSignals
 from ggft.training import checkpoint, schedule
+from ggft.training.callbacks import Callback, Step
 from ggft.training.divergence import Trend, Watch, is_worse
 from ggft.training.kept import KeptAdapter
 from ggft.training.outcome import Outcome
@@ -52,6 +53,7 @@ class Trainer:
     engine: Engine
     progress: Progress
     stop: StopSignals
+    tell: Callback
     state: State = field(default_factory=State)
     saved_step: int = -1
 
@@ -131,7 +133,7 @@ class Trainer:
         if self.state.ended:
             self.progress.note("the run is finished already")
             return
-        self.progress.start(self.n_steps, self.engine.step)
+        self.tell.on_start(self.n_steps, self.engine.step)
         try:
             if self.engine.step == 0:
                 self._measure_base()
@@ -149,7 +151,7 @@ class Trainer:
         except (Cancelled, Interrupted):
             self._save_interrupted()
         finally:
-            self.progress.stop()
+            self.tell.on_end()
 
     def outcome(self) -> Outcome:
         """Return what the report is made of."""
@@ -275,24 +277,21 @@ class Trainer:
     def _log(self, loss: float, lr: float, norm: float, tokens_per_s: float, count: int) -> None:
         state, step = self.state, self.engine.step
         epoch = state.epoch + state.index / self.steps.per_epoch
-        record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "trained_tokens": count,
-            "tokens_seen": state.tokens_seen,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "elapsed_s": round(state.elapsed_s, 3),
-        }
-        self.run.log(record)
-        log = step % self.interval == 0 or step == self.n_steps
-        mean = state.interval_nats / state.interval_count
-        if log:
-            self.progress.event("step", **{**record, "loss": mean, "total_steps": self.n_steps})
+        done = Step(
+            step=step,
+            epoch=round(epoch, 4),
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            trained_tokens=count,
+            tokens_seen=state.tokens_seen,
+            tokens_per_s=round(tokens_per_s, 1),
+            elapsed_s=round(state.elapsed_s, 3),
+        )
+        self.tell.on_step(done)
+        if step % self.interval == 0 or step == self.n_steps:
+            self.tell.on_report(done, state.interval_nats / state.interval_count)
             state.interval_nats, state.interval_count = 0.0, 0
-        self.progress.step(step, loss=mean, lr=lr, tokens_per_s=tokens_per_s, log=log)
 
     def _evaluation_is_due(self) -> bool:
         at_border = self.state.index == 0 or self.engine.step == self.n_steps
@@ -315,9 +314,7 @@ class Trainer:
         with self._numeric_errors(step):
             loss, count = mean_nats(self.engine, batches.epoch(0), self.stop.check)
         state.evaluated_step = step
-        self.run.log({"step": step, "val_loss": loss, "val_tokens": count})
-        self.progress.event("evaluation", step=step, val_loss=loss)
-        self.progress.note(f"step {step}  held-out loss {loss:.4f}")
+        self.tell.on_evaluation(step, loss, count)
         if step == 0:
             state.base_val = loss
             return
@@ -354,7 +351,7 @@ class Trainer:
             state.best_step = step
         state.metrics_bytes = self.run.metrics_bytes
         with self._numeric_errors(step):
-            checkpoint.save(
+            saved = checkpoint.save(
                 self.run.checkpoints,
                 self.engine,
                 self.meta,
@@ -366,6 +363,7 @@ class Trainer:
                 keep=self.config.keep_checkpoints,
             )
         self.saved_step = step
+        self.tell.on_save(step, saved)
         if keeps_this:
             self._keep()
         elif state.ended and not state.best_step:
