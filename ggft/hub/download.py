@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 from ggft import __version__
 from ggft.hub.fetch import (
-    CONNECT_TIMEOUT_S,
+    FIRST_CONNECT_TIMEOUT_S,
     N_TRIES,
     Remote,
     check_status,
     fetch,
     reason,
+    whole_number,
     with_tries,
 )
 from ggft.hub.registry import SYSTEM_BYTES, TRAINING_BYTES, Entry, entry_of, models_folder, registry
@@ -178,6 +179,7 @@ def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
                 f"{endpoint()} cannot be reached ({reason(error)})",
                 hint="check the connection, or give -m the path of a GGUF file that you have",
             ),
+            is_first=True,
         )
     except ConnectionError:  # huggingface_hub's word for HF_HUB_OFFLINE
         raise NetworkError(
@@ -195,7 +197,7 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
     base = endpoint()
     url = hf_hub_url(entry.repo, entry.file, revision=entry.revision, endpoint=base)
     page = f"{base}/{entry.repo}"
-    timeout = httpx2.Timeout(10.0, connect=CONNECT_TIMEOUT_S)
+    timeout = httpx2.Timeout(10.0, connect=FIRST_CONNECT_TIMEOUT_S)
     answer = client.head(url, headers=headers, timeout=timeout, follow_redirects=False)
     for _ in range(MAX_MOVES):
         # A renamed repository redirects within the hub; the redirect to the storage host, which
@@ -224,7 +226,7 @@ def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote
     sha256 = entry.sha256 or stated
     return Remote(
         url=url, name=entry.local_name, page=page, headers=headers, sha256=sha256,
-        size=entry.size or (int(length) if length and length.isdigit() else None),
+        size=entry.size or whole_number(length) or None,  # 0 is said where it is not known
         version=sha256 or tag or answer.headers.get("X-Repo-Commit") or entry.revision,
     )  # fmt: skip
 

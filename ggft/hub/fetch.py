@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from ggft.system.errors import NetworkError, ResourceError
+from ggft.gguf.header import read_header
+from ggft.system.errors import InputError, NetworkError, ResourceError
 from ggft.system.files import flush, require_space
 from ggft.system.progress import ByteBar
 
@@ -29,7 +30,10 @@ N_TRIES = 5
 WAIT_S = 1.0  # before the second try; doubled each time
 MAX_WAIT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
+FIRST_CONNECT_TIMEOUT_S = 2.5  # of a hub that may not be there: said within 3 seconds
 STALL_TIMEOUT_S = 30.0
+_HOPELESS = ("TooManyRedirects", "UnsupportedProtocol", "LocalProtocolError")
+_UNREACHABLE = ("ConnectError", "ConnectTimeout")
 _CHUNK_BYTES = 1 << 20
 _SPARE_BYTES = 64 << 20
 
@@ -122,9 +126,30 @@ def fetch(client: httpx2.Client, remote: Remote, target: Path) -> None:
                 f"{remote.name} arrived damaged", found=f"SHA-256 {found}", expected=remote.sha256,
                 hint="run the same command again; if it stays so, ask who runs the server or proxy",
             )  # fmt: skip
+        if remote.sha256 is None:
+            _check_content(path, remote, target)
         flush(path)
         os.replace(path, target)
         flush(target.parent)
+
+
+def _check_content(path: Path, remote: Remote, target: Path) -> None:
+    """Refuse what is no whole GGUF file, where no hash tells: a page, an error, half a file.
+
+    Raises:
+        NetworkError: It is not; what was there before stays.
+    """
+    if target.suffix != ".gguf":
+        return
+    try:
+        read_header(path)
+    except InputError as error:
+        found = f"{error.message} (found {error.found})"
+        path.unlink()
+        raise NetworkError(
+            f"what came is not {remote.name}", found=found, expected="a whole GGUF file",
+            hint="this network or server may answer with a page of its own: try another one",
+        ) from None  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -169,6 +194,7 @@ def _fill(client: httpx2.Client, remote: Remote, part: _Part) -> None:
                     return
                 raise BusyError("the connection ended early")
             except (httpx2.RequestError, BusyError) as error:
+                _require_hope(error, remote.name)
                 if remote.size is not None and part.n_bytes == remote.size:
                     return
                 failures = 1 if part.n_bytes > best else failures + 1
@@ -180,6 +206,19 @@ def _fill(client: httpx2.Client, remote: Remote, part: _Part) -> None:
                         hint="run the same command again later: it goes on from here",
                     ) from None
                 pause(failures, error)
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Return whether the same request would fail again: it leads in a circle, or nowhere."""
+    return type(error).__name__ in _HOPELESS
+
+
+def _require_hope(error: Exception, name: str) -> None:
+    if _is_hopeless(error):
+        raise NetworkError(
+            f"{name} could not be downloaded: its address leads in a circle or nowhere",
+            hint="ask who runs the server or proxy",
+        ) from None
 
 
 def pause(failures: int, error: Exception) -> None:
@@ -216,7 +255,7 @@ def _receive(client: httpx2.Client, remote: Remote, part: _Part, bar: ByteBar) -
         if not _begins_at(answer, part.n_bytes):
             # A server may ignore the range and send the whole file.
             part.restart()
-        for chunk in answer.iter_raw(_CHUNK_BYTES):
+        for chunk in answer.iter_raw():  # as it comes, so that a break loses nothing
             part.append(chunk)
             bar.move_to(part.n_bytes)
             if remote.size is not None and part.n_bytes > remote.size:
@@ -241,9 +280,15 @@ def fetch_range(client: httpx2.Client, remote: Remote, first: int, n_bytes: int)
 
 
 def with_tries(
-    request: Callable[[], ResultT], n_tries: int, failed: Callable[[Exception], NetworkError]
+    request: Callable[[], ResultT],
+    n_tries: int,
+    failed: Callable[[Exception], NetworkError],
+    *,
+    is_first: bool = False,
 ) -> ResultT:
     """Return what `request` returns, tried again after pauses where the network is at fault.
+
+    Where the first request of all reaches nobody, most likely none will: that is said at once.
 
     Raises:
         NetworkError: `failed` of the last error.
@@ -256,7 +301,8 @@ def with_tries(
             return request()
         except (httpx2.RequestError, BusyError) as error:
             failures += 1
-            if failures >= n_tries:
+            is_vain = is_first and type(error).__name__ in _UNREACHABLE
+            if failures >= n_tries or is_vain or _is_hopeless(error):
                 raise failed(error) from None
             pause(failures, error)
 
@@ -301,6 +347,11 @@ def _check_answer(answer: httpx2.Response, remote: Remote) -> None:
         )
 
 
+def whole_number(text: str | None) -> int | None:
+    """Return the value of a numeric header, None if it has none; `²` is a digit, but no number."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 def check_status(answer: httpx2.Response, name: str, page: str) -> None:
     """Turn an HTTP error into what the user can do about it.
 
@@ -320,7 +371,5 @@ def check_status(answer: httpx2.Response, name: str, page: str) -> None:
         raise NetworkError(f"{name} does not exist (HTTP {status})", hint=f"see {page}")
     if status in (408, 416, 429) or status >= 500:
         after = answer.headers.get("Retry-After", "")
-        raise BusyError(
-            f"the server is busy (HTTP {status})", float(after) if after.isdigit() else 0
-        )
+        raise BusyError(f"the server is busy (HTTP {status})", float(whole_number(after) or 0))
     raise NetworkError(f"{name} was refused (HTTP {status})", hint=f"see {page}")

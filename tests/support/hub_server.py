@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+NO_HASH = ("no-hash", "no-size", "odd-size", "page", "empty")
 STATUS_CODES = {
     "gated": (403, "GatedRepo"),
     "private": (401, "RepoNotFound"),
@@ -90,8 +91,14 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
                     "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
                     "Location": f"{hub.storage_url}/{name}?signature=secret",
                 }
-                if fault == "no-hash":
+                if fault in NO_HASH:
                     del headers["X-Linked-Etag"]
+                if fault in ("no-size", "page", "empty"):
+                    headers["X-Linked-Size"] = "0"
+                if fault == "odd-size":
+                    headers["X-Linked-Size"] = "²".encode().decode("latin-1")
+                if fault == "circle" and self.command == "GET":
+                    headers["Location"] = self.path
                 self.reply(302, headers)
 
         def from_storage(self, name: str) -> None:
@@ -103,6 +110,9 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
                 wanted, first, end = None, 0, None
             if fault == "login-at-storage":
                 self.reply(200, {"Content-Type": "text/html"}, b"<html>Please sign in</html>")
+                return
+            if fault in ("page", "empty"):
+                self.reply(200, {}, b"<html>Please sign in</html>" if fault == "page" else b"")
                 return
             if fault == "corrupt":
                 data = data[:-1] + bytes([data[-1] ^ 1])
