@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import SMOLLM2
 
+SHORT = "--max-steps 1 --samples 0 --ask 0 --val-split 0 --mix none"
 CONFIGURATIONS = {
     "as it comes": "",
     "recomputed": "--recompute",
@@ -63,9 +64,8 @@ def measure(model: Path, data: Path, options: list[str]) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "ggft", "finetune", "-m", str(model), "-d", str(data)]
-        fixed = ["--max-steps", "1", "--samples", "0", "--val-split", "0", "--mix", "none"]
         subprocess.run(
-            [*command, "-o", str(run), *fixed, *options], check=True, capture_output=True
+            [*command, "-o", str(run), *SHORT.split(), *options], check=True, capture_output=True
         )
         report: dict[str, Any] = json.loads((run / "report.json").read_text())
     return int(report["plan"]["total_bytes"]), int(report["peak_bytes"])

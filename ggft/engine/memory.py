@@ -22,8 +22,9 @@ from ggft.system.text import format_bytes
 
 # Tokens per micro-batch beyond which larger ones no longer train faster.
 MAX_TOKENS = 4096
-# The interpreter, NumPy, llama.cpp's libraries and the tokenizer's tables (measured: 70 MiB).
-RUNTIME_BYTES = 90 * 2**20
+# The interpreter, NumPy, llama.cpp's libraries, the tokenizer's tables and the kernels' working
+# memory; measured by bench/memory.py.
+RUNTIME_BYTES = 100 * 2**20
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
 # matrix, mostly), in tokens, and with prepacked weights; and how much more tokens cost, as they
 # leave the caches, in micro-batches twice as large. On two of a Zen 4: passes over the block,
