@@ -166,6 +166,21 @@ def _rows(path: Path, raw: BinaryIO) -> Iterator[Row]:
     return _text_rows(source)
 
 
+class _CarriageReturns(io.RawIOBase):
+    """A file whose lines end with CR alone, as old spreadsheets write them, with LF instead."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._file = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer)).replace(b"\r", b"\n")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class _Source:
     """A file's text, by lines or by pieces, with the number of the line read last."""
 
@@ -174,6 +189,10 @@ class _Source:
         self.line = 0
         self._raw = raw
         self._head = raw.read(CHUNK_BYTES)
+        if b"\r" in self._head and b"\n" not in self._head:
+            raw.seek(0)
+            self._raw = io.BufferedReader(_CarriageReturns(raw), CHUNK_BYTES)
+            self._head = self._raw.read(CHUNK_BYTES)
         for magic, what in _FOREIGN:
             if self._head.startswith(magic):
                 self.fail(f"this is {what}", 1, "JSON, JSONL, CSV, TSV or text in UTF-8", _CONVERT)

@@ -294,9 +294,11 @@ class GGUFFile:
         return self.metadata.get(key, default)
 
     def text(self, key: str) -> str | None:
-        """Return a metadata value that is text; None where it is missing or something else."""
+        """Return a metadata value that is text, U+FFFD for what is not UTF-8; None without."""
         value = self.metadata.get(key)
-        return value if isinstance(value, str) else None
+        if not isinstance(value, str):
+            return None
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file (of the shards, one after another), read in pieces."""

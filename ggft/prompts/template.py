@@ -356,6 +356,11 @@ def _find_source(name: str, metadata: Mapping[str, object]) -> tuple[str, str]:
             raise InputError(
                 "this model has no chat template of its own", hint="choose one with --template"
             )
+        if any("\ud800" <= c <= "\udfff" for c in str(own)):
+            raise InputError(
+                "the model's chat template is not UTF-8",
+                hint="choose another template, for example --template chatml",
+            )
         return name, str(own)
     if name in BUILTIN:
         return name, BUILTIN[name]

@@ -19,10 +19,12 @@ from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.assistant_mask import Message
+from ggft.prompts.builtin import BUILTIN
 from ggft.prompts.encoding import Tokenizer
 from ggft.prompts.template import Template, make_template
 from ggft.system.errors import InputError
 from ggft.system.progress import print_note
+from ggft.system.text import MAX_SHOWN
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,14 @@ def choose_template(
         path, trained = adapter.path, adapter.meta.template
         wanted = adapter.meta.template_sha256
     chosen = trained or "auto" if name == "auto" else name
+    if name == "auto" and chosen not in ("auto", "gguf", *BUILTIN):
+        raise InputError(
+            "the adapter was trained with a template from a file, and what a model file names is"
+            " not opened",
+            path=path,
+            found=repr(chosen)[:MAX_SHOWN],
+            hint="give that file to --template",
+        )
     template = make_template(chosen, file.metadata, tokenizer)
     if wanted in (None, template.source_hash):
         return template

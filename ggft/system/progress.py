@@ -17,12 +17,14 @@ from typing import Any, TextIO
 
 from ggft.system.errors import ResourceError
 from ggft.system.signals import silence_stdout
-from ggft.system.text import finite
+from ggft.system.text import finite, printable
 
 # What writing to a file may fail with, and to a reader not.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 MIN_COLUMNS = 40
 BAR_DELAY_S = 2.0
+# DEL and C1, which a terminal may obey, and json.dumps leaves as they are.
+_JSON_CONTROLS = {code: f"\\u{code:04x}" for code in range(127, 160)}
 MODES = ("auto", "bar", "lines", "json", "quiet")
 
 
@@ -96,7 +98,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line for people."""
         if self.mode in ("bar", "lines"):
-            self._write(self._err, text)
+            self._write(self._err, printable(text))
 
     def warn(self, text: str) -> None:
         """Print a warning; in JSON mode it is an event."""
@@ -106,13 +108,14 @@ class Progress:
     def result(self, text: str) -> None:
         """Print what the command was asked for, on stdout."""
         if self.mode in ("bar", "lines"):
-            self._write(self._out, text)
+            self._write(self._out, printable(text))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Print one JSON line in JSON mode; NaN and infinity, which JSON lacks, become null."""
         if self.mode == "json":
             record = {"event": kind, **fields}
-            self._write(self._out, json.dumps(finite(record), ensure_ascii=False))
+            text = json.dumps(finite(record), ensure_ascii=False)
+            self._write(self._out, text.translate(_JSON_CONTROLS))
 
     def start(self, total: int, first: int = 0) -> None:
         """Begin counting steps; `first` of `total` are done already."""
@@ -167,7 +170,7 @@ class Progress:
 def print_note(text: str) -> None:
     """Print a line for people, on stderr, where there is one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class ByteBar:

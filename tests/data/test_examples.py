@@ -241,3 +241,14 @@ def test_any_mix_of_rows_round_trips(
             else:
                 assert example.messages[-1]["content"] == row.get("output", row.get("completion"))
                 assert example.messages[0]["content"] == row.get("instruction", row.get("prompt"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_that_end_with_cr_alone(tmp_path: Path, packed: bool) -> None:
+    table = b'instruction,output\rask,say\r"two\rlines",yes\r' + b"q,a\r" * 100_000
+    path = tmp_path / ("rows.csv.gz" if packed else "rows.csv")
+    path.write_bytes(gzip.compress(table) if packed else table)
+    rows = list(read_rows(path))
+    assert len(rows) == 100_002
+    assert rows[1].value == {"instruction": "two\nlines", "output": "yes"}
+    assert (rows[0].line, rows[2].line) == (2, 5)

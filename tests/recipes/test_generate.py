@@ -119,7 +119,7 @@ def test_an_adapter_changes_the_answer(tiny: Tiny, tmp_path: Path) -> None:
     [
         ({"base_sha256": "0" * 64}, "trained on another base model"),
         ({"template": "chatml", "template_sha256": "0" * 64}, "not the one that the adapter"),
-        ({"template": "/no/such/file.jinja"}, "no such template"),
+        ({"template": "/no/such/file.jinja"}, "template from a file"),
     ],
 )
 def test_an_adapter_of_other_things_is_refused(

@@ -133,3 +133,15 @@ def test_a_closed_pipe(tmp_path: Any) -> None:
         # What is left in the buffer fails again when the stream is closed; the command line
         # points stdout elsewhere before that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    name, out, err = "a\x1b[2Jb\x9bc", io.StringIO(), io.StringIO()
+    progress = Progress("lines", out=out, err=err)
+    progress.note(name)
+    progress.result(name)
+    assert out.getvalue() == err.getvalue() == "a\\x1b[2Jb\\x9bc\n"
+    out = io.StringIO()
+    Progress("json", out=out).event("x", name=name)
+    assert "\x9b" not in out.getvalue()
+    assert json.loads(out.getvalue())["name"] == name
