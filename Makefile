@@ -38,7 +38,7 @@ IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test test-gpu fuzz fuzz-asan check format stub docs bench bench-setup clean help
+.PHONY: setup dev model finetune chat test test-gpu fuzz fuzz-asan check format stub docs bench recipes bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -120,6 +120,9 @@ docs: dev ## write the generated parts of the READMEs anew
 
 bench: setup model bench-setup ## measure ggft beside PEFT on this machine (ARGS="--runs 5")
 	@$(BIN)/python bench/bench.py $(ARGS)
+
+recipes: dev model ## rerun the experiments behind ggft/data/recipes.toml; goes on where it was stopped
+	@$(BIN)/python -m bench.recipes $(ARGS)
 
 bench-setup: $(PEER)/.setup ## make the peer's environment (torch and PEFT: about 1 GB)
 

@@ -162,6 +162,12 @@ def kind_of_texts(texts: Sequence[Sequence[Message] | None]) -> tuple[Kind, str]
     )
 
 
+def wordings_of_texts(texts: Sequence[Sequence[Message] | None]) -> float:
+    """Return how many conversations there are for each last answer."""
+    answers = [messages[-1]["content"].strip() for messages in texts if messages]
+    return len(answers) / max(1, len(set(answers)))
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """Settings for the ones that the user left open.

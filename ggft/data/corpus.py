@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggft.data.advice import MANY_ROWS, Kind, choose_max_length, held_out_rows, kind_of_texts
+from ggft.data.advice import (
+    MANY_ROWS,
+    Kind,
+    choose_max_length,
+    held_out_rows,
+    kind_of_texts,
+    wordings_of_texts,
+)
 from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with, shortened
 from ggft.data.examples import Example, check_format, read_examples
@@ -78,6 +85,7 @@ class Account:
         n_trained: Training tokens that the loss counts.
         val_share: Share of the rows that was to be held out.
         row_kind: What the rows are: facts, a task (or a style), or unclear.
+        n_wordings: Rows for each answer, on average.
         notes: What was chosen from the data, a sentence each.
         warnings: What a user should look at, a sentence each.
     """
@@ -93,6 +101,7 @@ class Account:
     n_trained: int = 0
     val_share: float = 0.0
     row_kind: Kind = "task"
+    n_wordings: float = 1.0
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -203,7 +212,7 @@ class _Loader:
         account, n = self.account, len(self.table)
         account.n_rows = n
         self._kind = kind_of_texts(self.texts)
-        account.row_kind = self._kind[0]
+        account.row_kind, account.n_wordings = self._kind[0], wordings_of_texts(self.texts)
         duplicates = self.hashes.duplicates()
         row_of = np.array(self.row_of, np.int64)
         max_length = self._max_length()

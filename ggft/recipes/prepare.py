@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ggft.data.store import IntArray
 
 SIDES = ("train.jsonl", "valid.jsonl")
+FEW_WORDINGS = 1.2  # questions of an answer: hardly any has a second one
 HISTOGRAM_ROWS = 10
 BAR_WIDTH = 40
 GREEN, BOLD, RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -126,6 +127,11 @@ def describe(corpus: Corpus, template: Template) -> Iterator[str]:
     )
     for reason in advice.reasons:
         yield f"           {reason}"
+    if account.row_kind == "facts" and account.n_wordings < FEW_WORDINGS:
+        yield (
+            "           every fact has one wording: give three wordings of each question, and it"
+            " is found by others, too"
+        )
 
 
 def histogram(lengths: IntArray) -> Iterator[str]:

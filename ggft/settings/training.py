@@ -71,9 +71,9 @@ class FinetuneConfig:
         "--lr", "--learning-rate", default=None, above=0.0, maximum=1.0,
         shown=DATA_RULE, help="Peak learning rate",
     )  # fmt: skip
-    warmup_steps: int = option(
-        "--warmup-steps", default=50, minimum=0,
-        help="Steps of linear warm-up; never more than a tenth of the run",
+    warmup_steps: int | None = option(
+        "--warmup-steps", default=None, minimum=0, shown="a tenth of the run, at most 50",
+        help="Steps of linear warm-up",
     )  # fmt: skip
     lr_scheduler: str = option(
         "--lr-scheduler", "--lr-scheduler-type", default="cosine",
@@ -215,6 +215,11 @@ class EvalConfig:
     threads: int | None = threads_option()
     device: str = device_option()
     memory: str | None = memory_option()
+    forgetting: bool = option(
+        "--forgetting",
+        default=False,
+        help="Measure what the adapter does to general text instead: packaged rows, no --data",
+    )
     json: bool = json_option("Print the result as JSON")
 
 

@@ -26,6 +26,7 @@ _ROWS = {
     "n_trained": "of them in answers",
     "val_share": "share to hold out",
     "row_kind": "what the rows are",
+    "n_wordings": "rows for each answer",
 }
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #8c959f; --line: #d0d7de;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+MOST_WARMUP = 50
+
 
 def lr_at(step: int, *, n_steps: int, warmup_steps: int, peak_lr: float, kind: str) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
@@ -24,9 +26,9 @@ def lr_at(step: int, *, n_steps: int, warmup_steps: int, peak_lr: float, kind: s
     return peak_lr * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def safe_warmup(warmup_steps: int, n_steps: int) -> int:
-    """Return the warm-up, at most a tenth of the steps, so that short runs train at full rate."""
-    return min(warmup_steps, n_steps // 10)
+def choose_warmup(given: int | None, n_steps: int) -> int:
+    """Return the warm-up: as given, else a tenth of the steps, so that short runs train on."""
+    return min(MOST_WARMUP, n_steps // 10) if given is None else min(given, n_steps)
 
 
 def safe_interval(interval: int, n_steps: int) -> int:

@@ -60,7 +60,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.n_steps = schedule.total_steps(self.steps.per_epoch, config.epochs, config.max_steps)
-        self.warmup_steps = schedule.safe_warmup(config.warmup_steps, self.n_steps)
+        self.warmup_steps = schedule.choose_warmup(config.warmup_steps, self.n_steps)
         self.interval = schedule.safe_interval(config.logging_steps, self.n_steps)
         self.meta = AdapterMeta(
             architecture=self.base.file.architecture,

@@ -296,3 +296,14 @@ def test_a_histogram_accounts_for_every_example(
     counts = [int(m) for m in re.findall(r"^ *\d+–\d+ +(\d+)", out, re.MULTILINE)]
     assert sum(counts) == 99
     assert len(counts) <= 11
+
+
+def test_facts_in_one_wording_are_told_that_three_are_better(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(f"what is {word}?", f"{word[::-1]} it is") for word in ("ab", "cd", "ef")]
+    more = [row(f"tell me {r['instruction']}", r["output"]) for r in rows]
+    for given, told in ((rows, True), (rows + more, False)):
+        path = save(tmp_path / "x.jsonl", given)
+        assert run(cli, ["prepare", "-m", str(tiny), "-d", str(path)]) == 0
+        assert ("three wordings" in capsys.readouterr().out) == told

@@ -32,7 +32,7 @@ def test_each_default_is_valid_and_each_none_is_explained(config_class: type) ->
 
 
 def test_tutorial_defaults() -> None:
-    assert (config().warmup_steps, config().save_steps, config().logging_steps) == (50, 100, 10)
+    assert (config().warmup_steps, config().save_steps, config().logging_steps) == (None, 100, 10)
 
 
 @pytest.mark.parametrize(

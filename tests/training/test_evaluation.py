@@ -90,6 +90,18 @@ def test_the_loss_is_llama_cpps_loss(case: Case, trained: Path) -> None:
         assert case.loss(adapter, precision="f32") == pytest.approx(total / count, rel=2e-3)
 
 
+def test_what_was_forgotten_is_measured_on_packaged_rows(case: Case, trained: Path) -> None:
+    values = {"model": str(case.model), "threads": 1, "forgetting": True}
+    adapter = str(trained / "adapter.gguf")
+    found = evaluate(make(EvalConfig, {**values, "adapter": adapter}), Progress("quiet"))
+    assert found["general_before"] > 1
+    assert found["general_after"] != found["general_before"]
+    assert found["ratio"] == found["general_after"] / found["general_before"]
+    for wrong in ({}, {"adapter": adapter, "data": [str(case.data)]}):
+        with pytest.raises(InputError, match="--forgetting"):
+            evaluate(make(EvalConfig, {**values, **wrong}), Progress("quiet"))
+
+
 def test_an_adapter_scaled_to_nothing_is_the_base(case: Case, trained: Path) -> None:
     adapter = trained / "adapter.gguf"
     base = case.loss(None)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ggft.data.batches import steps_per_epoch
-from ggft.training.schedule import lr_at, safe_interval, safe_warmup, total_steps
+from ggft.training.schedule import choose_warmup, lr_at, safe_interval, total_steps
 
 
 def rates(kind: str, n_steps: int, warmup_steps: int) -> list[float]:
@@ -35,8 +35,10 @@ def test_shapes() -> None:
 
 
 @pytest.mark.parametrize(("n_steps", "expected"), [(1, 0), (9, 0), (10, 1), (499, 49), (9999, 50)])
-def test_warmup_is_at_most_a_tenth(n_steps: int, expected: int) -> None:
-    assert safe_warmup(50, n_steps) == expected
+def test_warmup_is_a_tenth_unless_it_is_given(n_steps: int, expected: int) -> None:
+    assert choose_warmup(None, n_steps) == expected
+    assert choose_warmup(20, n_steps) == min(20, n_steps)
+    assert choose_warmup(0, n_steps) == 0
 
 
 @pytest.mark.parametrize(("n_steps", "expected"), [(1, 1), (39, 1), (40, 2), (9999, 10)])
