@@ -24,7 +24,8 @@ LAYERS = [
 OLD_PYTHONS = {"tomli": ["tomli"]}
 OPTIONAL = {"tensorboardX", "wandb"}
 NATIVE_LAYERS = [
-    "base", "kernels", "trace", "model", "rules", "patterns", "segments", "engine", "bindings",
+    "base", "kernels", "calibrate", "trace", "model", "rules", "patterns", "segments", "engine",
+    "bindings",
 ]  # fmt: skip
 MOST_FILES = 15
 # Who alone may import what is heavy or foreign.

@@ -109,7 +109,7 @@ _MEMORY_HINT = "give less with --memory, or use a shorter --max-length or a smal
 
 
 @contextlib.contextmanager
-def _native_errors(native: Any) -> Iterator[None]:
+def native_errors(native: Any) -> Iterator[None]:
     """Turn native errors into this project's, with their exit codes."""
     kinds: dict[str, type[GgftError]] = {
         "input": InputError,
@@ -140,7 +140,7 @@ class Forecast:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._native = load_native()
-        with _native_errors(self._native):
+        with native_errors(self._native):
             self._forecast: Any = self._native.Forecast(asdict(settings))
         self.kernels: str = self._forecast.kernels
         self.n_parameters: int = self._forecast.n_parameters
@@ -151,7 +151,7 @@ class Forecast:
         self, n_rows: int, n_tokens: int, keep: bool, prepacked_bytes: int
     ) -> dict[str, int]:
         """Return what `Engine.info()["buffers"]` will say of such an engine."""
-        with _native_errors(self._native):
+        with native_errors(self._native):
             return dict(self._forecast.buffers(n_rows, n_tokens, keep, prepacked_bytes))
 
 
@@ -161,7 +161,7 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self._native = load_native()
-        with _native_errors(self._native):
+        with native_errors(self._native):
             self._engine: Any = self._native.Engine(asdict(settings))
         self._parameters: dict[str, tuple[int, int]] = {
             name: (int(shape[0]), int(shape[1])) for name, shape in self._engine.parameters()
@@ -192,7 +192,7 @@ class Engine:
         """
         arrays = self._check(batch)
         try:
-            with _native_errors(self._native):
+            with native_errors(self._native):
                 nats, count = self._engine.forward_backward(*arrays, seed)
             if not math.isfinite(nats):
                 raise NumericError("the loss is not finite", found=nats)
@@ -212,20 +212,20 @@ class Engine:
     def evaluate(self, batch: MicroBatch) -> tuple[float, int]:
         """Return (summed nats, trained tokens) of a micro-batch, without dropout or gradient."""
         arrays = self._check(batch)
-        with _native_errors(self._native):
+        with native_errors(self._native):
             nats, count = self._engine.evaluate(*arrays)
         return float(nats), int(count)
 
     def token_nats(self, batch: MicroBatch) -> FloatArray:
         """Return each position's loss in nats, (B, T); 0 where nothing is trained."""
         arrays = self._check(batch)
-        with _native_errors(self._native):
+        with native_errors(self._native):
             return self._engine.token_nats(*arrays)  # type: ignore[no-any-return]
 
     def logits(self, batch: MicroBatch) -> FloatArray:
         """Return all logits, (B, T, V); for small inputs."""
         tokens, positions, segments, _ = self._check(batch)
-        with _native_errors(self._native):
+        with native_errors(self._native):
             return self._engine.logits(tokens, positions, segments)  # type: ignore[no-any-return]
 
     def optimizer_step(self, lr: float, n_targets: int) -> float:
@@ -234,7 +234,7 @@ class Engine:
         Raises:
             NumericError: a gradient or an updated weight is not finite, with the tensor's name.
         """
-        with _native_errors(self._native):
+        with native_errors(self._native):
             norm = float(self._engine.optimizer_step(lr, n_targets))
         if not math.isfinite(norm):
             raise NumericError("the gradient is not finite", found=norm)
@@ -242,7 +242,7 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
-        with _native_errors(self._native):
+        with native_errors(self._native):
             self._engine.zero_grad()
 
     def cancel(self) -> None:
@@ -252,7 +252,7 @@ class Engine:
 
     def get(self, name: str, which: str = "value") -> FloatArray:
         """Return a copy of a matrix; `which` is value, grad, m or v."""
-        with _native_errors(self._native):
+        with native_errors(self._native):
             return self._engine.get_tensor(name, which)  # type: ignore[no-any-return]
 
     def set(self, name: str, which: str, array: FloatArray) -> None:
@@ -265,7 +265,7 @@ class Engine:
             raise InputError(
                 f"`{name}` has another shape", found=array.shape, expected=self._parameters[name]
             )
-        with _native_errors(self._native):
+        with native_errors(self._native):
             self._engine.set_tensor(name, which, np.ascontiguousarray(array, dtype=np.float32))
 
     def get_all(self, which: str = "value") -> dict[str, FloatArray]:
@@ -303,6 +303,39 @@ class Engine:
                 array = np.zeros(shape, dtype=np.float32)
             self.set(name, "value", array)
 
+    def embed(self, batch: MicroBatch) -> FloatArray:
+        """Return the residual before block 0, (B*T, C)."""
+        tokens, positions, segments, _ = self._check(batch)
+        with native_errors(self._native):
+            return self._engine.embed(tokens, positions, segments)  # type: ignore[no-any-return]
+
+    def advance(
+        self,
+        layer: int,
+        stage: int,
+        batch: MicroBatch,
+        given: Mapping[str, tuple[int, Any]],
+        read: FloatArray,
+        residual: FloatArray,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the residual and the input of a stage, from the input of the one before.
+
+        `given` are weights of the stage before to be used in place of the model's, a type's number
+        and bytes by the linear's name. See `ggft.engine.stages`.
+        """
+        tokens, positions, segments, _ = self._check(batch)
+        with native_errors(self._native):
+            sums, out = self._engine.advance(
+                layer, stage, tokens, positions, segments, dict(given), read, residual
+            )
+        return sums, out
+
+    def loss_of(self, batch: MicroBatch, residual: FloatArray) -> tuple[float, int]:
+        """Return (summed nats, trained tokens) from the residual behind the last block."""
+        with native_errors(self._native):
+            nats, count = self._engine.loss_of(*self._check(batch), residual)
+        return float(nats), int(count)
+
     def info(self) -> dict[str, Any]:
         """Return device, kernels, precision, threads, ggml_version, base_bytes, buffers, …."""
         return dict(self._engine.info())
@@ -314,7 +347,7 @@ class Engine:
         (type, ne, nb), count and supported. `gpu` asks for the graphs that a GPU would get, which
         an engine on the CPU can tell when it was opened with kernels "ggml".
         """
-        with _native_errors(self._native):
+        with native_errors(self._native):
             return list(self._engine.graph_report(gpu))
 
     def set_profiling(self, on: bool) -> None:

@@ -1,52 +1,23 @@
 // The Python module ggft._native: this folder alone knows Python. Arrays are checked here; every
 // call that computes releases the GIL.
 #include "base/error.h"
+#include "bindings/arrays.h"
+#include "bindings/calibration.h"
 #include "bindings/config.h"
 #include "bindings/tools.h"
 #include "kernels/gemm/gemm.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 
-namespace nb = nanobind;
-using namespace nb::literals;
+using namespace nanobind::literals;
 
 namespace ggft {
-
-using IntArray = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
 static Engine * open_engine(const nb::dict & settings) {
     const EngineConfig config = config_of(settings);
     nb::gil_scoped_release release;
     return new Engine(config);
-}
-
-static MicroBatch batch_of(const IntArray & tokens, const IntArray & positions,
-                           const IntArray & segments, const int32_t * targets, uint64_t seed) {
-    require(tokens.shape(0) == positions.shape(0) && tokens.shape(1) == positions.shape(1) &&
-                tokens.shape(0) == segments.shape(0) && tokens.shape(1) == segments.shape(1),
-            ErrorKind::input, "tokens, positions and segments differ in shape");
-    return {(int64_t)tokens.shape(0),
-            (int64_t)tokens.shape(1),
-            tokens.data(),
-            positions.data(),
-            segments.data(),
-            targets,
-            seed};
-}
-
-static void check_targets(const IntArray & tokens, const IntArray & targets) {
-    require(tokens.shape(0) == targets.shape(0) && tokens.shape(1) == targets.shape(1),
-            ErrorKind::input, "tokens and targets differ in shape");
-}
-
-// A NumPy array that owns `n` floats.
-static nb::object new_array(size_t n, std::initializer_list<size_t> shape, float *& data) {
-    data = new float[n]();
-    nb::capsule owner(data, [](void * p) noexcept { delete[] (float *)p; });
-    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape, owner));
 }
 
 static nb::tuple as_tuple(const LossSum & sum) {
@@ -256,8 +227,9 @@ NB_MODULE(_native, m) {
     nb::register_exception_translator(translate, error.ptr());
 
     bind_tools(m);
-    nb::class_<Engine>(m, "Engine")
-        .def(nb::new_(&open_engine), "settings"_a)
+    nb::class_<Engine> engine(m, "Engine");
+    bind_calibration(m, engine);
+    engine.def(nb::new_(&open_engine), "settings"_a)
         .def("forward_backward", &forward_backward, "tokens"_a, "positions"_a, "segments"_a,
              "targets"_a, "seed"_a)
         .def("evaluate", &evaluate, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)

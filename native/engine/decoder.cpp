@@ -10,16 +10,16 @@ static Tensor as_rows(Graph & g, Tensor x) {
     return ggml_reshape_2d(g.ctx(), x, x->ne[0] * x->ne[1], x->ne[2]);
 }
 
-LinearInput Decoder::input(Graph & g, int64_t l, int which, Tensor x, bool dropout) const {
-    static const std::vector<int> READERS[N_INPUTS] = {
+LinearInput Decoder::input(Graph & g, int64_t l, int stage, Tensor x, bool dropout) const {
+    static const std::vector<int> READERS[N_STAGES] = {
         {ATTN_Q, ATTN_K, ATTN_V}, {ATTN_OUTPUT}, {FFN_GATE, FFN_UP}, {FFN_DOWN}};
     std::vector<const LoraPair *> adapters;
-    for (int site : READERS[which]) {
+    for (int site : READERS[stage]) {
         if (lora_.pair(l, site)) {
             adapters.push_back(&lora_.pair(l, site));
         }
     }
-    return ops_.linear_input(g, in_, x, (int)l * N_INPUTS + which, dropout, std::move(adapters));
+    return ops_.linear_input(g, in_, x, (int)l * N_STAGES + stage, dropout, std::move(adapters));
 }
 
 Tensor Decoder::rotated(Graph & g, Tensor x, Tensor norm) const {
@@ -42,26 +42,31 @@ Tensor Decoder::rotated_back(Graph & g, Tensor x_raw, Tensor norm, Tensor dy) co
     return ggml_reshape_2d(g.ctx(), d, D * heads, N);
 }
 
-Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
+Tensor Decoder::attend(Graph & g, const Layer & layer, Tensor q, Tensor k, Tensor v,
+                       Activations & act) const {
     const Hparams & h = model_.hparams;
+    q = as_heads(g, q, h.n_embd_head);
+    k = as_heads(g, k, h.n_embd_head);
+    if (layer.attn_q_norm != nullptr) {
+        act.q_raw = q;
+        act.k_raw = k;
+    }
+    act.q = rotated(g, q, layer.attn_q_norm);
+    act.k = rotated(g, k, layer.attn_k_norm);
+    act.v = as_heads(g, v, h.n_embd_head);
+    act.attn = ops_.attention(g, in_, {act.q, act.k, act.v}, h.attn_scale);
+    return ops_.attention_out(g, act.attn, h.n_head * h.n_embd_head, in_.N());
+}
+
+Block Decoder::forward(Graph & g, int64_t l, Tensor x, bool dropout) const {
     const Layer & layer = model_.layers[(size_t)l];
     Block b;
     lora_.load(g, l);
 
     b.attn_in = norm_input(g, l, IN_ATTN, x, layer.attn_norm, dropout);
-    Tensor q = as_heads(g, linear(g, l, ATTN_Q, b.attn_in), h.n_embd_head);
-    Tensor k = as_heads(g, linear(g, l, ATTN_K, b.attn_in), h.n_embd_head);
-    if (layer.attn_q_norm != nullptr) {
-        b.act.q_raw = q;
-        b.act.k_raw = k;
-    }
-    b.act.q = rotated(g, q, layer.attn_q_norm);
-    b.act.k = rotated(g, k, layer.attn_k_norm);
-    b.act.v = as_heads(g, linear(g, l, ATTN_V, b.attn_in), h.n_embd_head);
-
-    b.act.attn = ops_.attention(g, in_, {b.act.q, b.act.k, b.act.v}, h.attn_scale);
-    Tensor out = ops_.attention_out(g, b.act.attn, h.n_head * h.n_embd_head, in_.N());
-    b.output_in = input(g, l, IN_OUTPUT, out, dropout);
+    Tensor q = linear(g, l, ATTN_Q, b.attn_in), k = linear(g, l, ATTN_K, b.attn_in),
+           v = linear(g, l, ATTN_V, b.attn_in);
+    b.output_in = input(g, l, IN_OUTPUT, attend(g, layer, q, k, v, b.act), dropout);
     b.act.x_mid = linear(g, l, ATTN_OUTPUT, b.output_in, x);
 
     b.ffn_in = norm_input(g, l, IN_FFN, b.act.x_mid, layer.ffn_norm, dropout);

@@ -18,6 +18,9 @@ public:
     Decoder(const Model & model, const Lora & lora, Ops & ops, const Inputs & inputs)
         : model_(model), lora_(lora), ops_(ops), in_(inputs) {}
 
+    // What a block's linears read, by their place in it: a stage of the block.
+    enum Stage { IN_ATTN, IN_OUTPUT, IN_FFN, IN_DOWN, N_STAGES };
+
     // x [C, N] -> the block up to gate and up: all that its backward pass reads.
     Block forward(Graph & g, int64_t layer, Tensor x, bool dropout) const;
     // The rest of the forward pass: x of the next block [C, N].
@@ -35,14 +38,16 @@ public:
     Tensor logits(Graph & g, Tensor x, int64_t first,
                   int64_t n) const; // [V, n] of tokens [first, first+n)
 
-private:
-    enum { IN_ATTN, IN_OUTPUT, IN_FFN, IN_DOWN, N_INPUTS };
+    // Attention [H*D, N] over queries, keys and values as a layer's linears give them.
+    Tensor attend(Graph & g, const Layer & layer, Tensor q, Tensor k, Tensor v,
+                  Activations & act) const;
 
-    LinearInput input(Graph & g, int64_t layer, int which, Tensor x, bool dropout) const;
-    LinearInput norm_input(Graph & g, int64_t layer, int which, Tensor x, Tensor norm,
+private:
+    LinearInput input(Graph & g, int64_t layer, int stage, Tensor x, bool dropout) const;
+    LinearInput norm_input(Graph & g, int64_t layer, int stage, Tensor x, Tensor norm,
                            bool dropout) const {
         Tensor n = ops_.rms_norm(g, x, norm, model_.hparams.norm_eps, /*for_linear=*/true);
-        return input(g, layer, which, n, dropout);
+        return input(g, layer, stage, n, dropout);
     }
     Tensor linear(Graph & g, int64_t layer, int site, const LinearInput & in,
                   Tensor residual = nullptr) const {

@@ -56,6 +56,13 @@ using Arrays = std::map<std::string, std::vector<float>>;
 
 using Buffers = std::map<std::string, size_t>; // bytes by name
 
+// The weight of a linear in place of the model's own, for one call.
+struct GivenWeight {
+    int site;
+    ggml_type type;
+    const void * data;
+};
+
 class Engine {
 public:
     explicit Engine(const EngineConfig & config);
@@ -77,6 +84,15 @@ public:
     // its adapter.
     Arrays probe(const std::string & op, const MicroBatch & batch, const Arrays & given);
     double optimizer_step(float lr, int64_t n_targets);
+
+    // Tokens on their way through the blocks, stage by stage (Decoder::Stage); see stages.cpp.
+    void embed(const MicroBatch & batch, float * residual);
+    void advance(int64_t layer, int stage, const MicroBatch & batch,
+                 const std::vector<GivenWeight> & given, const float * input, float * residual,
+                 float * out);
+    int64_t stage_width(int stage) const; // numbers per token of a stage's input
+    LossSum loss_of(const MicroBatch & batch, const float * residual); // behind the last block
+
     void cancel() { cancelled_ = true; }
 
     // Every distinct node of the graphs. gpu: of the graphs that a GPU would get, on whatever
