@@ -15,6 +15,8 @@ from tests.support.mutants import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = int(os.environ.get("GGFT_MUTANTS", "1500"))
+# How many of the files that mean nonsense are tried; 0 is all.
+SEMANTIC = int(os.environ.get("GGFT_SEMANTIC_MUTANTS", "20"))
 SEED = int(os.environ.get("GGFT_FUZZ_SEED", "0"))
 
 
@@ -38,3 +40,16 @@ def test_mutants(tmp_path: Path) -> None:
     # The mutants must reach all readers, or the test would test nothing.
     for reader in ("described", "converted", "loaded by llama.cpp", "opened by the engine"):
         assert reader in done.stdout
+
+
+def test_semantic_mutants(tmp_path: Path) -> None:
+    """Files that are well formed and mean nonsense, through every command that reads models."""
+    command = [sys.executable, "-m", "tests.support.semantic", str(tmp_path), str(SEED)]
+    done = subprocess.run(
+        [*command, str(SEMANTIC)], cwd=ROOT, capture_output=True, text=True,
+        timeout=60 + 100 * (SEMANTIC or 2000),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    assert "'exit code 0'" in done.stdout
+    assert "'exit code 2'" in done.stdout
