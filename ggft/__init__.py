@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING
 
+# As typing has it; importing that would take half of the time in which Ctrl-C is not heard yet.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ggft.adapters.adapter import Adapter as Adapter
     from ggft.recipes.merge import merge as merge

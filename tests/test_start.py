@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import ggft
 
 INTERRUPTED = """
@@ -31,4 +33,26 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_ctrl_c_while_modules_are_imported_ends_in_one_line() -> None:
     done = start("-c", INTERRUPTED)
+    assert (done.returncode, done.stderr) == (130, "ggft: interrupted\n")
+
+
+CTRL_C = """
+import os, signal, threading, time
+import ggft.__main__ as program
+def press():
+    time.sleep({after_s})
+    os.kill(os.getpid(), signal.SIGINT)
+run = program._run
+def pressed():
+    threading.Thread(target=press, daemon=True).start()
+    return run()
+program._run = pressed
+program.main()
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.03, 0.06, 0.1])
+def test_ctrl_c_at_the_start_is_one_line(after_s: float) -> None:
+    """Wherever it falls: into imports, into the start of the child, or into the child's own."""
+    done = start("-c", CTRL_C.format(after_s=after_s), "chat", "-m", "smollm2-135m-instruct")
     assert (done.returncode, done.stderr) == (130, "ggft: interrupted\n")
