@@ -292,6 +292,7 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         n_examples = n_rows + n_general(n_rows, mix_share)
         per_epoch = steps_per_epoch(n_examples, batch_size * config.grad_accum)
         epochs = -(-config.max_steps // per_epoch)
+    patience = PATIENCE if data.account.row_kind == "task" else 0
     chosen = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -303,7 +304,7 @@ def choose_settings(config: FinetuneConfig, data: Data) -> SettledConfig:
         "mix_share": mix_share,
         "vary": config.vary if config.vary != "auto" else "questions" if advice.vary else "none",
         "val_split": data.account.val_share,
-        "patience": PATIENCE if config.patience is None else config.patience,
+        "patience": patience if config.patience is None else config.patience,
         "threads": config.threads or physical_cores(),
     }
     return SettledConfig(**{**vars(config), **chosen})

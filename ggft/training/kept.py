@@ -39,6 +39,11 @@ class KeptAdapter:
         write_adapter(self.run.adapter, self.engine.parameters, self.engine.get, self.meta)
         return sha256_of([self.run.adapter])
 
+    def copy_best(self) -> None:
+        """Copy the adapter beside itself, as the one of the best held-out loss."""
+        with atomic_output(self.run.best) as temporary:
+            shutil.copyfile(self.run.adapter, temporary)
+
     def mend(
         self, last: Checkpoint, step: int, sha256: str | None, warn: Callable[[str], None]
     ) -> None:

@@ -88,8 +88,9 @@ class Outcome:
     def verdict(self) -> Verdict:
         """Return what was learned, with its numbers."""
         general = [self.measured.get(f"general_{when}") for when in ("before", "after")]
-        kind = self.account.get("row_kind", "task")
-        return judge(self.losses(), is_facts=kind == "facts", asked=self.tally(), general=general)
+        facts = self.account.get("row_kind") == "facts" and not self.n_held_out
+        facts = facts or self.state.get("kept_last", False)
+        return judge(self.losses(), by_answers=facts, asked=self.tally(), general=general)
 
     def tally(self) -> Tally:
         """Return how many of the rows that were asked were answered as they say."""

@@ -27,12 +27,13 @@ from ggft.system.files import (
 from ggft.training.checkpoint import say_how_to_continue, sweep
 
 ADAPTER = "adapter.gguf"
+BEST = "adapter-best-validation.gguf"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 REPORT_HTML = "report.html"
 REPORT_JSON = "report.json"
-_OURS = (ADAPTER, CHECKPOINTS, CONFIG, METRICS, REPORT_HTML, REPORT_JSON)
+_OURS = (ADAPTER, BEST, CHECKPOINTS, CONFIG, METRICS, REPORT_HTML, REPORT_JSON)
 # Left free beside what the run is expected to write.
 _SPARE_BYTES = 64 * 2**20
 
@@ -43,6 +44,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / ADAPTER
+        self.best = path / BEST
         self.checkpoints = path / CHECKPOINTS
         self.config = path / CONFIG
         self.report_html = path / REPORT_HTML

@@ -15,6 +15,8 @@ class State:
         start_loss: What the base makes of the first rows.
         chance: Loss of a guess among all tokens.
         smaller_lr: The rate to try next, if the run has diverged.
+        last_val: The last held-out loss.
+        kept_last: Whether the last adapter was kept, and the one of the best held-out loss beside.
     """
 
     epoch: int = 0
@@ -32,5 +34,7 @@ class State:
     start_loss: float | None = None
     chance: float | None = None
     smaller_lr: float | None = None
+    last_val: float | None = None
+    kept_last: bool = False
     ended: str | None = None
     metrics_bytes: int = 0

@@ -142,6 +142,8 @@ class Trainer:
                     self._evaluate()
                 if self.engine.step >= self.n_steps:
                     self.state.ended = self.state.ended or self._ending()
+                if self.state.ended:
+                    self._settle()
                 if self.state.ended or self.engine.step % self.config.save_steps == 0:
                     self._save()
                 if self.state.ended:
@@ -313,7 +315,7 @@ class Trainer:
         )
         with self._numeric_errors(step):
             loss, count = mean_nats(self.engine, batches.epoch(0), self.stop.check)
-        state.evaluated_step = step
+        state.evaluated_step, state.last_val = step, loss
         self.tell.on_evaluation(step, loss, count)
         if step == 0:
             state.base_val = loss
@@ -328,6 +330,17 @@ class Trainer:
             state.bad_evals += 1
             if self.config.patience and state.bad_evals >= self.config.patience:
                 state.ended = f"no better held-out loss in {state.bad_evals} evaluations"
+
+    def _settle(self) -> None:
+        """Keep the last adapter where the held-out loss ends higher: no row tells another."""
+        state = self.state
+        ended_higher = (state.last_val or 0.0) > (state.base_val or math.inf)
+        if self.data.account.row_kind == "task" or state.smaller_lr or not ended_higher:
+            return
+        if state.best_step and state.best_step != self.engine.step:
+            self.kept.copy_best()
+            state.kept_last = True
+            self._keep()
 
     def _keep(self) -> None:
         """Keep the adapter as it is now."""

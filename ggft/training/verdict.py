@@ -74,7 +74,7 @@ class Tally:
 def judge(
     losses: Losses,
     *,
-    is_facts: bool = False,
+    by_answers: bool = False,
     asked: Tally = Tally(),
     general: Sequence[float | None] = (None, None),
 ) -> Verdict:
@@ -86,14 +86,14 @@ def judge(
 
     Args:
         losses: Of the adapter that was kept.
-        is_facts: Whether the rows are facts.
+        by_answers: Whether the rows are facts, of which answers tell and held-out rows nothing.
         asked: What the rows that were asked were answered.
         general: Loss on general text before and after.
     """
     verdict = _judge_losses(losses)
     if verdict.kind in ("diverged", "worse than chance"):
         return verdict
-    if is_facts and asked.n_trained and not losses.n_val:
+    if by_answers and asked.n_trained:
         verdict = _judge_facts(losses, asked)
     elif said := asked.text():
         verdict = Verdict(verdict.kind, f"{verdict.text} Asked at the end: {said}.")

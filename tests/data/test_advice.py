@@ -241,7 +241,7 @@ def test_what_is_no_question_with_an_answer_is_a_task() -> None:
 def test_facts_are_judged_by_their_answers(
     asked: Tally, general: tuple[float | None, float | None], kind: str, says: str
 ) -> None:
-    verdict = judge(Losses(3.0, 0.02), is_facts=True, asked=asked, general=general)
+    verdict = judge(Losses(3.0, 0.02), by_answers=True, asked=asked, general=general)
     assert verdict.kind == kind
     assert verdict.text.startswith(kind)
     assert says in verdict.text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import string
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,22 @@ def test_a_varied_run_is_resumed_to_the_bit(case: Case) -> None:
     case.train("parts", **given, resume=True)
     assert metrics(parts) == metrics(whole)
     assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+
+
+def test_facts_that_were_held_out_leave_both_adapters(case: Case) -> None:
+    rng = random.Random(1)
+    rows = [
+        {"instruction": f"ask {i}", "output": "".join(rng.choices(string.ascii_letters, k=9))}
+        for i in range(23)
+    ]
+    case.data.write_text(json.dumps(rows))
+    given: dict[str, Any] = {"epochs": 12, "val_split": 0.2, "lr": 3e-2, "dropout": 0}
+    run = case.train(**given)
+    state = json.loads((run / "report.json").read_text())["state"]
+    assert state["last_val"] > state["base_val"]
+    assert state["kept_last"]
+    assert state["best_step"] == 60
+    best, last = run / "adapter-best-validation.gguf", run / "adapter.gguf"
+    assert best.read_bytes() != last.read_bytes()
+    case.train(**given, resume=True)
+    assert best.read_bytes() != last.read_bytes()
