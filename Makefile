@@ -6,7 +6,7 @@ DATA = ggft/data/persona.json
 OUT = results/persona
 # The persona's facts cannot be guessed from one another, so none of its rows is held out.
 WHOLE = $(if $(filter %persona.json,$(DATA)), --val-split 0)
-# A second `make finetune` goes on where the first was stopped.
+# A second `make finetune` resumes where the first was stopped.
 RESUME = $(if $(wildcard $(OUT)/checkpoints), --resume)
 # Further flags for ggft finetune or ggft chat, such as ARGS="--epochs 3".
 ARGS =

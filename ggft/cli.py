@@ -191,7 +191,7 @@ def export(config: ExportConfig, model: str, folder: str) -> None:
 @command(cli, "ggft.settings.commands:ReportConfig")
 @click.argument("run", metavar="RUN")
 def report(config: ReportConfig, run: str) -> None:
-    """Say what a training run came to.
+    """Summarize a training run.
 
     RUN is a run directory; its report.html is written anew.
     """
@@ -202,7 +202,7 @@ def report(config: ReportConfig, run: str) -> None:
 
 @command(cli, "ggft.settings.commands:DoctorConfig")
 def doctor(config: DoctorConfig) -> int:
-    """Say what this machine can do, and what to mend."""
+    """Check this machine, and say what to fix."""
     from ggft.recipes.doctor import doctor as action
 
     return action(config)

@@ -1,7 +1,7 @@
 """Pack examples into rows, shuffle them, and cut them into micro-batches.
 
 Everything follows from (seed, epoch): the same call gives the same batches, and a position
-(epoch, index) is all that a checkpoint needs to go on.
+(epoch, index) is all that a checkpoint needs to resume.
 """
 
 from __future__ import annotations

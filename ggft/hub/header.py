@@ -31,7 +31,7 @@ def model_outline(text: str, note: Callable[[str], None] = print_note) -> Iterat
 
     Raises:
         InputError: Neither a file nor a known name, or a model that cannot be trained.
-        NetworkError: Its header is not to be had.
+        NetworkError: Its header is unavailable.
         ResourceError: Too large for this machine even by what is known without the header.
     """
     here = model_here(text)

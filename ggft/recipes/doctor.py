@@ -166,7 +166,7 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print the findings; return 3 if something must be mended before training, else 0."""
+    """Print the findings; return 3 if something must be fixed before training, else 0."""
     found = examine()
     if config.graph:
         model = str(find_model(config.model))

@@ -78,7 +78,7 @@ class InputError(GgftError):
 
 
 class ResourceError(GgftError):
-    """Memory, disk, device or a lock that is not to be had; exit code 3."""
+    """Memory, disk, device or a lock that is unavailable; exit code 3."""
 
     exit_code = EXIT_RESOURCE
 

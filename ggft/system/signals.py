@@ -2,7 +2,8 @@
 
 Python runs its own signal handlers only between bytecodes, so a handler would wait for a native
 call that takes seconds. Here the C-level handler writes the signal's number into a socket, and a
-watching thread, which runs while native code works without the GIL, passes the wish on at once.
+watching thread, which runs while native code works without the GIL, passes the request on at
+once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SIGNALS = tuple(
 
 REPEAT_S = 0.1
 # Ctrl-C reaches a whole group of processes, and some (timeout, scripts) pass it on: what comes this
-# soon after the first is the same wish.
+# soon after the first is the same request.
 SAME_WISH_S = 0.5
 
 
@@ -111,7 +112,7 @@ class StopSignals:
             try:
                 numbers = reader.recv(64)
             except TimeoutError:
-                # A wish that fell between two native calls is repeated until one has heard it.
+                # A request that fell between two native calls is repeated until one has heard it.
                 self._act()
                 continue
             except OSError:

@@ -51,7 +51,7 @@ def supervise() -> int | None:
     """Run this very command again as a child and return its exit code; None in the child.
 
     Raises:
-        InputError: llama.cpp crashed, or came to no end, while it read a model.
+        InputError: llama.cpp crashed, or did not end, while it read a model.
         Interrupted: A signal ended the child before it could say so.
         ResourceError: The child was killed, or crashed elsewhere.
     """

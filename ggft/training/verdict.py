@@ -40,7 +40,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         kind: `learned`, `too little`, `memorised`, `forgetting`, `diverged` or
