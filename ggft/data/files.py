@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from ggft.data.json_stream import JsonStream, parse_line
 from ggft.system.errors import InputError
+from ggft.system.raw_file import RawFile
 
 _CONVERT = "give data as JSON, JSONL, CSV, TSV or text; export or convert it first"
 MAX_ROW_BYTES = 64 << 20  # one row; beyond it the file is not what it seems
@@ -166,38 +167,28 @@ def _rows(path: Path, raw: BinaryIO) -> Iterator[Row]:
     return _text_rows(source)
 
 
-class _CarriageReturns(io.RawIOBase):
-    """A file whose lines end with CR alone, as old spreadsheets write them, with LF instead."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._file = raw
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer)).replace(b"\r", b"\n")
-        buffer[: len(data)] = data
-        return len(data)
-
-
 class _Source:
     """A file's text, by lines or by pieces, with the number of the line read last."""
 
     def __init__(self, path: Path, raw: BinaryIO) -> None:
         self.path = path
         self.line = 0
-        self._raw = raw
-        self._head = raw.read(CHUNK_BYTES)
-        if b"\r" in self._head and b"\n" not in self._head:
-            raw.seek(0)
-            self._raw = io.BufferedReader(_CarriageReturns(raw), CHUNK_BYTES)
-            self._head = self._raw.read(CHUNK_BYTES)
+        start = 0
+        while (head := raw.read(CHUNK_BYTES)) and not head.strip():
+            start += len(head)
+            self.line += head.count(b"\n")
+        self._head = head
+        raw.seek(start)
+        lone_cr = b"\r" in self._head and b"\n" not in self._head
+        self._raw = io.BufferedReader(RawFile(raw, lone_cr=lone_cr), CHUNK_BYTES)
+        if lone_cr:
+            self._head = self._head.replace(b"\r", b"\n")
         for magic, what in _FOREIGN:
             if self._head.startswith(magic):
                 self.fail(f"this is {what}", 1, "JSON, JSONL, CSV, TSV or text in UTF-8", _CONVERT)
         if self._head.startswith(b"\xef\xbb\xbf"):
             self._head = self._head[3:]
+            self._raw.read(3)
         if not self._head.strip():
             self.fail("the file is empty", 1, "at least one example", "check the path")
 
@@ -224,21 +215,27 @@ class _Source:
 
     def lines(self) -> Iterator[str]:
         """Yield lines without their ends (LF or CRLF)."""
-        rest, self._head = io.BytesIO(self._head), b""
-        for stream in (rest, self._raw):
-            while data := stream.readline(MAX_ROW_BYTES):
-                if stream is rest and not data.endswith(b"\n"):
-                    data += self._raw.readline(MAX_ROW_BYTES)
-                self.line += 1
-                if len(data) >= MAX_ROW_BYTES:
-                    self.fail(
-                        "a line is too long", self.line, f"at most {MAX_ROW_BYTES} bytes", _CONVERT
-                    )
-                yield self._decode(data).rstrip("\r\n")
+        while data := self._raw.readline(MAX_ROW_BYTES):
+            self.line += 1
+            if len(data) >= MAX_ROW_BYTES:
+                self.fail(
+                    "a line is too long", self.line, f"at most {MAX_ROW_BYTES} bytes", _CONVERT
+                )
+            yield self._decode(data).rstrip("\r\n")
+
+    def skip_blank_lines(self, blanks: bytes = b" \t\r\n") -> None:
+        """Go on behind lines of `blanks` only, however many they are."""
+        while ahead := self._raw.peek(1):
+            n_blank = len(ahead) - len(ahead.lstrip(blanks))
+            end = ahead.rfind(b"\n", 0, n_blank) + 1
+            if not end:
+                return
+            self.line += ahead.count(b"\n", 0, end)
+            self._raw.read(end)
 
     def piece(self) -> str:
         """Return the next piece, which ends with a line if it can; empty at the end."""
-        data, self._head = self._head or self._raw.read(CHUNK_BYTES), b""
+        data = self._raw.read(CHUNK_BYTES)
         if data:
             data += self._raw.readline(CHUNK_BYTES)
             for _ in range(3):  # a character may be cut, if no line ended
@@ -287,13 +284,17 @@ def _whole_object(lines: list[bytes]) -> bool:
 
 
 def _json_rows(source: _Source) -> Iterator[Row]:
-    stream = JsonStream(source.path, source.piece, WRAPPER_KEYS, MAX_ROW_BYTES)
+    stream = JsonStream(
+        source.path, source.piece, WRAPPER_KEYS, MAX_ROW_BYTES, line=source.line + 1
+    )
     return (_row(source.path, value, line) for value, line in stream.values())
 
 
 def _jsonl_rows(source: _Source) -> Iterator[Row]:
     for text in source.lines():
-        if text.strip():
+        if not text.strip():
+            source.skip_blank_lines()
+        else:
             yield _row(source.path, parse_line(text, source.path, source.line), source.line)
 
 
@@ -339,6 +340,7 @@ def _text_rows(source: _Source) -> Iterator[Row]:
         elif block:
             yield Row("\n".join(block), source.path, first)
             block, size = [], 0
+            source.skip_blank_lines()
     if block:
         yield Row("\n".join(block), source.path, first)
 
@@ -369,6 +371,7 @@ def _table_rows(source: _Source, delimiters: str) -> Iterator[Row]:
         if values is None:
             return
         if not values:
+            source.skip_blank_lines(b"\r\n")
             continue
         if len(values) != len(columns):
             raise InputError(

@@ -7,6 +7,7 @@ repeated keys, NaN and infinities are errors, as is nesting that would exhaust t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from ggft.system.errors import InputError
 
 _BLANKS = " \t\r\n"
+_BLANK = re.compile(f"[{_BLANKS}]+")
 _END = "the end of the file"
 _NEAR_END = 16  # an error this close to the end of what was read may only mean "not all there yet"
 
@@ -74,10 +76,16 @@ class JsonStream:
         piece: Returns the next piece of text, empty at the end.
         wrappers: Keys of a top-level object whose array holds the rows.
         max_chars: Longest row.
+        line: Line at which the text begins.
     """
 
     def __init__(
-        self, path: Path, piece: Callable[[], str], wrappers: tuple[str, ...], max_chars: int
+        self,
+        path: Path,
+        piece: Callable[[], str],
+        wrappers: tuple[str, ...],
+        max_chars: int,
+        line: int = 1,
     ) -> None:
         self._path = path
         self._piece = piece
@@ -85,7 +93,7 @@ class JsonStream:
         self._max_chars = max_chars
         self._text = ""
         self._pos = 0
-        self._line = 1  # of self._pos
+        self._line = line  # of self._pos
         self._ended = False
 
     def values(self) -> Iterator[tuple[Any, int]]:
@@ -177,9 +185,8 @@ class JsonStream:
     def _peek(self) -> str:
         """Return the next character that is not blank, without taking it; empty at the end."""
         while True:
-            n = self._pos
-            while n < len(self._text) and self._text[n] in _BLANKS:
-                n += 1
+            blank = _BLANK.match(self._text, self._pos)
+            n = self._pos if blank is None else blank.end()
             self._advance(n)
             if n < len(self._text):
                 return self._text[n]

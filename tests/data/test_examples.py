@@ -252,3 +252,33 @@ def test_lines_that_end_with_cr_alone(tmp_path: Path, packed: bool) -> None:
     assert len(rows) == 100_002
     assert rows[1].value == {"instruction": "two\nlines", "output": "yes"}
     assert (rows[0].line, rows[2].line) == (2, 5)
+
+
+BLANK = b" \n" * 300_000  # more than is read at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "line"),
+    [
+        ("x.jsonl", b'{"a": 1}\n', b'{"a": 2}', 300_002),
+        ("x.json", b'[{"a": 1},\n', b'{"a": 2}]', 300_002),
+        ("x.csv", b"a\n1\n", b"2\n", 300_003),
+        ("x.txt", b"a\n", b"b\n", 300_002),
+    ],
+)
+def test_many_blank_lines(
+    tmp_path: Path, name: str, first: bytes, second: bytes, line: int
+) -> None:
+    path = tmp_path / name
+    blank = b"\n" * 300_000 if name == "x.csv" else BLANK
+    path.write_bytes(first + blank + second)
+    assert [row.line for row in read_rows(path)] == [line - 300_001, line]
+    if name != "x.csv":
+        path.write_bytes(BLANK + first + second)
+        assert next(read_rows(path)).line == 300_001
+
+
+def test_blank_lines_in_a_quoted_field_stay(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'a\n1\n\n\n"2\n\n\n3"\n\n\n4\n')
+    assert [row.value["a"] for row in read_rows(path)] == ["1", "2\n\n\n3", "4"]  # type: ignore[index]
