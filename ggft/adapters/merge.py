@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft.adapters.adapter import Adapter, read_adapter
+from ggft.adapters.calibrate import Fitted, can_fit
 from ggft.adapters.receipt import Losses, MergeReport, TensorReceipt, to_json
 from ggft.engine.quants import can_quantize, dequantize_rows, quantize_rows, read_rows
 from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGMLType, GGUFFile, TensorInfo, Value, ValueType, read_array, read_gguf
 from ggft.gguf.write import TensorSource, write_gguf
 from ggft.settings.commands import MergeConfig
-from ggft.system.errors import InputError
+from ggft.system.errors import InputError, NumericError
 from ggft.system.files import atomic_output, require_new
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Loss of a model (a path), with an adapter or None, under a template.
 Measure = Callable[[str, "str | None", str], float]
+# Fits the tensors of these types, by full name, to what they read; gives them in any order.
+Fit = Callable[[Mapping[str, GGMLType], "Callable[[str], Floats]"], Iterator[Fitted]]
 _CHUNK_ELEMENTS = 4 << 20
 _SAMPLE_ROWS = 64
 # Finer and finer types to which a tensor is promoted; 256-element blocks only where rows allow.
@@ -81,6 +84,7 @@ def merge(
     config: MergeConfig | None = None,
     progress: Callable[[int], object] | None = None,
     measure: Measure | None = None,
+    fit: Fit | None = None,
 ) -> MergeReport:
     """Write the base model with the adapter merged in, whole or not at all.
 
@@ -91,6 +95,7 @@ def merge(
         config: Types and strength.
         progress: Called with the number of bytes written so far.
         measure: Gives the loss on `config.data` of a model, an adapter or None, and a template.
+        fit: Writes what can be fitted to its inputs; without, all is rounded.
 
     Raises:
         InputError: A file is bad, they do not fit, or the output cannot be used.
@@ -108,6 +113,8 @@ def merge(
     report = MergeReport(Path(output), 0, base.file_bytes)
     deltas = _deltas(adapter, config.scale)
     sources = [_plan(tensor, deltas, config, report) for tensor in base.tensors.values()]
+    if fit is not None:
+        sources = _fitted_sources(fit, base, deltas, sources, report)
     metadata, types = _metadata(base, adapter)
     template = adapter.meta.template or "auto"
     losses: tuple[float, float] | None = None
@@ -196,7 +203,9 @@ def _choose_type(tensor: TensorInfo, delta: _Delta, config: MergeConfig) -> tupl
         return config.keep <= share <= 2.0 - config.keep
 
     before = kept(tensor.type) if can_quantize(tensor.type) else 0.0
-    if config.type != "auto":
+    if config.type == "base" and can_quantize(tensor.type):
+        return tensor.type, before
+    if config.type not in ("auto", "base"):
         target = GGMLType[config.type]
         if tensor.shape[0] % target.block_size:
             raise InputError(
@@ -239,6 +248,71 @@ def _copy(tensor: TensorInfo) -> Iterator[memoryview]:
         yield read_array(tensor, row, n_rows).reshape(-1).data
 
 
+class _Pending:
+    """Fitted tensors, each kept from when it is there until it is asked for."""
+
+    def __init__(self, fitted: Iterator[Fitted]) -> None:
+        self._fitted = fitted
+        self._kept: dict[str, Fitted] = {}
+
+    def take(self, name: str) -> Fitted:
+        """Return a tensor once."""
+        while name not in self._kept:
+            fitted = next(self._fitted)
+            self._kept[fitted.name] = fitted
+        return self._kept.pop(name)
+
+
+def _fitted_sources(
+    fit: Fit,
+    base: GGUFFile,
+    deltas: dict[str, _Delta],
+    sources: list[TensorSource],
+    report: MergeReport,
+) -> list[TensorSource]:
+    """Return the sources with those that can be fitted in place of the rounded ones."""
+    types = {s.name: s.type for s in sources if s.name in deltas and can_fit(s.name, s.type)}
+    receipts = {receipt.name: receipt for receipt in report.tensors}
+
+    def wanted(name: str) -> Floats:
+        import numpy as np
+
+        tensor = base.tensors[name]
+        values = read_rows(tensor, 0, tensor.n_rows) + deltas[name].rows(0, tensor.n_rows)
+        if not np.isfinite(values).all():
+            raise NumericError(f"NaN or infinity in {name} with the adapter", path=tensor.path)
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+    pending = _Pending(fit(types, wanted)) if types else None
+
+    def rows(name: str) -> Iterator[memoryview]:
+        assert pending is not None
+        data = pending.take(name).data
+        yield from _account(base.tensors[name], deltas[name], data, types[name], receipts[name])
+
+    return [
+        TensorSource(s.name, s.type, s.shape, partial(rows, s.name)) if s.name in types else s
+        for s in sources
+    ]
+
+
+def _account(
+    tensor: TensorInfo,
+    delta: _Delta,
+    data: npt.NDArray[np.uint8],
+    target: GGMLType,
+    receipt: TensorReceipt,
+) -> Iterator[memoryview]:
+    """Yield the data of a fitted tensor, and fill in its receipt."""
+    sums = _Sums()
+    for row, n_rows in _steps(tensor):
+        packed = data[row : row + n_rows]
+        new = dequantize_rows(packed, target, tensor.shape[0])
+        sums.add(read_rows(tensor, row, n_rows), delta.rows(row, n_rows), new)
+        yield packed.reshape(-1).data
+    _fill(receipt, sums)
+
+
 def _merge_rows(
     tensor: TensorInfo, delta: _Delta, target: GGMLType, receipt: TensorReceipt
 ) -> Iterator[memoryview]:
@@ -250,6 +324,10 @@ def _merge_rows(
         packed = quantize_rows(old + change, target)
         sums.add(old, change, dequantize_rows(packed, target, tensor.shape[0]))
         yield packed.reshape(-1).data
+    _fill(receipt, sums)
+
+
+def _fill(receipt: TensorReceipt, sums: _Sums) -> None:
     receipt.kept = sums.kept
     scale = math.sqrt(sums.ww) or 1.0
     receipt.noise = math.sqrt(sums.rr) / scale

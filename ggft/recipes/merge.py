@@ -1,26 +1,31 @@
 """`ggft merge`: an adapter into its base model, with a receipt of what survived.
 
-W + scale·B·A is written in the type of W. A small delta can vanish there: the codes of a 4-bit
-weight do not move until it exceeds half a step. So each changed tensor is tried on sample rows
-first; where too little of the delta would survive, the tensor gets a finer type, and the receipt
-says so. Everything streams, a few rows at a time.
+The merged file has the base's own types and size. A small delta vanishes when a four-bit weight is
+rounded; so the linears are fitted, block by block, to what they will read (see
+`ggft.adapters.calibrate`): on the rows of the fine-tune, and on general ones that come with ggft.
+With `--type auto` nothing is fitted: each tensor is tried on sample rows, gets a finer type where
+too little of the delta would survive, and the file grows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ggft.adapters.adapter import Adapter
-from ggft.adapters.merge import Measure
+from ggft.adapters.adapter import Adapter, read_adapter
+from ggft.adapters.merge import Fit, Measure
 from ggft.adapters.merge import merge as merge_adapter
 from ggft.adapters.receipt import MergeReport, render
+from ggft.gguf.read import check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.settings.commands import MergeConfig
 from ggft.settings.option import make
 from ggft.settings.training import EvalConfig
-from ggft.setup.inputs import BaseModel
-from ggft.system.progress import ByteBar
+from ggft.setup.calibration import N_GENERAL, Fitter, rows_of_run
+from ggft.setup.inputs import BaseModel, print_warning
+from ggft.system.errors import InputError
+from ggft.system.progress import ByteBar, print_note
 from ggft.training.evaluation import evaluate_files
 
 
@@ -46,7 +51,29 @@ def merge(
     base = model.file.path if isinstance(model, BaseModel) else find_model(str(model))
     tuned = adapter.path if isinstance(adapter, Adapter) else adapter
     config = make(MergeConfig, settings)
-    return merge_adapter(base, tuned, output, config, measure=_measure_on(config.data))
+    config, fit = _fit_for(base, tuned, config)
+    return merge_adapter(base, tuned, output, config, measure=_measure_on(config.data), fit=fit)
+
+
+def _fit_for(
+    base: str | Path, adapter: str | Path, config: MergeConfig
+) -> tuple[MergeConfig, Fit | None]:
+    """Return what fits weights to their inputs, and the settings where nothing can."""
+    if config.type == "auto":
+        return config, None
+    file = read_gguf(base)
+    try:
+        check_model(file)
+    except InputError as error:
+        if config.type == "base":
+            print_warning(f"{error.message}: nothing can be fitted, so the file may grow")
+            config = replace(config, type="auto")
+        return config, None
+    read_adapter(adapter, file, check_hash=not config.any_base)
+    data = config.data or rows_of_run(adapter)
+    rows = ", ".join(data) if data else "no rows of the fine-tune (--data gives some)"
+    print_note(f"fitting to {rows}, and {N_GENERAL} general rows")
+    return config, Fitter(base, adapter, data, any_base=config.any_base)
 
 
 def _measure_on(data: tuple[str, ...]) -> Measure:
@@ -61,7 +88,9 @@ def _measure_on(data: tuple[str, ...]) -> Measure:
 
 def merge_files(base: str, adapter: str, output: str, config: MergeConfig) -> str:
     """Merge with a progress bar where somebody watches; return what `ggft merge` prints."""
+    path = find_model(base)
+    config, fit = _fit_for(path, adapter, config)
     measure = _measure_on(config.data)
-    with ByteBar() as bar:
-        report = merge_adapter(find_model(base), adapter, output, config, bar.move_to, measure)
+    with ByteBar(total=path.stat().st_size) as bar:
+        report = merge_adapter(path, adapter, output, config, bar.move_to, measure, fit)
     return render(report)

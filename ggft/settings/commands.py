@@ -161,8 +161,8 @@ class ConvertConfig:
 
 
 TYPE_CHOICES = (
-    "auto", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
-    "Q3_K", "Q2_K",
+    "base", "auto", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1",
+    "Q4_0", "Q3_K", "Q2_K",
 )  # fmt: skip
 
 
@@ -171,8 +171,8 @@ class MergeConfig:
     """Settings of `ggft merge`."""
 
     type: str = option(
-        "--type", default="auto", choices=TYPE_CHOICES,
-        help="Type of the changed tensors; auto keeps the base's, finer where the delta would go",
+        "--type", default="base", choices=TYPE_CHOICES,
+        help="Type of the changed tensors: base is the base's own, auto is finer where it must be",
     )  # fmt: skip
     keep: float = option(
         "--keep", default=0.9, minimum=0.0, maximum=1.0,
@@ -180,7 +180,7 @@ class MergeConfig:
     )  # fmt: skip
     scale: float = adapter_scale_option()
     data: tuple[str, ...] = data_option(
-        "Held-out rows: also measure what survives of the fine-tune in their loss"
+        "Rows to fit the weights to, and to measure what survives of the fine-tune on"
     )
     receipt: str | None = option(
         "--receipt", default=None, metavar="FILE", help="Write the receipt as JSON, too"

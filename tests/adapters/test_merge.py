@@ -55,7 +55,12 @@ def merged(
 ) -> tuple[Path, Path, dict[str, Array], MergeReport]:
     base = write_model(tmp_path / "base.gguf", spec).path
     adapter, deltas = write_lora(tmp_path, base, size)
-    report = merge(base, adapter, tmp_path / "out.gguf", MergeConfig(force=True, **settings))
+    report = merge(
+        base,
+        adapter,
+        tmp_path / "out.gguf",
+        MergeConfig(force=True, **{"type": "auto", **settings}),
+    )
     return base, tmp_path / "out.gguf", deltas, report
 
 
