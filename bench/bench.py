@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.chart import Bar, draw
 from bench.common import PEER_PYTHON, ROOT, SMOLLM2, run_json, run_peer, text_ids, whole_rows
 from ggft.engine.peak import measure_peak
-from ggft.gguf.read import check_model, read_gguf
+from ggft.gguf.read import check_decoder, read_gguf
 from ggft.recipes.bench import block_matrices
 
 GGFT = "from ggft.__main__ import main; main()"
@@ -106,7 +106,7 @@ def peer_variants(args: argparse.Namespace, folder: Path) -> list[Variant]:
 
 def gemm_peaks(args: argparse.Namespace) -> dict[str, float]:
     """Return FLOP/s by library and type at the model's shapes."""
-    matrices = block_matrices(check_model(read_gguf(args.model)))
+    matrices = block_matrices(check_decoder(read_gguf(args.model)))
     n_tokens = max(rows * tokens for rows, tokens in SHAPES)
     peaks = {f"ggml {k}": v for k, v in measure_peak(matrices, n_tokens, args.threads).items()}
     if not args.no_peer:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter, AdapterMeta, write_adapter
 from ggft.adapters.safetensors import SafeTensor, read_safetensors, write_safetensors
 from ggft.gguf.linears import HF_PATHS, TARGET_ALIASES, TARGETS, block_of
-from ggft.gguf.read import GGUFFile, ModelInfo, check_model
+from ggft.gguf.read import DecoderInfo, GGUFFile, ModelInfo, as_decoder, check_decoder
 from ggft.system.errors import InputError
 from ggft.system.files import atomic_output, require_regular_file
 
@@ -66,6 +66,7 @@ def write_peft(folder: Path, adapter: Adapter, info: ModelInfo) -> None:
         InputError: It changes tensors that PEFT's LoRA of linears cannot, or has several ranks.
         ResourceError: It cannot be written.
     """
+    decoder = as_decoder(info, "PEFT's layout")
     arrays = adapter.arrays()
     ranks = {arrays[name + A_SUFFIX].shape[0] for name in adapter.base_names}
     if len(ranks) > 1:
@@ -84,7 +85,7 @@ def write_peft(folder: Path, adapter: Adapter, info: ModelInfo) -> None:
                 found=base_name, expected="the linears " + ", ".join(TARGETS),
             )  # fmt: skip
         if side == "b":
-            array = _to_halves(array, _n_heads(info, target))
+            array = _to_halves(array, _n_heads(decoder, target))
             modules.append((block, target))
         module = f"layers.{block}.{HF_PATHS[target]}"
         out[f"base_model.model.model.{module}.lora_{side.upper()}.weight"] = array
@@ -122,7 +123,7 @@ def _config(
     return config
 
 
-def _n_heads(info: ModelInfo, target: str) -> int:
+def _n_heads(info: DecoderInfo, target: str) -> int:
     """Return the heads whose rows are in another order in GGUF; 0 where they are in the same."""
     if info.rope_kind != "normal":
         return 0
@@ -163,7 +164,7 @@ def convert_peft(source: Path, output: Path, base: GGUFFile) -> AdapterMeta:
     """
     import numpy as np
 
-    info = check_model(base)
+    info = check_decoder(base, "PEFT's layout")
     folder = source if source.is_dir() else source.parent
     rank, alpha, dropout = _read_config(folder / CONFIG_FILE)
     path = _weights_path(source)

@@ -34,6 +34,8 @@ class Cancelled(Exception):  # noqa: N818
 class EngineSettings:
     """What the engine is opened with.
 
+    `traced` takes llama.cpp's graph of the model, whatever its architecture, for the decoder that
+    is written by hand.
     `train=False` is for evaluation: no gradients, no moments, no backward pass, and the adapter in
     16 bits with precision fast. `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps
     the internals of blocks instead of recomputing them. `prepacked_bytes` bounds the weights that
@@ -41,6 +43,7 @@ class EngineSettings:
     """
 
     paths: list[str]
+    traced: bool = False
     targets: list[str]
     layer_first: int
     layer_last: int
@@ -128,6 +131,13 @@ def native_errors(native: Any) -> Iterator[None]:
         raise ResourceError("out of memory", hint=_MEMORY_HINT) from None
 
 
+def for_native(settings: EngineSettings) -> dict[str, Any]:
+    """Return the settings as the native module takes them."""
+    values = asdict(settings)
+    del values["traced"]
+    return values
+
+
 class Forecast:
     """What an engine will take, from a model or its header alone; it takes no memory itself.
 
@@ -136,16 +146,19 @@ class Forecast:
         n_parameters: LoRA parameters.
         n_vocab: Tokens of the vocabulary.
         prepackable_bytes: What all weights take that can be prepacked.
+        ignored: Matrices among the targets that llama.cpp never applies an adapter to.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self._native = load_native()
+        native = self._native.TracedForecast if settings.traced else self._native.Forecast
         with native_errors(self._native):
-            self._forecast: Any = self._native.Forecast(asdict(settings))
+            self._forecast: Any = native(for_native(settings))
         self.kernels: str = self._forecast.kernels
         self.n_parameters: int = self._forecast.n_parameters
         self.n_vocab: int = self._forecast.n_vocab
         self.prepackable_bytes: int = self._forecast.prepackable_bytes
+        self.ignored: list[str] = self._forecast.ignored if settings.traced else []
 
     def buffers(
         self, n_rows: int, n_tokens: int, keep: bool, prepacked_bytes: int
@@ -161,8 +174,9 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self._native = load_native()
+        native = self._native.TracedEngine if settings.traced else self._native.Engine
         with native_errors(self._native):
-            self._engine: Any = self._native.Engine(asdict(settings))
+            self._engine: Any = native(for_native(settings))
         self._parameters: dict[str, tuple[int, int]] = {
             name: (int(shape[0]), int(shape[1])) for name, shape in self._engine.parameters()
         }

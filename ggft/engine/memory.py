@@ -25,6 +25,8 @@ MAX_TOKENS = 4096
 # The interpreter, NumPy, llama.cpp's libraries, the tokenizer's tables and the kernels' working
 # memory; measured by bench/memory.py.
 RUNTIME_BYTES = 100 * 2**20
+# The model in llama.cpp, which builds its graph: context and graph, and its vocabulary (measured).
+TRACE_BYTES, TRACE_BYTES_PER_TOKEN = 16 * 2**20, 400
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
 # matrix, mostly), in tokens, and with prepacked weights; and how much more tokens cost, as they
 # leave the caches, in micro-batches twice as large. On two of a Zen 4: passes over the block,
@@ -161,6 +163,11 @@ class Shape:
         """Number of LoRA parameters."""
         return self._forecast.n_parameters
 
+    @property
+    def ignored(self) -> list[str]:
+        """Matrices among the targets that llama.cpp never applies an adapter to."""
+        return self._forecast.ignored
+
     def prepacked_limit(self, share: float) -> int:
         """Return the bytes that a share of the weights takes when it is prepacked."""
         return -(-int(share * self._forecast.prepackable_bytes) // LARGE_PAGE) * LARGE_PAGE
@@ -185,6 +192,8 @@ def predict(
         for part in (WEIGHTS, LORA if shape.settings.train else ADAPTER, SAVED, SCRATCH)
     }
     parts[PROGRAM] = RUNTIME_BYTES
+    if shape.settings.traced:
+        parts[PROGRAM] += TRACE_BYTES + shape.model.n_vocab * TRACE_BYTES_PER_TOKEN
     if prepacked:
         # The same whatever the micro-batch.
         limit = shape.prepacked_limit(prepacked)
@@ -274,7 +283,7 @@ def make_plan(
             predict(shape, rows, tokens, keep=keeps, prepacked=share), shape,
         )
         for rows, tokens in sizes
-        for keeps in ((True, False) if keep is None else (keep,))
+        for keeps in _may_keep(shape, keep)
         for share in PREPACKED_SHARES
         if not share or 0 < shape.prepacked_limit(share) <= PREPACKED_LIMIT
     ]  # fmt: skip
@@ -288,6 +297,13 @@ def make_plan(
     best = min(_cost(plan, step_tokens) for plan in fitting)
     fast = [plan for plan in fitting if _cost(plan, step_tokens) <= best * NEARLY_BEST]
     return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows * plan.n_tokens))
+
+
+def _may_keep(shape: Shape, keep: bool | None) -> tuple[bool, ...]:
+    """Return whether internals may be kept; a traced engine always recomputes them."""
+    if shape.settings.traced:
+        return (False,)
+    return (True, False) if keep is None else (keep,)
 
 
 def _sizes(n_tokens: int, step_tokens: int, joined: bool) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ggft.gguf.architectures import ARCHITECTURES, ArchitectureTraits
+from ggft.gguf.linears import TARGETS, matrices_of_blocks
 from ggft.gguf.types import NOT_WEIGHT_TYPES, GGMLType, GGUFFile, TensorInfo, ValueType
 from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
 from ggft.system.errors import InputError
@@ -33,17 +34,13 @@ _UNSUPPORTED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
 _ROPE_SCALINGS = ("none", "linear", "yarn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """Hyper-parameters of a model that ggft can train, in llama.cpp's words.
+    """What is to be known of a model before the engine opens it, in llama.cpp's words.
 
     Attributes:
-        n_embd_head: Size of an attention head.
         n_ctx: Context length in training, tokens.
-        rope_scaling: "none", "linear" or "yarn".
-        rope_factor: Scaling factor; 1 for none.
-        n_ctx_orig: Context before yarn, tokens.
-        has_rope_freqs: Frequency factors as a tensor (Llama 3.1 and later).
+        linears: Names of the matrices of a block, as in `blk.0.attn_q.weight`.
         tied_output: The output matrix is the token embedding.
         special_ids: Ids of the named special tokens that the file gives (bos, eos, eot, …).
     """
@@ -51,12 +48,30 @@ class ModelInfo:
     architecture: str
     n_layer: int
     n_embd: int
+    n_vocab: int
+    n_ctx: int
+    linears: tuple[str, ...]
+    tied_output: bool
+    tokenizer: str
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderInfo(ModelInfo):
+    """Hyper-parameters of a model of `ARCHITECTURES`, whose decoder is written by hand.
+
+    Attributes:
+        n_embd_head: Size of an attention head.
+        rope_scaling: "none", "linear" or "yarn".
+        rope_factor: Scaling factor; 1 for none.
+        n_ctx_orig: Context before yarn, tokens.
+        has_rope_freqs: Frequency factors as a tensor (Llama 3.1 and later).
+    """
+
     n_head: int
     n_head_kv: int
     n_embd_head: int
     n_ff: int
-    n_vocab: int
-    n_ctx: int
     norm_eps: float
     rope_kind: str
     rope_base: float
@@ -64,9 +79,25 @@ class ModelInfo:
     rope_factor: float
     n_ctx_orig: int
     has_rope_freqs: bool
-    tied_output: bool
-    tokenizer: str
-    special_ids: Mapping[str, int] = field(default_factory=dict)
+
+
+def as_decoder(info: ModelInfo, what: str) -> DecoderInfo:
+    """Return hyper-parameters that only hand-written decoders have.
+
+    Raises:
+        InputError: The model has another architecture; names `what` needs them.
+    """
+    if not isinstance(info, DecoderInfo):
+        raise InputError(
+            f"{what} knows a few architectures only", found=info.architecture,
+            expected=", ".join(ARCHITECTURES),
+        )  # fmt: skip
+    return info
+
+
+def check_decoder(file: GGUFFile, what: str = "this") -> DecoderInfo:
+    """Check a model of `ARCHITECTURES`; raises as `check_model` and `as_decoder`."""
+    return as_decoder(check_model(file), what)
 
 
 def check_model(file: GGUFFile) -> ModelInfo:
@@ -77,7 +108,10 @@ def check_model(file: GGUFFile) -> ModelInfo:
             was found and what was expected.
     """
     keys = _Keys(file, file.architecture)
-    traits = _check_kind(file)
+    _check_kind(file)
+    traits = ARCHITECTURES.get(file.architecture)
+    if traits is None:
+        return _check_traced(file, keys)
     n_layer = keys.whole("block_count", low=1, high=MAX_LAYERS)
     n_embd = keys.whole("embedding_length")
     n_ff = keys.whole("feed_forward_length")
@@ -98,8 +132,9 @@ def check_model(file: GGUFFile) -> ModelInfo:
     if keys.whole("vocab_size", default=sizes["V"]) != sizes["V"]:
         raise keys.fail("vocab_size", f"the {sizes['V']} tokens of tokenizer.ggml.tokens")
     _check_tensors(file, traits, n_layer, sizes)
-    return ModelInfo(
+    return DecoderInfo(
         architecture=file.architecture,
+        linears=TARGETS,
         n_layer=n_layer,
         n_embd=n_embd,
         n_head=n_head,
@@ -118,6 +153,23 @@ def check_model(file: GGUFFile) -> ModelInfo:
         tied_output="output.weight" not in file.tensors,
         tokenizer=str(file.get("tokenizer.ggml.model")),
         special_ids=check_special_ids(file, sizes["V"]),
+    )
+
+
+def _check_traced(file: GGUFFile, keys: _Keys) -> ModelInfo:
+    """Check what any model has; the rest is llama.cpp's to check, which builds its graph."""
+    n_layer = keys.whole("block_count", low=1, high=MAX_LAYERS)
+    n_vocab = check_vocabulary(file)
+    return ModelInfo(
+        architecture=file.architecture,
+        n_layer=n_layer,
+        n_embd=keys.whole("embedding_length"),
+        n_vocab=n_vocab,
+        n_ctx=keys.whole("context_length"),
+        linears=matrices_of_blocks(file.tensors.values()),
+        tied_output="output.weight" not in file.tensors,
+        tokenizer=str(file.get("tokenizer.ggml.model")),
+        special_ids=check_special_ids(file, n_vocab),
     )
 
 
@@ -188,8 +240,8 @@ class _Keys:
             )
 
 
-def _check_kind(file: GGUFFile) -> ArchitectureTraits:
-    """Refuse what is not a model, or of an architecture that ggft cannot train."""
+def _check_kind(file: GGUFFile) -> None:
+    """Refuse what is not a model."""
     kind = file.get("general.type", "model")
     if kind != "model":
         raise InputError(
@@ -202,16 +254,8 @@ def _check_kind(file: GGUFFile) -> ArchitectureTraits:
             if kind == "adapter"
             else None,
         )
-    traits = ARCHITECTURES.get(file.architecture)
-    if traits is None:
-        known = "; ".join(f"{name} ({t.families})" for name, t in ARCHITECTURES.items())
-        raise InputError(
-            "unsupported architecture",
-            path=file.path,
-            offset=file.value_offsets.get("general.architecture"),
-            found=ascii(file.architecture)[:40] if file.architecture else "none",
-            expected=known,
-        )
+    if not file.architecture:
+        raise InputError("unsupported architecture", path=file.path, found="none")
     if not file.tensors:
         raise InputError(
             "a vocabulary without a model",
@@ -219,7 +263,6 @@ def _check_kind(file: GGUFFile) -> ArchitectureTraits:
             found="no tensors",
             expected="the model's weights",
         )
-    return traits
 
 
 def _check_heads(keys: _Keys, n_embd: int, n_head: int, n_head_kv: int) -> int:

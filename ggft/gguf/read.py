@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ggft.gguf.architectures import SUPPORTED_ARCHITECTURES
 from ggft.gguf.cursor import read_bytes
 from ggft.gguf.header import read_header
-from ggft.gguf.hparams import ModelInfo, check_model
+from ggft.gguf.hparams import DecoderInfo, ModelInfo, as_decoder, check_decoder, check_model
 from ggft.gguf.types import (
     NOT_WEIGHT_TYPES,
     GGMLType,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_WEIGHT_TYPES",
     "SUPPORTED_ARCHITECTURES",
+    "DecoderInfo",
     "GGMLType",
     "GGUFFile",
     "ModelInfo",
@@ -40,6 +41,8 @@ __all__ = [
     "TensorInfo",
     "Value",
     "ValueType",
+    "as_decoder",
+    "check_decoder",
     "check_model",
     "dequantize",
     "read_array",

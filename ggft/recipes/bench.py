@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ggft.engine.engine import Engine
 from ggft.engine.memory import Plan
 from ggft.engine.peak import measure_peak
-from ggft.gguf.read import ModelInfo, check_model, read_gguf
+from ggft.gguf.read import DecoderInfo, check_decoder, read_gguf
 from ggft.hub.download import find_model
 from ggft.settings.training import BenchConfig
 from ggft.setup.open import lora_to_train, make_shape, open_engine, plan_rows, usual_factor
@@ -50,7 +50,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     n_rows, n_tokens = parse_shape(config.shape)
     file = read_gguf(find_model(config.model))
-    info = check_model(file)
+    info = check_decoder(file, "ggft bench")
     lora = lora_to_train(config, info, config.rank, usual_factor())
     shape = make_shape(config, lora, file, info)
     plan = plan_rows(config, shape, n_tokens=n_tokens, max_rows=n_rows)
@@ -154,7 +154,7 @@ def profile_step(engine: Engine, plan: Plan, n_rows: int, n_vocab: int) -> dict[
     return parts
 
 
-def block_matrices(info: ModelInfo) -> dict[tuple[int, int], int]:
+def block_matrices(info: DecoderInfo) -> dict[tuple[int, int], int]:
     """Return how often each (C_out, C_in) occurs in a block."""
     q, kv = info.n_head * info.n_embd_head, info.n_head_kv * info.n_embd_head
     shapes = [(q, info.n_embd), (kv, info.n_embd), (kv, info.n_embd), (info.n_embd, q)]
@@ -162,7 +162,7 @@ def block_matrices(info: ModelInfo) -> dict[tuple[int, int], int]:
     return {shape: shapes.count(shape) for shape in shapes}
 
 
-def utilisation(result: dict[str, Any], info: ModelInfo, plan: Plan) -> dict[str, Any]:
+def utilisation(result: dict[str, Any], info: DecoderInfo, plan: Plan) -> dict[str, Any]:
     """Return N, the FLOP rate, and the two utilisations where the peak was measured."""
     block = sum(rows * columns * n for (rows, columns), n in block_matrices(info).items())
     n_params = info.n_layer * block + info.n_vocab * info.n_embd

@@ -20,7 +20,7 @@ from typing import Any
 from ggft import __version__
 from ggft.engine.engine import Engine, load_native
 from ggft.engine.metal import metal_rules
-from ggft.gguf.read import check_model, read_gguf
+from ggft.gguf.read import check_decoder, check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.llama.library import library_info
 from ggft.settings.commands import DoctorConfig
@@ -145,7 +145,7 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
         ResourceError: The device is not there, or does not support a node.
     """
     file = read_gguf(find_model(model))
-    info = check_model(file)
+    info = check_decoder(file, "ggft doctor --graph")
     by_rules = device.lower() == "metal" and platform.system() != "Darwin"
     config = BenchConfig(
         device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto"

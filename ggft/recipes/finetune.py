@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ggft.engine.memory import Plan
-from ggft.gguf.linears import parse_targets
+from ggft.gguf.linears import block_of, parse_targets
 from ggft.gguf.read import check_model, read_gguf
 from ggft.hub.download import find_model, model_here
 from ggft.hub.header import model_outline
@@ -43,13 +43,13 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
     progress = progress or Progress("json" if config.json else "auto")
     output = Path(config.output)
     check_output(output)
-    parse_targets(config.target_modules)
     if config.dry_run:
         plan(config, progress)
         return
     path = find_model(config.model)
     with StopSignals() as stop:
         base = open_model(path, config.template, warn=progress.warn)
+        parse_targets(config.target_modules, base.info.linears)
         data = read_data(config, base, stop)
         callbacks = [Announcement(config, base, progress), *trackers(config)]
         outcome = run_training(config, base, data, stop, progress, callbacks)
@@ -210,6 +210,11 @@ def announce(
         )
     for line in plan.lines():
         say(line)
+    if ignored := sorted({block_of(name)[1] for name in plan.shape.ignored}):
+        progress.warn(
+            f"llama.cpp applies no adapter to {', '.join(ignored)} of {base.info.architecture}"
+            " models: not trained"
+        )
     if plan.warning:
         progress.warn(plan.warning)
     progress.event("plan", settings=to_record(config), plan=plan.record())

@@ -23,6 +23,7 @@ from ggft.gguf.read import (
 )
 from ggft.legacy.reader import LegacyFile, read_legacy
 from ggft.settings.commands import InfoConfig
+from ggft.setup.open import check_trainable
 from ggft.system.errors import InputError
 from ggft.system.files import require_regular_file
 
@@ -193,7 +194,7 @@ def _add_abilities(result: ModelDescription, file: GGUFFile) -> None:
         ]
         return
     try:
-        check_model(file)
+        check_trainable(file, check_model(file))
     except InputError as error:
         result.abilities = [Ability("train", False, _reason(error))]
     else:

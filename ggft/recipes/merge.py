@@ -17,7 +17,7 @@ from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.adapters.merge import Fit, Measure
 from ggft.adapters.merge import merge as merge_adapter
 from ggft.adapters.receipt import MergeReport, render
-from ggft.gguf.read import check_model, read_gguf
+from ggft.gguf.read import check_decoder, read_gguf
 from ggft.hub.download import find_model
 from ggft.settings.commands import MergeConfig
 from ggft.settings.option import make
@@ -63,7 +63,7 @@ def _fit_for(
         return config, None
     file = read_gguf(base)
     try:
-        check_model(file)
+        check_decoder(file, "fitting weights")
     except InputError as error:
         if config.type == "base":
             print_warning(f"{error.message}: nothing can be fitted, so the file may grow")

@@ -148,7 +148,8 @@ def target_modules_option() -> Any:
     return option(
         "--target-modules", "--lora-target-modules", default=("all",), metavar="NAMES",
         split_commas=True, help="Linears to train, comma separated: all, attention, mlp, "
-        + ", ".join(TARGETS) + " (or Hugging Face's names)",
+        + ", ".join(TARGETS) + " (or Hugging Face's names); of other architectures the names of"
+        " their matrices, as `ggft info` lists them; * stands for any part of a name",
     )  # fmt: skip
 
 

@@ -16,10 +16,11 @@ from typing import Protocol
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from ggft.data.advice import MIX_SHARE, Suggestion, n_general, recipes, suggest
 from ggft.data.batches import Steps, steps_per_epoch
-from ggft.engine.engine import Cancelled, Engine, EngineSettings, find_device
+from ggft.engine.engine import Cancelled, Engine, EngineSettings, Forecast, find_device
 from ggft.engine.memory import Limits, Plan, Shape, make_plan
-from ggft.gguf.linears import TARGETS, block_of, parse_layers, parse_targets
-from ggft.gguf.read import GGUFFile, ModelInfo
+from ggft.gguf.architectures import SUPPORTED_ARCHITECTURES
+from ggft.gguf.linears import block_of, parse_layers, parse_targets
+from ggft.gguf.read import DecoderInfo, GGUFFile, ModelInfo
 from ggft.settings.training import FinetuneConfig, SettledConfig
 from ggft.setup.inputs import Data
 from ggft.system.errors import InputError, ResourceError
@@ -108,7 +109,7 @@ def lora_to_train(config: TrainingSettings, info: ModelInfo, rank: int, factor: 
     """Return the matrices that settings ask for, whose delta is scaled by `factor`."""
     first, last = parse_layers(config.layers, info.n_layer)
     return Lora(
-        targets=parse_targets(config.target_modules),
+        targets=parse_targets(config.target_modules, info.linears),
         layer_first=first,
         layer_last=last,
         rank=rank,
@@ -116,30 +117,29 @@ def lora_to_train(config: TrainingSettings, info: ModelInfo, rank: int, factor: 
     )
 
 
-def lora_of(adapter: Adapter | None) -> Lora:
+def lora_of(adapter: Adapter | None, info: ModelInfo) -> Lora:
     """Return matrices that hold an adapter's; the smallest there can be without one.
 
     Raises:
         InputError: The adapter changes tensors that the engine does not.
     """
     if adapter is None:
-        return Lora(
-            targets=TARGETS[:1], layer_first=0, layer_last=1, rank=1, alpha=1.0, train=False
-        )
-    targets, blocks = set(), set()
+        targets = info.linears[:1] if isinstance(info, DecoderInfo) else info.linears
+        return Lora(targets=targets, layer_first=0, layer_last=1, rank=1, alpha=1.0, train=False)
+    changed, blocks = set(), set()
     for name in adapter.base_names:
         block, target = block_of(name)
-        if block is None or target not in TARGETS:
+        if block is None or target not in info.linears:
             raise InputError(
                 "the engine cannot apply this part of the adapter",
                 path=adapter.path,
                 found=name,
-                expected="the linears " + ", ".join(TARGETS),
+                expected="the linears " + ", ".join(info.linears),
             )
         blocks.add(block)
-        targets.add(target)
+        changed.add(target)
     return Lora(
-        targets=tuple(name for name in TARGETS if name in targets),
+        targets=tuple(name for name in info.linears if name in changed),
         layer_first=min(blocks),
         layer_last=max(blocks) + 1,
         rank=max(adapter.tensors[name + A_SUFFIX].shape[1] for name in adapter.base_names),
@@ -169,10 +169,23 @@ def make_shape(config: MachineSettings, lora: Lora, file: GGUFFile, info: ModelI
     }
     chosen = {
         "paths": [str(path) for path in file.paths],
+        "traced": file.architecture not in SUPPORTED_ARCHITECTURES,
         "threads": config.threads or physical_cores(),
         "targets": list(lora.targets),
     }
     return Shape(model=info, settings=EngineSettings(**{**given, **vars(lora), **chosen}))
+
+
+def check_trainable(file: GGUFFile, info: ModelInfo) -> None:
+    """Refuse a model whose graph cannot be trained; as a run would, before it begins.
+
+    Raises:
+        InputError: Names the operation that stands in the way, or says what llama.cpp says.
+    """
+    if not isinstance(info, DecoderInfo):
+        config = FinetuneConfig()
+        lora = lora_to_train(config, info, 1, usual_factor())
+        Forecast(make_shape(config, lora, file, info).settings)
 
 
 def limits_of(config: MachineSettings) -> Limits:

@@ -120,7 +120,7 @@ def measure(
         Interrupted: A signal came.
     """
     stop.check()
-    lora = lora_of(adapter)
+    lora = lora_of(adapter, model.info)
     plan = plan_evaluation(config, make_shape(config, lora, model.file, model.info), data)
     with open_engine(plan, stop) as engine:
         put_adapter(engine, adapter, scale)

@@ -48,26 +48,13 @@ private:
     size_t n_taken_ = 0;
 };
 
-int site_of(const std::string & target) {
-    for (int site = 0; site < N_SITES; site++) {
-        if (target == site_name(site)) {
-            return site;
-        }
-    }
-    fail(ErrorKind::input, "unknown target module '" + target + "'");
-}
-
 } // namespace
 
 EngineConfig config_of(const nb::dict & settings) {
     EngineConfig c;
     Settings s(settings);
     s.take("paths", c.paths);
-    std::vector<std::string> targets;
-    s.take("targets", targets);
-    for (const std::string & target : targets) {
-        c.lora.targets[site_of(target)] = true;
-    }
+    s.take("targets", c.targets);
     s.take("train", c.lora.train);
     s.take("layer_first", c.lora.layer_first);
     s.take("layer_last", c.lora.layer_last);

@@ -5,6 +5,7 @@
 #include "bindings/calibration.h"
 #include "bindings/config.h"
 #include "bindings/tools.h"
+#include "engine/traced.h"
 #include "kernels/gemm/gemm.h"
 
 #include <nanobind/stl/map.h>
@@ -14,18 +15,19 @@ using namespace nanobind::literals;
 
 namespace ggft {
 
-static Engine * open_engine(const nb::dict & settings) {
+template <class E> E * open_engine(const nb::dict & settings) {
     const EngineConfig config = config_of(settings);
     nb::gil_scoped_release release;
-    return new Engine(config);
+    return new E(config);
 }
 
 static nb::tuple as_tuple(const LossSum & sum) {
     return nb::make_tuple(sum.nats, sum.n_targets);
 }
 
-static nb::tuple forward_backward(Engine & e, IntArray tokens, IntArray positions,
-                                  IntArray segments, IntArray targets, uint64_t seed) {
+template <class E>
+nb::tuple forward_backward(E & e, IntArray tokens, IntArray positions, IntArray segments,
+                           IntArray targets, uint64_t seed) {
     check_targets(tokens, targets);
     const MicroBatch b = batch_of(tokens, positions, segments, targets.data(), seed);
     LossSum sum;
@@ -36,8 +38,9 @@ static nb::tuple forward_backward(Engine & e, IntArray tokens, IntArray position
     return as_tuple(sum);
 }
 
-static nb::tuple evaluate(Engine & e, IntArray tokens, IntArray positions, IntArray segments,
-                          IntArray targets) {
+template <class E>
+nb::tuple evaluate(E & e, IntArray tokens, IntArray positions, IntArray segments,
+                   IntArray targets) {
     check_targets(tokens, targets);
     const MicroBatch b = batch_of(tokens, positions, segments, targets.data(), 0);
     LossSum sum;
@@ -48,8 +51,9 @@ static nb::tuple evaluate(Engine & e, IntArray tokens, IntArray positions, IntAr
     return as_tuple(sum);
 }
 
-static nb::object token_nats(Engine & e, IntArray tokens, IntArray positions, IntArray segments,
-                             IntArray targets) {
+template <class E>
+nb::object token_nats(E & e, IntArray tokens, IntArray positions, IntArray segments,
+                      IntArray targets) {
     check_targets(tokens, targets);
     const MicroBatch b = batch_of(tokens, positions, segments, targets.data(), 0);
     float * data;
@@ -59,9 +63,10 @@ static nb::object token_nats(Engine & e, IntArray tokens, IntArray positions, In
     return array;
 }
 
-static nb::object logits(Engine & e, IntArray tokens, IntArray positions, IntArray segments) {
+template <class E>
+nb::object logits(E & e, IntArray tokens, IntArray positions, IntArray segments) {
     const MicroBatch b = batch_of(tokens, positions, segments, nullptr, 0);
-    const size_t V = (size_t)e.model().hparams.n_vocab;
+    const size_t V = (size_t)e.n_vocab();
     float * data;
     nb::object array = new_array((size_t)(b.B * b.T) * V, {(size_t)b.B, (size_t)b.T, V}, data);
     nb::gil_scoped_release release;
@@ -95,7 +100,7 @@ static nb::dict probe(Engine & e, const std::string & op, IntArray tokens, IntAr
     return result;
 }
 
-static nb::list parameters(Engine & e) {
+template <class E> nb::list parameters(E & e) {
     nb::list result;
     for (const Parameter & p : e.lora().parameters()) {
         result.append(nb::make_tuple(p.name, nb::make_tuple(p.ne1, p.ne0)));
@@ -103,7 +108,7 @@ static nb::list parameters(Engine & e) {
     return result;
 }
 
-static const Parameter & parameter(Engine & e, const std::string & name) {
+template <class E> const Parameter & parameter(E & e, const std::string & name) {
     for (const Parameter & p : e.lora().parameters()) {
         if (p.name == name) {
             return p;
@@ -112,7 +117,8 @@ static const Parameter & parameter(Engine & e, const std::string & name) {
     fail(ErrorKind::input, "no trainable tensor is called '" + name + "'");
 }
 
-static nb::object get_tensor(Engine & e, const std::string & name, const std::string & which) {
+template <class E>
+nb::object get_tensor(E & e, const std::string & name, const std::string & which) {
     const Parameter & p = parameter(e, name);
     float * data;
     nb::object array = new_array((size_t)(p.ne0 * p.ne1), {(size_t)p.ne1, (size_t)p.ne0}, data);
@@ -120,8 +126,8 @@ static nb::object get_tensor(Engine & e, const std::string & name, const std::st
     return array;
 }
 
-static void set_tensor(Engine & e, const std::string & name, const std::string & which,
-                       FloatArray array) {
+template <class E>
+void set_tensor(E & e, const std::string & name, const std::string & which, FloatArray array) {
     const Parameter & p = parameter(e, name);
     require(array.ndim() == 2 && (int64_t)array.shape(0) == p.ne1 &&
                 (int64_t)array.shape(1) == p.ne0,
@@ -131,7 +137,7 @@ static void set_tensor(Engine & e, const std::string & name, const std::string &
     e.lora().set(name, which, array.data());
 }
 
-static nb::dict info(Engine & e) {
+template <class E> nb::dict info(E & e) {
     nb::dict d;
     d["device"] = ggml_backend_dev_name(e.device());
     d["device_description"] = ggml_backend_dev_description(e.device());
@@ -143,11 +149,11 @@ static nb::dict info(Engine & e) {
                                                         : "F32";
     d["threads"] = e.config().threads;
     d["ggml_version"] = ggml_version();
-    d["architecture"] = e.model().hparams.arch;
-    d["n_vocab"] = e.model().hparams.n_vocab;
-    d["n_params_matmul"] = e.model().n_params_matmul();
-    d["base_bytes"] = e.model().bytes();
-    d["base_mapped"] = e.model().mapped();
+    d["architecture"] = e.architecture();
+    d["n_vocab"] = e.n_vocab();
+    d["n_params_matmul"] = e.n_params_matmul();
+    d["base_bytes"] = e.base_bytes();
+    d["base_mapped"] = e.base_mapped();
     d["buffers"] = as_dict(e.buffer_bytes());
     nb::dict traffic;
     traffic["to_device"] = e.traffic().to_device;
@@ -207,6 +213,26 @@ static void translate(const std::exception_ptr & p, void * type) {
     }
 }
 
+// The calls that both engines have.
+template <class E> nb::class_<E> bind_shared(nb::module_ & m, const char * name) {
+    return nb::class_<E>(m, name)
+        .def(nb::new_(&open_engine<E>), "settings"_a)
+        .def("forward_backward", &forward_backward<E>, "tokens"_a, "positions"_a, "segments"_a,
+             "targets"_a, "seed"_a)
+        .def("evaluate", &evaluate<E>, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
+        .def("token_nats", &token_nats<E>, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
+        .def("logits", &logits<E>, "tokens"_a, "positions"_a, "segments"_a)
+        .def("optimizer_step", &E::optimizer_step, "lr"_a, "n_targets"_a,
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("zero_grad", [](E & e) { e.lora().zero_grad(); })
+        .def("parameters", &parameters<E>)
+        .def("get_tensor", &get_tensor<E>, "name"_a, "which"_a)
+        .def("set_tensor", &set_tensor<E>, "name"_a, "which"_a, "array"_a)
+        .def_rw("step", &E::step)
+        .def("cancel", &E::cancel)
+        .def("info", &info<E>);
+}
+
 } // namespace ggft
 
 NB_MODULE(_native, m) {
@@ -227,26 +253,13 @@ NB_MODULE(_native, m) {
     nb::register_exception_translator(translate, error.ptr());
 
     bind_tools(m);
-    nb::class_<Engine> engine(m, "Engine");
+    bind_shared<TracedEngine>(m, "TracedEngine");
+    auto engine = bind_shared<Engine>(m, "Engine");
     bind_calibration(m, engine);
-    engine.def(nb::new_(&open_engine), "settings"_a)
-        .def("forward_backward", &forward_backward, "tokens"_a, "positions"_a, "segments"_a,
-             "targets"_a, "seed"_a)
-        .def("evaluate", &evaluate, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
-        .def("token_nats", &token_nats, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
-        .def("logits", &logits, "tokens"_a, "positions"_a, "segments"_a)
+    engine
         .def("probe", &probe, "op"_a, "tokens"_a, "positions"_a, "segments"_a, "targets"_a,
              "seed"_a, "arrays"_a)
         .def("dropout_mask", &dropout_mask, "id"_a, "n_rows"_a, "n_tokens"_a, "width"_a, "seed"_a)
-        .def("optimizer_step", &Engine::optimizer_step, "lr"_a, "n_targets"_a,
-             nb::call_guard<nb::gil_scoped_release>())
-        .def("zero_grad", [](Engine & e) { e.lora().zero_grad(); })
-        .def("parameters", &parameters)
-        .def("get_tensor", &get_tensor, "name"_a, "which"_a)
-        .def("set_tensor", &set_tensor, "name"_a, "which"_a, "array"_a)
-        .def_rw("step", &Engine::step)
-        .def("cancel", &Engine::cancel)
-        .def("info", &info)
         .def("graph_report", &graph_report, "gpu"_a = false)
         .def("set_profiling", &Engine::set_profiling, "on"_a)
         .def("profile", &Engine::profile);

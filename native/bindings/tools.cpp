@@ -3,8 +3,10 @@
 #include "base/devices.h"
 #include "bindings/config.h"
 #include "engine/memory.h"
+#include "engine/traced.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -40,9 +42,20 @@ static nb::dict build_info() {
     return d;
 }
 
-static nb::dict buffers(const Forecast & f, int64_t n_rows, int64_t n_tokens, bool keep,
-                        size_t prepacked_bytes) {
+template <class F>
+nb::dict buffers(const F & f, int64_t n_rows, int64_t n_tokens, bool keep, size_t prepacked_bytes) {
     return as_dict(f.buffers(n_rows, n_tokens, keep, prepacked_bytes));
+}
+
+template <class F> nb::class_<F> bind_forecast(nb::module_ & m, const char * name) {
+    return nb::class_<F>(m, name)
+        .def(nb::new_([](const nb::dict & settings) { return new F(config_of(settings)); }),
+             "settings"_a)
+        .def("buffers", &buffers<F>, "n_rows"_a, "n_tokens"_a, "keep"_a, "prepacked_bytes"_a)
+        .def_prop_ro("kernels", &F::kernels)
+        .def_prop_ro("n_parameters", &F::n_parameters)
+        .def_prop_ro("n_vocab", &F::n_vocab)
+        .def_prop_ro("prepackable_bytes", &F::prepackable_bytes);
 }
 
 void bind_tools(nb::module_ & m) {
@@ -50,14 +63,9 @@ void bind_tools(nb::module_ & m) {
     m.def("build_info", &build_info);
     m.def("deny_family", &deny_family, "family"_a);
     m.def("fail_kernels", &fail_kernels, "name"_a);
-    nb::class_<Forecast>(m, "Forecast")
-        .def(nb::new_([](const nb::dict & settings) { return new Forecast(config_of(settings)); }),
-             "settings"_a)
-        .def("buffers", &buffers, "n_rows"_a, "n_tokens"_a, "keep"_a, "prepacked_bytes"_a)
-        .def_prop_ro("kernels", &Forecast::kernels)
-        .def_prop_ro("n_parameters", &Forecast::n_parameters)
-        .def_prop_ro("n_vocab", &Forecast::n_vocab)
-        .def_prop_ro("prepackable_bytes", &Forecast::prepackable_bytes);
+    bind_forecast<Forecast>(m, "Forecast");
+    bind_forecast<TracedForecast>(m, "TracedForecast")
+        .def_prop_ro("ignored", &TracedForecast::ignored);
 }
 
 } // namespace ggft

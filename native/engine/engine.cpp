@@ -15,9 +15,21 @@ namespace ggft {
 static constexpr size_t LOGIT_BYTES = 96u << 20;
 static constexpr int64_t CHUNK_ALIGN = 64;
 
+static int site_of(const std::string & target) {
+    for (int site = 0; site < N_SITES; site++) {
+        if (target == site_name(site)) {
+            return site;
+        }
+    }
+    fail(ErrorKind::input, "unknown target module '" + target + "'");
+}
+
 // An engine that trains nothing needs less: no dropout, nothing kept, and in fast mode the adapter
 // in 16 bits, as weights and activations are.
 static EngineConfig settled(EngineConfig config) {
+    for (const std::string & target : config.targets) {
+        config.lora.targets[site_of(target)] = true;
+    }
     if (!config.lora.train) {
         config.lora.dropout = 0;
         config.lora.type = config.mode == Mode::fast ? GGML_TYPE_F16 : GGML_TYPE_F32;

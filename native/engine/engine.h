@@ -18,6 +18,7 @@ enum class Kernels { automatic, fused, ggml };
 
 struct EngineConfig {
     std::vector<std::string> paths;
+    std::vector<std::string> targets; // "attn_q", as in "blk.0.attn_q.weight"
     LoraConfig lora;
     AdamWConfig adamw;
     Mode mode = Mode::fast;
@@ -107,6 +108,11 @@ public:
     const Traffic & traffic() const { return traffic_; } // of the last micro-batch
 
     const Model & model() const { return *model_; }
+    std::string architecture() const { return model_->hparams.arch; }
+    int64_t n_vocab() const { return model_->hparams.n_vocab; }
+    int64_t n_params_matmul() const { return model_->n_params_matmul(); }
+    size_t base_bytes() const { return model_->bytes(); }
+    bool base_mapped() const { return model_->mapped(); }
     Lora & lora() { return *lora_; }
     const EngineConfig & config() const { return config_; }
     ggml_backend_dev_t device() const { return device_; }

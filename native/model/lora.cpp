@@ -13,15 +13,41 @@ static constexpr int64_t ROW = 1024;
 static constexpr int64_t ALIGN = 128;
 static constexpr float LARGEST_HALF = 65504;
 
-Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t device, Memory memory)
-    : config_(config), buffer_("LoRA", ggml_backend_dev_buffer_type(device), memory, 8) {
+static std::vector<LoraSite> target_sites(const Model & model, const LoraConfig & config) {
     const int64_t n_layer = model.hparams.n_layer;
-    require(config.rank >= 1, ErrorKind::input, "rank must be at least 1");
     require(0 <= config.layer_first && config.layer_first < config.layer_last &&
                 config.layer_last <= n_layer,
             ErrorKind::input,
             "layer range is outside the model's " + std::to_string(n_layer) + " layers");
-    place_parameters(model);
+    std::vector<LoraSite> sites;
+    for (int l = config.layer_first; l < config.layer_last; l++) {
+        for (int s = 0; s < N_SITES; s++) {
+            if (config.targets[s]) {
+                const Tensor w = model.layers[(size_t)l].linear[s].weight;
+                sites.push_back({weight_name(l, s), w->ne[0], w->ne[1]});
+            }
+        }
+    }
+    return sites;
+}
+
+Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t device, Memory memory)
+    : Lora(target_sites(model, config), config, device, memory) {}
+
+Lora::Lora(const std::vector<LoraSite> & sites, const LoraConfig & config,
+           ggml_backend_dev_t device, Memory memory)
+    : config_(config), buffer_("LoRA", ggml_backend_dev_buffer_type(device), memory, 8) {
+    require(config.rank >= 1, ErrorKind::input, "rank must be at least 1");
+    require(!sites.empty(), ErrorKind::input, "no target module is selected");
+    auto place = [&](const std::string & name, int64_t ne0, int64_t ne1) {
+        parameters_.push_back({name, ne0, ne1, n_elements_});
+        n_elements_ += (ne0 * ne1 + ALIGN - 1) / ALIGN * ALIGN;
+    };
+    for (const LoraSite & site : sites) {
+        place(site.weight + ".lora_a", site.n_in, config.rank);
+        place(site.weight + ".lora_b", config.rank, site.n_out);
+    }
+    n_rows_ = (n_elements_ + ROW - 1) / ROW;
     value_ = buffer_.add(config.type, {ROW, n_rows_}, "value");
     if (config.type != GGML_TYPE_F32) {
         loaded_ = buffer_.add(GGML_TYPE_F32, {layer_size()}, "loaded");
@@ -35,38 +61,22 @@ Lora::Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t de
         ggml_set_param(value_);
     }
     buffer_.allocate();
-    make_pairs(n_layer);
+    make_pairs(sites);
 }
 
-void Lora::place_parameters(const Model & model) {
-    auto place = [&](const std::string & name, int64_t ne0, int64_t ne1) {
-        parameters_.push_back({name, ne0, ne1, n_elements_});
-        n_elements_ += (ne0 * ne1 + ALIGN - 1) / ALIGN * ALIGN;
-    };
-    for (int64_t l = config_.layer_first; l < config_.layer_last; l++) {
-        for (int s = 0; s < N_SITES; s++) {
-            if (!config_.targets[s]) {
-                continue;
-            }
-            const Tensor w = model.layers[(size_t)l].linear[s].weight;
-            const std::string base =
-                std::string("blk.") + std::to_string(l) + "." + site_name(s) + ".weight";
-            place(base + ".lora_a", w->ne[0], config_.rank);
-            place(base + ".lora_b", config_.rank, w->ne[1]);
-        }
-    }
-    require(!parameters_.empty(), ErrorKind::input, "no target module is selected");
-    n_rows_ = (n_elements_ + ROW - 1) / ROW;
+const LoraPair & Lora::pair(const std::string & weight) const {
+    static const LoraPair none;
+    const auto found = pairs_.find(weight);
+    return found == pairs_.end() ? none : found->second;
 }
 
 int64_t Lora::layer_size() const {
     return n_elements_ / (config_.layer_last - config_.layer_first);
 }
 
-void Lora::make_pairs(int64_t n_layer) {
+void Lora::make_pairs(const std::vector<LoraSite> & sites) {
     views_.reset(ggml_init({ggml_tensor_overhead() * 2 * (parameters_.size() + 1), nullptr, true}));
     require(views_ != nullptr, ErrorKind::resource, "out of memory for the adapter's tensors");
-    pairs_.resize((size_t)n_layer * N_SITES);
     auto view = [&](Tensor flat, const Parameter & p, const char * prefix) -> Tensor {
         if (flat == nullptr) {
             return nullptr;
@@ -79,18 +89,11 @@ void Lora::make_pairs(int64_t n_layer) {
         return t;
     };
     const Tensor value = loaded_ != nullptr ? loaded_ : value_;
-    size_t i = 0;
-    for (int64_t l = config_.layer_first; l < config_.layer_last; l++) {
-        for (int s = 0; s < N_SITES; s++) {
-            if (!config_.targets[s]) {
-                continue;
-            }
-            const Parameter &a = parameters_[i], &b = parameters_[i + 1];
-            pairs_[(size_t)l * N_SITES + (size_t)s] = {view(value, a, ""), view(value, b, ""),
-                                                       view(grad_, a, "d "), view(grad_, b, "d "),
-                                                       config_.alpha / (float)config_.rank};
-            i += 2;
-        }
+    for (size_t i = 0; i < sites.size(); i++) {
+        const Parameter &a = parameters_[2 * i], &b = parameters_[2 * i + 1];
+        pairs_[sites[i].weight] = {view(value, a, ""), view(value, b, ""), view(grad_, a, "d "),
+                                   view(grad_, b, "d "),
+                                   sites[i].factor * config_.alpha / (float)config_.rank};
     }
 }
 

@@ -7,6 +7,7 @@
 #include "model/model.h"
 
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace ggft {
@@ -19,6 +20,13 @@ struct LoraConfig {
     float dropout = 0;
     bool train = true; // else there are values only, which may be F16
     ggml_type type = GGML_TYPE_F32;
+};
+
+// A matrix that gets an adapter.
+struct LoraSite {
+    std::string weight; // its tensor's name
+    int64_t n_in, n_out;
+    float factor = 1; // of the adapter's scale
 };
 
 // The adapter of one linear: y += scale * lora_b (lora_a x).
@@ -45,10 +53,13 @@ struct Parameter {
 class Lora {
 public:
     Lora(const Model & model, const LoraConfig & config, ggml_backend_dev_t device, Memory memory);
+    // For any matrices; the configuration's targets, layers and type are of no matter.
+    Lora(const std::vector<LoraSite> & sites, const LoraConfig & config, ggml_backend_dev_t device,
+         Memory memory);
 
-    const LoraPair & pair(int64_t layer, int site) const {
-        return pairs_[(size_t)layer * N_SITES + (size_t)site];
-    }
+    // The adapter of a matrix; empty if it has none.
+    const LoraPair & pair(const std::string & weight) const;
+    const LoraPair & pair(int64_t layer, int site) const { return pair(weight_name(layer, site)); }
 
     // The first node of a graph that reads a layer's pairs: F16 matrices become F32 there.
     void load(Graph & g, int64_t layer) const;
@@ -75,8 +86,7 @@ public:
     Graph step_graph() const;
 
 private:
-    void place_parameters(const Model & model);
-    void make_pairs(int64_t n_layer);
+    void make_pairs(const std::vector<LoraSite> & sites);
     int64_t layer_size() const; // elements of a layer in the flat tensors
     Tensor flat(const std::string & which) const;
     const Parameter & parameter(const std::string & name) const;
@@ -84,7 +94,7 @@ private:
     LoraConfig config_;
     TensorBuffer buffer_;
     ggml_context_ptr views_;
-    std::vector<LoraPair> pairs_;
+    std::unordered_map<std::string, LoraPair> pairs_; // by the matrix's name
     std::vector<Parameter> parameters_;
     int64_t n_elements_ = 0, n_rows_ = 0; // of the flat tensors, ROW wide
     Tensor value_ = nullptr, grad_ = nullptr, m_ = nullptr, v_ = nullptr;

@@ -19,6 +19,10 @@ const char * site_name(int site) {
     return SITE_NAMES[site];
 }
 
+std::string weight_name(int64_t layer, int site) {
+    return "blk." + std::to_string(layer) + "." + site_name(site) + ".weight";
+}
+
 const std::vector<ArchTraits> & supported_archs() {
     static const std::vector<ArchTraits> archs = {
         {"llama", GGML_ROPE_TYPE_NORMAL, false},

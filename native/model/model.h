@@ -50,6 +50,7 @@ struct Linear {
 
 enum Site { ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT, FFN_GATE, FFN_UP, FFN_DOWN, N_SITES };
 const char * site_name(int site); // "attn_q", as in "blk.0.attn_q.weight"
+std::string weight_name(int64_t layer, int site);
 
 struct Layer {
     Tensor attn_norm = nullptr;   // [C]

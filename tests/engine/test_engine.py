@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ggft.engine.engine import EngineSettings, load_native
+from ggft.engine.engine import EngineSettings, for_native, load_native
 from ggft.system.errors import InputError, ResourceError
 from tests.support.engines import make_batch, open_engine, set_random_lora
 from tests.support.models import Spec, Tiny, write_model
@@ -17,7 +16,7 @@ from tests.support.models import Spec, Tiny, write_model
 
 def given(folder: Path) -> dict[str, Any]:
     path = write_model(folder / "m.gguf", Spec()).path
-    return asdict(
+    return for_native(
         EngineSettings(
             paths=[str(path)], targets=["attn_q"], layer_first=0, layer_last=1, rank=2, alpha=4.0,
             n_tokens=32, device="cpu",

@@ -11,7 +11,7 @@ from ggft.engine import memory as planner
 from ggft.engine.engine import Engine, EngineSettings, Forecast
 from ggft.engine.memory import BUFFERS, MAX_TOKENS, Limits, Shape, make_plan, predict
 from ggft.gguf.linears import TARGETS
-from ggft.gguf.read import check_model, read_gguf
+from ggft.gguf.read import check_decoder, read_gguf
 from ggft.system.errors import ResourceError
 from tests.support.engines import make_batch
 from tests.support.models import Spec, Tensor, model_metadata, spec_for, write_gguf, write_model
@@ -30,7 +30,7 @@ def shape_of(folder: Path, spec: Spec, **changes: Any) -> Shape:
         paths=[str(file.path)], targets=list(TARGETS), layer_first=0, layer_last=spec.n_layer,
         rank=4, alpha=8.0, device="cpu",
     )  # fmt: skip
-    return Shape(model=check_model(file), settings=replace(settings, **changes))
+    return Shape(model=check_decoder(file), settings=replace(settings, **changes))
 
 
 class Heavy(Shape):
@@ -234,7 +234,7 @@ def test_what_is_planned_is_what_the_engine_takes(tmp_path: Path) -> None:
 
 def test_a_larger_adapter_costs_an_evaluation_little(smollm2: Path) -> None:
     """At rank 64 no more than 40 MiB beyond rank 8: its values, in 16 bits."""
-    info = check_model(read_gguf(smollm2))
+    info = check_decoder(read_gguf(smollm2))
     totals = []
     for rank in (8, 64):
         settings = EngineSettings(

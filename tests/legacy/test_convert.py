@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ggft.gguf.read import GGMLType, GGUFFile, check_model, dequantize, read_array, read_gguf
+from ggft.gguf.read import GGMLType, GGUFFile, check_decoder, dequantize, read_array, read_gguf
 from ggft.legacy.convert import convert_model
 from ggft.legacy.reader import LegacyFile, read_legacy
 from ggft.llama.model import LlamaModel, LlamaTokenizer
@@ -102,7 +102,7 @@ def test_exact_logits(tmp_path: Path, name: str) -> None:
         expected = np.load(DATA / f"{name}.npz")["logits"]
         limit = MANIFEST["files"][name]["logits_vs_float64_max_abs"]
     _, new = converted(tmp_path, name)
-    info = check_model(new)
+    info = check_decoder(new)
     assert info.norm_eps == pytest.approx(MANIFEST["files"][name]["rms_eps"])
     weights = {name: dequantize(t).astype(np.float64) for name, t in new.tensors.items()}
     rope = Rope(info.n_embd_head, info.rope_base)
@@ -188,7 +188,7 @@ def test_the_family_is_inferred_and_printed(
     tmp_path: Path, name: str, pieces: dict[str, Any], family: str, context: int, eps: float
 ) -> None:
     report = convert_model(raw(tmp_path, name, **pieces), tmp_path / "new.gguf")
-    info = check_model(read_gguf(tmp_path / "new.gguf"))
+    info = check_decoder(read_gguf(tmp_path / "new.gguf"))
     assert info.n_ctx == context
     assert info.norm_eps == pytest.approx(eps)
     assert f"family           {family}" in render(report)
@@ -199,7 +199,7 @@ def test_flags_override(tmp_path: Path) -> None:
     config = ConvertConfig(context=8192, eps=2e-5, rope_base=1e6, name="mine", gqa=1)
     report = convert_model(raw(tmp_path), tmp_path / "new.gguf", config)
     file = read_gguf(tmp_path / "new.gguf")
-    info = check_model(file)
+    info = check_decoder(file)
     assert (info.n_ctx, info.rope_base) == (8192, 1e6)
     assert info.norm_eps == pytest.approx(2e-5)
     assert file.get("general.name") == "mine"

@@ -16,7 +16,7 @@ from bench import make_model
 from bench.chart import Bar, draw
 from bench.common import whole_rows
 from ggft.engine.peak import GGML_TYPES, measure_peak
-from ggft.gguf.read import check_model, read_gguf
+from ggft.gguf.read import check_decoder, read_gguf
 from ggft.recipes.bench import bench, block_matrices, parse_shape
 from ggft.settings.training import BenchConfig
 from ggft.system.errors import InputError
@@ -67,7 +67,7 @@ def test_bench_of_a_tiny_model(
 
 def test_matrices_of_a_block(tmp_path: Path) -> None:
     tiny = write_model(tmp_path / "tiny.gguf", Spec(n_head_kv=4))
-    matrices = block_matrices(check_model(read_gguf(tiny.path)))
+    matrices = block_matrices(check_decoder(read_gguf(tiny.path)))
     assert matrices == {(64, 64): 4, (96, 64): 2, (64, 96): 1}
 
 
@@ -98,7 +98,7 @@ def test_a_generated_model_trains(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     with path.open("wb") as file:
         make_model.write(file, small, "Q4_K")
-    info = check_model(read_gguf(path))
+    info = check_decoder(read_gguf(path))
     assert (info.n_layer, info.n_vocab) == (1, 1000)
     result = bench(BenchConfig(model=str(path), shape="1x32", steps=1, threads=1, peak=False))
     assert result["tokens_per_s"] > 0
