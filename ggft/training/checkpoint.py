@@ -259,12 +259,19 @@ def _load(path: Path) -> Checkpoint:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return, for every setting that differs, `name: then → now`."""
+    """Return, for every setting that differs, `name: then → now`.
+
+    A setting that one side does not know, as it is of another version, counts as off.
+    """
     return [
         f"{name}: {_short(then.get(name))} → {_short(now.get(name))}"
         for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
+        if _differs(then.get(name), now.get(name), known=name in then and name in now)
     ]
+
+
+def _differs(then: Any, now: Any, *, known: bool) -> bool:
+    return bool(then != now if known else then or now)
 
 
 def _short(value: Any) -> str:

@@ -62,13 +62,20 @@ class Outcome:
         return [record for record in self.metrics if "val_loss" in record]
 
     def losses(self) -> Losses:
-        """Return the losses that a verdict rests on."""
+        """Return the losses that a verdict rests on.
+
+        They are those of the adapter that was kept, but of a run that diverged those of its steps:
+        what was kept is from before the loss rose.
+        """
         steps, held_out = self.steps, [record["val_loss"] for record in self.evaluations]
         few = max(1, len(steps) // 20)
-        epoch = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
+        diverged = self.state.get("smaller_lr") is not None
+        end = [s for s in steps if s["epoch"] > steps[-1]["epoch"] - 1]
+        end = steps[-few:] if diverged else end
+        measured = {} if diverged else self.measured
         return Losses(
-            train_before=self.measured.get("rows_before") or _mean_loss(steps[:few]),
-            train_after=self.measured.get("rows_after") or _mean_loss(epoch),
+            train_before=measured.get("rows_before") or _mean_loss(steps[:few]),
+            train_after=measured.get("rows_after") or _mean_loss(end),
             val_before=held_out[0] if len(held_out) > 1 else None,
             val_best=self._best_held_out(),
             val_last=held_out[-1] if len(held_out) > 1 else None,

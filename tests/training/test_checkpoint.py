@@ -172,6 +172,14 @@ def test_differences_are_named() -> None:
         check_same(then, {"seed": 1, "rank": 4, "data_sha256": "a", "threads": 2}, Path("c"))
 
 
+def test_a_setting_that_a_run_does_not_know_was_off() -> None:
+    then = {"seed": 1}
+    check_same(then, {"seed": 1, "rslora": False}, Path("c"))
+    check_same({"seed": 1, "gone": None}, then, Path("c"))
+    with pytest.raises(InputError, match="mix: None → 'auto'"):
+        check_same(then, {"seed": 1, "mix": "auto"}, Path("c"))
+
+
 class FailingDisk:
     """Let the n-th call of what writes fail; counts calls with n < 0."""
 

@@ -369,6 +369,9 @@ def test_a_diverged_run_stops_and_keeps_the_best(case: Case, given: dict[str, An
     report = json.loads((run / "report.json").read_text())
     assert report["verdict"]["kind"] == "diverged"
     assert "--lr 0.001" in report["verdict"]["text"]
+    before_after = re.search(r"training loss ([\d.]+) → ([\d.]+)", report["verdict"]["text"])
+    assert before_after is not None
+    assert float(before_after[2]) > float(before_after[1]), "the loss that it rose to is said"
     assert len(metrics(run)) <= 20
     assert report["state"]["best_step"] == 0
     lora_b = [a for n, a in read_adapter(run / "adapter.gguf").arrays().items() if n[-1] == "b"]
