@@ -171,14 +171,9 @@ def load_corpus(
         loader = _Loader(files, template, options, check, encoding)
         before = 0
         for number, path in enumerate(loader.table.paths):
-            loader.read(number, path, partial(_move, bar, before))
+            loader.read(number, path, partial(bar.move_to, after=before))
             before += path.stat().st_size
     return loader.finish()
-
-
-def _move(bar: ByteBar, before: int, n: int) -> None:
-    """Show that `n` bytes of a file are read, with `before` of those before it."""
-    bar.move_to(before + n)
 
 
 class _Loader:
@@ -280,13 +275,10 @@ class _Loader:
                 self.row_of.append(row)
         if empty:
             raise InputError(
-                "the file has no rows",
-                path=path,
-                expected="at least one example",
+                "the file has no rows", path=path, expected="at least one example",
                 hint="a table needs a header and rows below it"
-                if path.suffix in (".csv", ".tsv")
-                else "add rows, or leave this file out",
-            )
+                if path.suffix in (".csv", ".tsv") else "add rows, or leave this file out",
+            )  # fmt: skip
 
     def _examples_of(
         self, path: Path, on_bytes: Callable[[int], object]

@@ -194,10 +194,10 @@ class ByteBar:
             file=sys.stderr, disable=None, leave=False, delay=delay_s,
         )  # fmt: skip
 
-    def move_to(self, done: float) -> None:
-        """Show that `done` bytes are done."""
-        if done > self._bar.n:
-            self._bar.update(done - self._bar.n)
+    def move_to(self, done: float, after: float = 0) -> None:
+        """Show that `done` bytes are done, after those of what went before."""
+        if after + done > self._bar.n:
+            self._bar.update(after + done - self._bar.n)
 
     def __enter__(self) -> ByteBar:
         return self

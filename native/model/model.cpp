@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -383,12 +384,7 @@ size_t Model::bytes() const {
 }
 
 bool Model::mapped() const {
-    for (const auto & shard : shards_) {
-        if (!shard->mapped) {
-            return false;
-        }
-    }
-    return true;
+    return std::all_of(shards_.begin(), shards_.end(), [](const auto & s) { return s->mapped; });
 }
 
 int64_t Model::n_params_matmul() const {
