@@ -240,8 +240,11 @@ def suggest(
 
 
 def n_general(n_rows: int, share: float) -> int:
-    """Return how many general rows an epoch has beside `n_rows` for them to be `share` of all."""
-    return round(n_rows * share / (1.0 - share))
+    """Return how many general rows an epoch has beside `n_rows` for them to be `share` of all.
+
+    With a share there is at least one.
+    """
+    return max(1, round(n_rows * share / (1.0 - share))) if share else 0
 
 
 def choose_max_length(longest: int, usual: int, n_ctx: int) -> int:

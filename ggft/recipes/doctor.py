@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
-from ggft.engine.engine import Engine, load_native
+from ggft.engine.engine import Engine, find_device, load_native
 from ggft.engine.metal import metal_rules
 from ggft.gguf.read import check_decoder, check_model, read_gguf
 from ggft.hub.download import find_model
@@ -131,8 +131,12 @@ def _native_info() -> dict[str, Any]:
 
 
 def _devices() -> list[dict[str, Any]]:
-
     return [dict(device) for device in load_native().devices()]
+
+
+def _is_by_rules(device: str) -> bool:
+    """Return whether Metal is meant where there is none: its rules are known anywhere."""
+    return device.lower() == "metal" and platform.system() != "Darwin"
 
 
 def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
@@ -146,7 +150,7 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
     """
     file = read_gguf(find_model(model))
     info = check_decoder(file, "ggft doctor --graph")
-    by_rules = device.lower() == "metal" and platform.system() != "Darwin"
+    by_rules = _is_by_rules(device)
     config = BenchConfig(
         device="cpu" if by_rules else device, kernels="ggml" if by_rules else "auto"
     )
@@ -168,6 +172,8 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
 def doctor(config: DoctorConfig) -> int:
     """Print the findings; return 3 if something must be fixed before training, else 0."""
     found = examine()
+    if config.device != "auto" and not _is_by_rules(config.device):
+        found.check("device", lambda: find_device(config.device))
     if config.graph:
         model = str(find_model(config.model))
         check_model(read_gguf(model))

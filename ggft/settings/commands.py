@@ -228,6 +228,6 @@ class DoctorConfig:
         "The model for --graph: a GGUF file or a name that `ggft models` lists"
     )
     device: str = device_option(
-        "The device for --graph: auto, cpu or NAME; metal is judged by its rules anywhere"
+        "The device to check: auto, cpu or NAME; with --graph metal is judged by its rules anywhere"
     )
     json: bool = json_option("Print the findings as JSON")

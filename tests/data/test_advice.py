@@ -62,6 +62,7 @@ def test_small_data_is_mixed_with_general_rows() -> None:
     assert suggest(1_000, 150_000, "task").mix_share == 0
     assert n_general(1_000, 0.0) == 0
     assert n_general(10, 0.5) == 10
+    assert n_general(1, 0.1) == 1, "a share is never nothing"
 
 
 def test_every_recipe_says_what_backs_it() -> None:

@@ -66,6 +66,12 @@ def test_warnings(facts: dict[str, Any], says: str) -> None:
     assert [says in text for text in found.warnings] == [True]
 
 
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(DoctorConfig(device="Mars")) == 3
+    assert "there is no such device (found 'Mars'" in capsys.readouterr().out
+    assert doctor(DoctorConfig(device="cpu")) == 0
+
+
 @pytest.mark.parametrize(
     ("machine", "arm64", "devices", "problem", "warning"),
     [
