@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft.llama.model import LlamaModel
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template
 from ggft.setup.inputs import open_model
 

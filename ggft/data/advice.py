@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 
 MIN_SPLIT_ROWS = 20  # with fewer held-out rows, their loss is a rough estimate
 SHORT_ROW = 32

@@ -27,7 +27,8 @@ from ggft.data.encode import Encode, encode_ahead, encode_with, shortened
 from ggft.data.examples import Example, check_format, read_examples
 from ggft.data.files import DataFiles, find_files
 from ggft.data.store import RowTable, StoreView, TokenStore
-from ggft.prompts.assistant_mask import Message, UnstableError
+from ggft.prompts.assistant_mask import UnstableError
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, Tokens
 from ggft.system.errors import InputError
 from ggft.system.progress import BAR_DELAY_S, ByteBar

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 
 if TYPE_CHECKING:
     import numpy as np

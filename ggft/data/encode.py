@@ -19,7 +19,7 @@ from ggft.data.duplicates import RowHashes, hash_rows
 from ggft.data.examples import Example
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaTokenizer
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, Tokens, make_template
 from ggft.system.errors import GgftError, InputError, ResourceError
 from ggft.system.processes import Child

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft.data.files import Row, read_rows
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
 
 

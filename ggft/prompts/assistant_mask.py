@@ -13,27 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypedDict
 
+from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
-
-
-class _RequiredKeys(TypedDict):
-    role: str
-    content: str
-
-
-class Message(_RequiredKeys, total=False):
-    """One turn of a conversation; roles are system, user, assistant and tool.
-
-    Attributes:
-        input: The alpaca format's second field; templates that do not know it get it appended to
-            the content by a newline.
-        learn: False for an answer that is only context (OpenAI's `weight: 0`).
-    """
-
-    input: str
-    learn: bool
 
 
 class Side(IntEnum):

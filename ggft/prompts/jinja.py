@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.processes import Child, signal_name
 

@@ -14,8 +14,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ggft.prompts.assistant_mask import Message, Part
+from ggft.prompts.assistant_mask import Part
 from ggft.prompts.encoding import Tokenizer
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template
 from ggft.system.errors import InputError
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ggft.prompts.assistant_mask import Message, is_filled
+from ggft.prompts.assistant_mask import is_filled
+from ggft.prompts.messages import Message
 
 MARGIN = 1 << 15
 _MODELS = ("gpt2", "llama")  # vocabularies whose tokens are made by merges

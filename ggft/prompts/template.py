@@ -15,7 +15,6 @@ from ggft.prompts.assistant_mask import (
     MARK_CLOSE,
     MARK_OPEN,
     AssistantMask,
-    Message,
     Part,
     RenderAll,
     Side,
@@ -32,6 +31,7 @@ from ggft.prompts.encoding import (
     find_special,
 )
 from ggft.prompts.jinja import JinjaProcess, render_here
+from ggft.prompts.messages import Message
 from ggft.prompts.shorten import Shortener
 from ggft.prompts.word_cache import WordCache
 from ggft.system.errors import InputError

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.settings.commands import GenerateConfig
 from ggft.setup.answers import Speaker, checked_text, stream_answer
 from ggft.system.errors import GgftError, InputError

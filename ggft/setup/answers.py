@@ -10,7 +10,7 @@ from ggft.gguf.finite import check_and_hash, check_values
 from ggft.gguf.read import check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaModel
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.settings.commands import GenerateConfig
 from ggft.setup.inputs import choose_template, print_warning
 from ggft.system.errors import InputError

@@ -12,7 +12,7 @@ from ggft.data.advice import n_general
 from ggft.data.batches import Chain, Course, Examples
 from ggft.data.store import StoreView, TokenStore
 from ggft.data.variation import vary
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.settings.training import SettledConfig
 from ggft.setup.inputs import BaseModel, Data, load_data
 from ggft.system.errors import InputError

@@ -18,9 +18,9 @@ from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
-from ggft.prompts.assistant_mask import Message
 from ggft.prompts.builtin import BUILTIN
 from ggft.prompts.encoding import Tokenizer
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, make_template
 from ggft.system.errors import InputError
 from ggft.system.progress import print_note

@@ -19,7 +19,7 @@ from ggft.data.advice import (
     suggest,
 )
 from ggft.data.examples import read_examples
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.settings.declared import DATA_RULE
 from ggft.settings.option import options_of
 from ggft.settings.training import FinetuneConfig

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.data.duplicates import Duplicates, HashTable, hash_rows, normalized, split
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 
 WORDS = ("lamp", "tide", "sea", "robot", "copper", "window", "stair", "tea", "fog", "whale")
 

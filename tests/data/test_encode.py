@@ -16,7 +16,7 @@ from ggft.data.corpus import Corpus, CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool, encode_with
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaTokenizer
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, make_template
 from ggft.system.errors import InputError, ResourceError
 from tests.recipes.test_prepare import NO_THOUGHTS, distinct, row, save

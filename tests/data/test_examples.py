@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ggft.data.examples import read_examples, to_example
 from ggft.data.files import Row, find_files, read_rows
-from ggft.prompts.assistant_mask import Message
+from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
 
 ROWS = [

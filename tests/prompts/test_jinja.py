@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ggft.prompts.assistant_mask import Message
 from ggft.prompts.jinja import FIXED_DATE, JinjaProcess, render_here
+from ggft.prompts.messages import Message
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.processes import Child
 from tests.support.children import is_gone

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ggft.prompts.assistant_mask import Message
 from ggft.prompts.builtin import BUILTIN
+from ggft.prompts.messages import Message
 from ggft.prompts.ollama import go_template, learn_turns, modelfile, ollama_ids
 from ggft.system.errors import InputError
 from tests.support import go_template as go

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ggft.prompts import assistant_mask, shorten
-from ggft.prompts.assistant_mask import AssistantMask, Message
+from ggft.prompts.assistant_mask import AssistantMask
 from ggft.prompts.builtin import BUILTIN
 from ggft.prompts.jinja import render_here
+from ggft.prompts.messages import Message
 from ggft.prompts.shorten import Shortener
 from ggft.prompts.template import make_template
 from ggft.system.errors import InputError

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from ggft.prompts.assistant_mask import Message
 from ggft.prompts.builtin import BUILTIN
+from ggft.prompts.messages import Message
 from ggft.prompts.template import Template
 from ggft.system.errors import InputError
 from tests.support.models import CHATML
