@@ -19,19 +19,31 @@ class Forecast:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
         self._native = load_native()
-        native = self._native.TracedForecast if settings.traced else self._native.Forecast
-        with native_errors(self._native):
-            self._forecast: Any = native(for_native(settings))
-        self.kernels: str = self._forecast.kernels
-        self.n_parameters: int = self._forecast.n_parameters
-        self.n_vocab: int = self._forecast.n_vocab
-        self.prepackable_bytes: int = self._forecast.prepackable_bytes
-        self.ignored: list[str] = self._forecast.ignored if settings.traced else []
+        self._forecast: Any = None
+        forecast = self._opened()
+        self.kernels: str = forecast.kernels
+        self.n_parameters: int = forecast.n_parameters
+        self.n_vocab: int = forecast.n_vocab
+        self.prepackable_bytes: int = forecast.prepackable_bytes
+        self.ignored: list[str] = forecast.ignored if settings.traced else []
+
+    def _opened(self) -> Any:
+        if self._forecast is None:
+            traced = self._settings.traced
+            native = self._native.TracedForecast if traced else self._native.Forecast
+            with native_errors(self._native):
+                self._forecast = native(for_native(self._settings))
+        return self._forecast
+
+    def close(self) -> None:
+        """Let go of the model, which is opened again if more is asked."""
+        self._forecast = None
 
     def buffers(
         self, n_rows: int, n_tokens: int, keep: bool, prepacked_bytes: int
     ) -> dict[str, int]:
         """Return what `Engine.info()["buffers"]` will say of such an engine."""
         with native_errors(self._native):
-            return dict(self._forecast.buffers(n_rows, n_tokens, keep, prepacked_bytes))
+            return dict(self._opened().buffers(n_rows, n_tokens, keep, prepacked_bytes))

@@ -37,6 +37,8 @@ SMALL_TOKENS, MORE_PER_DOUBLING = 512, 0.01
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # Shares of the weights that are prepacked. These take no more than this, and than all else does.
 PREPACKED_SHARES, PREPACKED_LIMIT = (0.0, 0.25, 0.5, 0.75, 1.0), 768 * 2**20
+# Beside its file a run on llama.cpp's own graph takes no more than this for their sake.
+TRACED_LIMIT = 400 * 10**6
 # The engine takes memory for them in pages of this size.
 LARGE_PAGE = 2 * 2**20
 # Of plans that are nearly as fast as the fastest, the smallest is taken.
@@ -169,6 +171,10 @@ class Shape:
         """Matrices among the targets that llama.cpp never applies an adapter to."""
         return self._forecast.ignored
 
+    def close(self) -> None:
+        """Let go of the model; what is known of it stays."""
+        self._forecast.close()
+
     def prepacked_limit(self, share: float) -> int:
         """Return the bytes that a share of the weights takes when it is prepacked."""
         return -(-int(share * self._forecast.prepackable_bytes) // LARGE_PAGE) * LARGE_PAGE
@@ -288,7 +294,7 @@ def make_plan(
         for share in PREPACKED_SHARES
         if not share or 0 < shape.prepacked_limit(share) <= PREPACKED_LIMIT
     ]  # fmt: skip
-    plans = [plan for plan in plans if plan.prepacked_bytes <= plan.total_bytes / 2]
+    plans = [plan for plan in plans if _may_prepack(plan)]
     fitting = [plan for plan in plans if limits.hold(plan.parts)]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -298,6 +304,14 @@ def make_plan(
     best = min(_cost(plan, step_tokens) for plan in fitting)
     fast = [plan for plan in fitting if _cost(plan, step_tokens) <= best * NEARLY_BEST]
     return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows * plan.n_tokens))
+
+
+def _may_prepack(plan: Plan) -> bool:
+    """Return whether a plan's prepacked weights are within bounds."""
+    beside = plan.total_bytes - plan.parts[WEIGHTS]
+    if plan.prepacked and plan.shape.settings.traced and beside > TRACED_LIMIT:
+        return False
+    return plan.prepacked_bytes <= plan.total_bytes / 2
 
 
 def _may_keep(shape: Shape, keep: bool | None) -> tuple[bool, ...]:

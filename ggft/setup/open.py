@@ -362,6 +362,7 @@ def open_engine(plan: Plan, stop: StopSignals) -> Iterator[Engine]:
         Interrupted: A signal cancelled a call, and whoever made the call did not expect it.
     """
     with Engine(plan.settings) as engine:
+        plan.shape.close()  # not before: what is open is opened once
         stop.on_stop(engine.cancel)
         try:
             yield engine

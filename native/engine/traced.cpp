@@ -14,7 +14,7 @@ static constexpr size_t LOGIT_BYTES = 96u << 20;
 static constexpr int64_t CHUNK_ALIGN = 64;
 
 TracedEngine::TracedEngine(const EngineConfig & config)
-    : TracedEngine(config, std::make_shared<TracedModel>(config.paths), Memory::taken) {
+    : TracedEngine(config, TracedModel::open(config.paths), Memory::taken) {
     reserve();
 }
 
@@ -165,7 +165,7 @@ void TracedEngine::reserve() {
 // ---- without taking any ----
 
 TracedForecast::TracedForecast(const EngineConfig & config)
-    : config_(config), model_(std::make_shared<TracedModel>(config.paths)) {
+    : config_(config), model_(TracedModel::open(config.paths)) {
     config_.n_rows = 1;
     config_.n_tokens = 2;
     config_.prepacked_bytes = 0;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -51,6 +53,19 @@ TracedModel::TracedModel(const std::vector<std::string> & paths) {
     model_.reset(llama_model_load_from_splits(names.data(), names.size(), params));
     require(model_ != nullptr, ErrorKind::input,
             "llama.cpp cannot load " + paths[0] + ": " + log.first_error());
+}
+
+std::shared_ptr<const TracedModel> TracedModel::open(const std::vector<std::string> & paths) {
+    static std::mutex mutex;
+    static std::map<std::vector<std::string>, std::weak_ptr<const TracedModel>> models;
+    std::lock_guard<std::mutex> lock(mutex);
+    std::weak_ptr<const TracedModel> & known = models[paths];
+    std::shared_ptr<const TracedModel> model = known.lock();
+    if (model == nullptr) {
+        model = std::make_shared<const TracedModel>(paths);
+        known = model;
+    }
+    return model;
 }
 
 void TracedModel::Free::operator()(llama_model * m) const {

@@ -33,6 +33,9 @@ public:
     std::string architecture() const;
     int64_t n_vocab() const;
 
+    // A model that is open is not opened again: its mapping and vocabulary are in memory once.
+    static std::shared_ptr<const TracedModel> open(const std::vector<std::string> & paths);
+
 private:
     struct Free {
         void operator()(llama_model * m) const;

@@ -9,6 +9,7 @@ its numbers are set to zero; float32 leaves 1e-3 of a difference of two losses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ import pytest
 
 from ggft.adapters.adapter import AdapterMeta, write_adapter
 from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.forecast import Forecast
+from ggft.engine.memory import (
+    PREPACKED,
+    PROGRAM,
+    TRACED_LIMIT,
+    Limits,
+    Shape,
+    _may_prepack,
+    make_plan,
+)
+from ggft.gguf.read import check_model, read_gguf
 from ggft.llama.model import LlamaModel
 from ggft.system.errors import InputError
 from tests.support.engines import make_batch, relative, set_random_lora
@@ -201,6 +213,38 @@ def test_an_unknown_architecture_is_refused_in_llama_cpps_words(tmp_path: Path) 
     tiny.path.write_bytes(strange)
     with pytest.raises(InputError, match="unknown model architecture: 'lamas'"):
         open_traced(tiny.path, "gemma3")
+
+
+def n_mappings(path: Path) -> int:
+    """Return how often this process has a file mapped."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return sum(line.endswith(str(path)) for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are Linux's to tell")
+def test_a_model_is_mapped_once_for_plan_and_run_and_not_afterwards(make: Make) -> None:
+    path, _ = make("phi3")
+    with open_traced(path, "phi3") as engine:
+        alone = n_mappings(path)
+        forecast = Forecast(engine.settings)
+        assert n_mappings(path) == alone
+    assert n_mappings(path) == alone > 0
+    forecast.close()
+    assert n_mappings(path) == 0
+    assert forecast.buffers(1, 16, False, 0)["weights"] > 0
+
+
+def test_prepacked_weights_do_not_swell_a_traced_run(make: Make) -> None:
+    """Beside the file no more than TRACED_LIMIT for their sake, however much is free."""
+    path, _ = make("phi3")
+    with open_traced(path, "phi3") as engine:
+        shape = Shape(model=check_model(read_gguf(path)), settings=engine.settings)
+    large = Limits(budget_bytes=2**40, free_bytes=2**40, total_bytes=2**40)
+    plan = make_plan(shape, large, n_tokens=64, max_rows=1)
+    assert plan.prepacked_bytes > 0
+    parts = {**plan.parts, PROGRAM: TRACED_LIMIT}
+    assert not _may_prepack(replace(plan, parts=parts))
+    assert _may_prepack(replace(plan, parts={**parts, PREPACKED: 0}, prepacked=0.0))
 
 
 def flat(arrays: dict[str, Array]) -> Array:
