@@ -24,7 +24,7 @@ from ggft.data.advice import (
 )
 from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with, shortened
-from ggft.data.examples import Example, check_format, read_examples
+from ggft.data.examples import AS_FOUND, Example, RowOptions, RowReader
 from ggft.data.files import DataFiles, find_files
 from ggft.data.store import RowTable, StoreView, TokenStore
 from ggft.prompts.assistant_mask import UnstableError
@@ -50,7 +50,7 @@ class CorpusOptions:
     """How data is read.
 
     Attributes:
-        format_name: One of `examples.FORMATS`.
+        rows: What rows are called and which of their columns are used.
         n_ctx: The model's context in tokens.
         max_length: Longest example in tokens; None: chosen from the data.
         val_split: Share of rows to hold out; None: chosen from the number of rows.
@@ -60,7 +60,7 @@ class CorpusOptions:
         keep_tokens: Whether token ids are kept; without, everything is only counted.
     """
 
-    format_name: str = "auto"
+    rows: RowOptions = AS_FOUND
     n_ctx: int = 1 << 30
     max_length: int | None = None
     val_split: float | None = None
@@ -87,6 +87,7 @@ class Account:
         val_share: Share of the rows that was to be held out.
         row_kind: What the rows are: facts, a task (or a style), or unclear.
         n_wordings: Rows for each answer, on average.
+        unused: Rows that have something in a column that is not used, by its name.
         notes: What was chosen from the data, a sentence each.
         warnings: What a user should look at, a sentence each.
     """
@@ -103,6 +104,7 @@ class Account:
     val_share: float = 0.0
     row_kind: Kind = "task"
     n_wordings: float = 1.0
+    unused: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -161,7 +163,7 @@ def load_corpus(
     Raises:
         InputError: A file cannot be read, a row is not an example, or nothing is left.
     """
-    check_format(options.format_name)
+    reader = RowReader(options.rows)
     files = find_files(paths)
     encode = partial(encode_with, template, train_on_prompt=options.train_on_prompt)
     n_bytes = sum(path.stat().st_size for path in (*files.train, *files.valid))
@@ -169,7 +171,7 @@ def load_corpus(
         helpers() if helpers and n_bytes > LARGE_BYTES else nullcontext(encode) as encoding,
         ByteBar("reading data", n_bytes, delay_s=BAR_DELAY_S) as bar,
     ):
-        loader = _Loader(files, template, options, check, encoding)
+        loader = _Loader(files, reader, template, options, check, encoding)
         before = 0
         for number, path in enumerate(loader.table.paths):
             loader.read(number, path, partial(bar.move_to, after=before))
@@ -183,12 +185,14 @@ class _Loader:
     def __init__(
         self,
         files: DataFiles,
+        reader: RowReader,
         template: Template,
         options: CorpusOptions,
         check: Callable[[], None],
         encode: Encode,
     ) -> None:
         self.files = files
+        self.reader = reader
         self.template = template
         self.options = options
         self.check = check
@@ -207,6 +211,8 @@ class _Loader:
 
         account, n = self.account, len(self.table)
         account.n_rows = n
+        account.notes += self.reader.notes()
+        account.unused = dict(self.reader.unused)
         self._kind = kind_of_texts(self.texts)
         account.row_kind, account.n_wordings = self._kind[0], wordings_of_texts(self.texts)
         duplicates = self.hashes.duplicates()
@@ -285,7 +291,7 @@ class _Loader:
         self, path: Path, on_bytes: Callable[[int], object]
     ) -> Iterator[tuple[Example, list[Tokens]]]:
         """Yield the rows of a file, each with the examples that it makes."""
-        examples = read_examples(path, self.options.format_name, on_bytes)
+        examples = self.reader.read(path, on_bytes)
         for example, tokens in self._encoded(shortened(examples, self.template, self.n_tokens)):
             try:
                 if isinstance(tokens, UnstableError):

@@ -1,19 +1,37 @@
 """Turn rows into examples: conversations, or plain text, whatever the fields are called.
 
-The schema is found row by row from the field names; anything that would silently train on
-something else than meant is an error with file and line.
+The shape is found row by row from the columns' names (`rows.columns`). A column is used, or counted
+and listed; one that the row would mean something else without is an error with file and line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ggft.data.files import Row, read_rows
+from ggft.data.rows.columns import NAMES, Columns, Plan
+from ggft.data.rows.turns import Turns
+from ggft.data.rows.values import (
+    any_of,
+    content_of,
+    is_empty,
+    keys_of,
+    kind_of,
+    list_of,
+    passages_of,
+    text_of,
+    wrong,
+)
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
+
+SHORT_CHARS = 4000
+FORMATS = ("auto", "alpaca", "chat", "sharegpt", "completion", "text")
+N_LISTED = 20  # columns that are not used, in a note
 
 
 @dataclass(frozen=True)
@@ -38,255 +56,261 @@ class Example:
         return self.messages if self.messages and n_chars <= SHORT_CHARS else None
 
 
-SHORT_CHARS = 4000
-INSTRUCTION_KEYS = ("instruction", "prompt", "question", "query")
-OUTPUT_KEYS = ("output", "response", "answer", "completion")
-CHAT_KEYS = ("messages", "conversations", "conversation")
-FORMATS = ("auto", "alpaca", "chat", "sharegpt", "completion", "text")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are read.
+
+    Attributes:
+        format_name: One of `FORMATS`.
+        columns: What columns are for, `NAME=ROLE` each.
+        ignored: Columns that are left out.
+    """
+
+    format_name: str = "auto"
+    columns: Sequence[str] = ()
+    ignored: Sequence[str] = ()
 
 
-def read_examples(
-    path: Path, format_name: str = "auto", moved: Callable[[int], object] = lambda _: None
-) -> Iterator[Example]:
-    """Yield the examples of one file; `moved` is told now and then how many bytes are read."""
-    return (to_example(row, format_name) for row in read_rows(path, moved))
+AS_FOUND = RowOptions()
 
 
-def check_format(name: str) -> None:
-    """Raise InputError unless `name` is one of `FORMATS`."""
-    if name not in FORMATS:
-        raise InputError("no such format", found=repr(name), expected=", ".join(FORMATS))
-
-
-def to_example(row: Row, format_name: str = "auto") -> Example:
-    """Return the example that a row holds."""
-    value = row.value
-    if isinstance(value, str):
-        if format_name not in ("auto", "text"):
-            raise _wrong(row, "plain text is not of this format", "a text", format_name)
-        return Example([], _text(row, value, "the text"), row.path, row.line)
-    if format_name == "auto":
-        format_name = _detect(row, value)
-    read = _READERS[format_name]
-    messages = read(row, value)
-    if isinstance(messages, str):
-        return Example([], messages, row.path, row.line)
-    return Example(messages, None, row.path, row.line)
-
-
-def _detect(row: Row, value: dict[str, Any]) -> str:
-    """Return the format that a row's field names show."""
-    for key in CHAT_KEYS:
-        if value.get(key) is not None:
-            turns = value[key]
-            first = turns[0] if isinstance(turns, list) and turns else None
-            return "sharegpt" if isinstance(first, dict) and "from" in first else "chat"
-    if "chosen" in value and "rejected" in value:
-        raise _wrong(
-            row, "preference pairs cannot be trained on", "chosen and rejected", "one answer a row"
-        )
-    if "completion" in value and "prompt" in value:
-        return "completion"
-    if any(k in value for k in OUTPUT_KEYS) and any(
-        k in value for k in (*INSTRUCTION_KEYS, "input")
-    ):
-        return "alpaca"
-    if "text" in value:
-        return "text"
-    asked = [k for k in (*INSTRUCTION_KEYS, "input") if k in value]
-    if asked:
-        raise _wrong(row, f"{asked[0]!r} without an answer", _keys(value), _any_of(OUTPUT_KEYS))
-    raise _wrong(
-        row,
-        "these fields are of no known format",
-        _keys(value),
-        "instruction and output, messages, conversations, prompt and completion, or text",
-    )
-
-
-def _alpaca(row: Row, value: dict[str, Any]) -> list[Message]:
-    """Read instruction, input, output, system and history, under any of their names."""
-    asked = [k for k in INSTRUCTION_KEYS if value.get(k)]
-    answered = [k for k in OUTPUT_KEYS if k in value]
-    if len(asked) > 1 or len(answered) > 1:
-        both = asked if len(asked) > 1 else answered
-        raise _wrong(row, f"{both[0]!r} and {both[1]!r} in one row", _keys(value), "one of them")
-    if not answered:
-        raise _wrong(row, "a row without an answer", _keys(value), _any_of(OUTPUT_KEYS))
-    given = _text(row, value.get("input") or "", "input")
-    question = _text(row, value[asked[0]], asked[0]) if asked else ""
-    if not question.strip() and not given.strip():
-        raise _wrong(row, "a row without a question", _keys(value), _any_of(INSTRUCTION_KEYS))
-    user: Message = {"role": "user", "content": question or given}
-    if question and given.strip():
-        user["input"] = given
-    messages: list[Message] = []
-    if value.get("system"):
-        messages.append({"role": "system", "content": _text(row, value["system"], "system")})
-    for pair in _list(row, value.get("history") or [], "history"):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise _wrong(row, "history is malformed", _kind(pair), "pairs [question, answer]")
-        messages.append({"role": "user", "content": _text(row, pair[0], "history")})
-        messages.append({"role": "assistant", "content": _text(row, pair[1], "history")})
-    answer = _text(row, value[answered[0]], answered[0])
-    return [*messages, user, {"role": "assistant", "content": answer}]
-
-
-def _completion(row: Row, value: dict[str, Any]) -> list[Message]:
-    """Read prompt and completion, each a text or a list of messages."""
-    messages: list[Message] = []
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        part = value.get(key)
-        if isinstance(part, list):
-            messages += _turns(row, part, key, "role", "content")
-        else:
-            messages.append({"role": role, "content": _text(row, part, key)})
-    if value.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(row, value["system"], "system")})
-    return messages
-
-
-def _chat(row: Row, value: dict[str, Any]) -> list[Message]:
-    return _conversation(row, value, "role", "content")
-
-
-def _sharegpt(row: Row, value: dict[str, Any]) -> list[Message]:
-    return _conversation(row, value, "from", "value")
-
-
-def _conversation(row: Row, value: dict[str, Any], role: str, content: str) -> list[Message]:
-    key = next((k for k in CHAT_KEYS if value.get(k) is not None), None)
-    if key is None:
-        raise _wrong(row, "a row without a conversation", _keys(value), _any_of(CHAT_KEYS))
-    messages = _turns(row, _list(row, value[key], key), key, role, content)
-    if value.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(row, value["system"], "system")})
-    return messages
-
-
-def _turns(row: Row, turns: list[Any], key: str, role: str, content: str) -> list[Message]:
-    """Read a list of turns.
+class RowReader:
+    """Turns rows into examples, and keeps an account of what is not used.
 
     Args:
-        row: Where they stand.
-        turns: The list.
-        key: Its field's name, for messages.
-        role: Name of the role's field.
-        content: Name of the content's field.
+        options: How rows are read.
+
+    Attributes:
+        unused: How many rows have something in a column that is not used.
+        ignored: The same of the columns that the user ignores.
+
+    Raises:
+        InputError: No such format, or `--columns` is malformed.
     """
-    messages: list[Message] = []
-    if not turns:
-        raise _wrong(row, f"{key} is empty", "no turns", "at least one question and one answer")
-    for n, turn in enumerate(turns, 1):
-        where = f"{key}, turn {n}"
-        if not isinstance(turn, dict):
-            raise _wrong(row, f"{where}: not an object", _kind(turn), f"{{{role}, {content}}}")
-        name = turn.get(role)
-        if not isinstance(name, str) or name.lower() not in ROLES:
-            raise _wrong(
-                row,
-                f"{where}: unknown {role}",
-                repr(name) if isinstance(name, str) else _kind(name),
-                "system, user, assistant, tool",
+
+    def __init__(self, options: RowOptions = AS_FOUND) -> None:
+        if options.format_name not in FORMATS:
+            raise InputError(
+                "no such format", found=repr(options.format_name), expected=", ".join(FORMATS)
             )
-        text = turn.get(content)
-        if text is None and turn.get("tool_calls"):
-            raise _wrong(
-                row,
-                f"{where}: tool_calls cannot be trained on",
-                "tool_calls without content",
-                "the call written as content",
-            )
-        message: Message = {"role": ROLES[name.lower()], "content": _content(row, text, where)}
-        if turn.get("weight") == 0 or turn.get("train") is False:
-            message["learn"] = False
-        messages.append(message)
-    return messages
+        self.unused: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self._format = options.format_name
+        self._columns = Columns(options.columns, options.ignored)
+        self._turns = Turns(self.unused)
+
+    def read(
+        self, path: Path, moved: Callable[[int], object] = lambda _: None
+    ) -> Iterator[Example]:
+        """Yield the examples of one file; `moved` is told now and then how many bytes are read."""
+        return (self.example(row) for row in read_rows(path, moved))
+
+    def example(self, row: Row) -> Example:
+        """Return the example that a row holds."""
+        value = row.value
+        if isinstance(value, str):
+            if self._format not in ("auto", "text"):
+                raise wrong(row, "plain text is not of this format", "a text", self._format)
+            return Example([], text_of(row, value, "the text"), row.path, row.line)
+        fields = _Fields(row, value, self._columns.plan(tuple(value)))
+        made = _READERS[self._format if self._format != "auto" else _detect(fields)](self, fields)
+        if len(fields.used) != len(value):
+            self._account(fields)
+        if isinstance(made, str):
+            return Example([], made, row.path, row.line)
+        return Example(made, None, row.path, row.line)
+
+    def _account(self, fields: _Fields) -> None:
+        """Count what of a row was not used; refuse the row if it cannot do without."""
+        for name, value in fields.value.items():
+            if name in fields.used or is_empty(value):
+                continue
+            if name in fields.plan.ignored:
+                self.ignored[name] += 1
+            elif value == 1 and name in fields.plan.by_role.get("weight", ()):
+                continue  # as every other row
+            elif name in fields.plan.telling:
+                raise wrong(
+                    fields.row, f"{name!r} would be lost, and changes what the row means",
+                    kind_of(value), "columns that are rendered",
+                    f"say what it is with --columns {name}=ROLE, or leave it out with"
+                    f" --ignore-columns {name}",
+                )  # fmt: skip
+            else:
+                self.unused[name] += 1
+
+    def notes(self) -> list[str]:
+        """Return what to say of columns that were not used.
+
+        Raises:
+            InputError: The user named a column that no row had.
+        """
+        self._columns.check_seen()
+        notes: list[str] = []
+        for counts, what, remedy in (
+            (self.unused, "not used", "; --columns NAME=ROLE uses one"),
+            (self.ignored, "ignored as asked", ""),
+        ):
+            if counts:
+                shown = [f"{name} ({n} rows)" for name, n in counts.most_common(N_LISTED)]
+                more = [f"and {len(counts) - N_LISTED} more"] if len(counts) > N_LISTED else []
+                notes.append(f"columns {what}: {', '.join(shown + more)}{remedy}")
+        return notes
+
+    def pair(self, fields: _Fields) -> list[Message]:
+        """Read a question, what it is about, and its answer; or prompt and completion."""
+        row = fields.row
+        asked, answered = fields.one("instruction"), fields.one("output")
+        if answered is None:
+            names = fields.plan.by_role.get("output", ())
+            if not names:
+                raise wrong(
+                    row, "a row without an answer", keys_of(fields.value), any_of(NAMES["output"])
+                )
+            answered = fields.take(names[0])
+        given = [
+            passages_of(row, fields.value[fields.take(name)], name, self.unused)
+            for name in fields.filled("context", "input")
+        ]
+        about = "\n\n".join(text for text in given if text.strip())
+        messages = self._before(fields)
+        question = fields.value[asked] if asked is not None else ""
+        if isinstance(question, list) and asked is not None:
+            messages += self._turns.read(row, question, asked)
+            if about:
+                raise wrong(
+                    row, "a list of turns and a text beside it", keys_of(fields.value), "one"
+                )
+        else:
+            text = text_of(row, question or "", asked or "the question")
+            if not text.strip() and not about:
+                raise wrong(
+                    row, "a row without a question", keys_of(fields.value),
+                    any_of(NAMES["instruction"]),
+                )  # fmt: skip
+            user: Message = {"role": "user", "content": text or about}
+            if text and about:
+                user["input"] = about
+            messages.append(user)
+        answer = fields.value[answered]
+        if isinstance(answer, list):
+            return messages + self._turns.read(row, answer, answered)
+        return [*messages, {"role": "assistant", "content": text_of(row, answer, answered)}]
+
+    def _before(self, fields: _Fields) -> list[Message]:
+        """Return what stands before the question: system text and earlier turns."""
+        row, messages = fields.row, _system(fields)
+        name = fields.any("history")
+        for pair in list_of(row, fields.value[name], name) if name else ():
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise wrong(row, f"{name} is malformed", kind_of(pair), "pairs [question, answer]")
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                messages.append({"role": role, "content": text_of(row, text, str(name))})
+        return messages
+
+    def chat(self, fields: _Fields) -> list[Message]:
+        """Read a list of turns."""
+        row, name = fields.row, fields.any("messages")
+        if name is None:
+            names = fields.plan.by_role.get("messages", ())
+            if not names or fields.value[names[0]] is None:
+                raise wrong(
+                    row, "a row without a conversation", keys_of(fields.value),
+                    any_of(NAMES["messages"]),
+                )  # fmt: skip
+            name = fields.take(names[0])
+        messages = self._turns.read(row, list_of(row, fields.value[name], name), name)
+        if messages[0]["role"] == "system":
+            return messages
+        return _system(fields) + messages
+
+    def plain(self, fields: _Fields) -> str:
+        """Read plain text."""
+        name = fields.any("text")
+        if name is None:
+            return text_of(fields.row, fields.value.get("text"), "text")
+        return text_of(fields.row, fields.value[name], name)
 
 
-def _content(row: Row, value: Any, where: str) -> str:
-    """Return a content's text; a list of text parts, as OpenAI has them, is joined."""
-    if not isinstance(value, list):
-        return _text(row, value, f"{where}: content")
-    texts: list[str] = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise _wrong(row, f"{where}: not only text", repr(kind), "parts of type text")
-        texts.append(_text(row, part.get("text"), f"{where}: content"))
-    return "".join(texts)
+class _Fields:
+    """A row's columns by their roles, and which of them were used."""
+
+    def __init__(self, row: Row, value: dict[str, Any], plan: Plan) -> None:
+        self.row, self.value, self.plan = row, value, plan
+        self.used: set[str] = set()
+
+    def has(self, role: str) -> bool:
+        """Whether there is such a column, whatever is in it."""
+        return role in self.plan.by_role
+
+    def take(self, name: str) -> str:
+        """Use a column."""
+        self.used.add(name)
+        return name
+
+    def filled(self, *roles: str) -> list[str]:
+        """Return the columns of some roles that have something in them."""
+        names = (name for role in roles for name in self.plan.by_role.get(role, ()))
+        return [name for name in names if not is_empty(self.value[name])]
+
+    def any(self, role: str) -> str | None:
+        """Use the first column of a role that has something in it."""
+        names = self.filled(role)
+        return self.take(names[0]) if names else None
+
+    def one(self, role: str) -> str | None:
+        """Use the one column of a role that has something in it; two are an error."""
+        names = self.filled(role)
+        if len(names) > 1:
+            raise wrong(
+                self.row, f"{names[0]!r} and {names[1]!r} in one row", keys_of(self.value),
+                "one of them",
+                f"leave one out with --ignore-columns {names[1]}, or say what it is with"
+                f" --columns {names[1]}=ROLE",
+            )  # fmt: skip
+        return self.take(names[0]) if names else None
 
 
-def _plain(row: Row, value: dict[str, Any]) -> str:
-    return _text(row, value.get("text"), "text")
+def _system(fields: _Fields) -> list[Message]:
+    name = fields.any("system")
+    if name is None:
+        return []
+    value = fields.value[name]
+    parts = value["parts"] if isinstance(value, dict) and "parts" in value else value
+    return [{"role": "system", "content": content_of(fields.row, parts, name)}]
 
 
-def _text(row: Row, value: Any, where: str) -> str:
-    """Return a value that must be text a tokenizer can read."""
-    if not isinstance(value, str):
-        raise _wrong(row, f"{where} is not text", _kind(value), "a string")
-    if "\0" in value:
-        raise _wrong(row, f"{where} contains a NUL character", "\\u0000", "text")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as e:
-            bad = f"a lone surrogate \\u{ord(value[e.start]):04x}"
-            raise _wrong(row, f"{where} is not valid Unicode", bad, "text") from None
-    return value
+def _detect(fields: _Fields) -> str:
+    """Return the format that a row's columns show."""
+    has, value = fields.has, fields.value
+    if any(value[name] is not None for name in fields.plan.by_role.get("messages", ())):
+        return "chat"
+    if has("chosen") and has("rejected"):
+        raise wrong(
+            fields.row, "preference pairs cannot be trained on", "chosen and rejected",
+            "one answer a row",
+        )  # fmt: skip
+    asked = [name for role in ("instruction", "input", "context")
+             for name in fields.plan.by_role.get(role, ())]  # fmt: skip
+    if has("output") and asked:
+        return "alpaca"
+    if has("text"):
+        return "text"
+    if asked:
+        raise wrong(
+            fields.row, f"{asked[0]!r} without an answer", keys_of(value), any_of(NAMES["output"])
+        )
+    raise wrong(
+        fields.row, "these fields are of no known format", keys_of(value),
+        "instruction and output, messages, conversations, prompt and completion, or text",
+        "say what the columns are with --columns NAME=ROLE; ROLE is instruction, input, output, …",
+    )  # fmt: skip
 
 
-def _list(row: Row, value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _wrong(row, f"{where} is not a list", _kind(value), "a list")
-    return value
-
-
-def _wrong(row: Row, message: str, found: str, expected: str) -> InputError:
-    return InputError(
-        message,
-        path=row.path,
-        line=row.line,
-        found=found,
-        expected=expected,
-        hint="correct or remove this row; `ggft prepare` shows how rows are read",
-    )
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return "null or missing" if value is None else names.get(type(value), "a number")
-
-
-def _keys(value: dict[str, Any]) -> str:
-    return ", ".join(list(value)[:8]) or "no fields"
-
-
-def _any_of(keys: Iterable[str]) -> str:
-    return "one of " + ", ".join(keys)
-
-
-_READERS: dict[str, Callable[[Row, dict[str, Any]], list[Message] | str]] = {
-    "alpaca": _alpaca,
-    "chat": _chat,
-    "sharegpt": _sharegpt,
-    "completion": _completion,
-    "text": _plain,
+_READERS: dict[str, Callable[[RowReader, _Fields], list[Message] | str]] = {
+    "alpaca": RowReader.pair,
+    "chat": RowReader.chat,
+    "sharegpt": RowReader.chat,
+    "completion": RowReader.pair,
+    "text": RowReader.plain,
 }

@@ -43,7 +43,9 @@ def forgetting(config: EvalConfig, progress: Progress) -> dict[str, Any]:
             found="no --adapter" if config.adapter is None else "--data",
             expected="--adapter and no --data",
         )
-    general = replace(config, data=(str(GENERAL_CHECK),))
+    general = replace(
+        config, data=(str(GENERAL_CHECK),), format="auto", columns=(), ignore_columns=()
+    )
     before = evaluate_files(replace(general, adapter_scale=0.0), progress.warn).loss
     after = evaluate_files(general, progress.warn).loss
     result = {"general_before": before, "general_after": after, "ratio": after / before}

@@ -67,6 +67,8 @@ def read_data(config: FinetuneConfig, base: BaseModel, stop: StopSignals) -> Dat
         base,
         config.data,
         format=config.format,
+        columns=config.columns,
+        ignore_columns=config.ignore_columns,
         max_length=config.max_length,
         val_split=config.val_split,
         train_on_prompt=config.train_on_prompt,

@@ -22,7 +22,7 @@ from ggft.hub.download import find_model
 from ggft.settings.commands import MergeConfig
 from ggft.settings.option import make
 from ggft.settings.training import EvalConfig
-from ggft.setup.calibration import N_GENERAL, Fitter, rows_of_run
+from ggft.setup.calibration import N_GENERAL, Fitter, Rows, rows_of_run
 from ggft.setup.inputs import BaseModel, print_warning
 from ggft.system.errors import InputError
 from ggft.system.progress import ByteBar, print_note
@@ -70,10 +70,10 @@ def _fit_for(
             config = replace(config, type="auto")
         return config, None
     read_adapter(adapter, file, check_hash=not config.any_base)
-    data = config.data or rows_of_run(adapter)
-    rows = ", ".join(data) if data else "no rows of the fine-tune (--data gives some)"
+    source = Rows(config.data) if config.data else rows_of_run(adapter)
+    rows = ", ".join(source.data) or "no rows of the fine-tune (--data gives some)"
     print_note(f"fitting to {rows}, and {N_GENERAL} general rows")
-    return config, Fitter(base, adapter, data, any_base=config.any_base)
+    return config, Fitter(base, adapter, source, any_base=config.any_base)
 
 
 def _measure_on(data: tuple[str, ...]) -> Measure:

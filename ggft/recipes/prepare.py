@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ggft.data.advice import suggest
 from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.data.encode import EncoderPool
-from ggft.data.examples import Example, read_examples
+from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.prompts.assistant_mask import UnstableError, joined
 from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
@@ -59,11 +59,12 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
             require_new(Path(config.out) / name, force=config.force)
     model, template = open_vocabulary(config.model, config.template, warn=progress.warn)
     n_ctx = model.get(f"{model.architecture}.context_length")
+    rows = RowOptions(config.format, config.columns, config.ignore_columns)
     corpus = load_corpus(
         config.data,
         template,
         CorpusOptions(
-            format_name=config.format,
+            rows=rows,
             n_ctx=n_ctx if isinstance(n_ctx, int) else 1 << 30,
             max_length=config.max_length,
             val_split=config.val_split,
@@ -84,9 +85,9 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         progress.result(line)
     if config.preview:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for line in preview(config, corpus, template, colour=colour):
+        for line in preview(config, rows, corpus, template, colour=colour):
             progress.result(line)
-    written = write_cleaned(Path(config.out), config.format, corpus) if config.out else {}
+    written = write_cleaned(Path(config.out), rows, corpus) if config.out else {}
     for name, n_rows in written.items():
         progress.result(f"written    {name}: {n_rows} rows")
     progress.event(
@@ -148,11 +149,11 @@ def histogram(lengths: IntArray) -> Iterator[str]:
 
 
 def preview(
-    config: PrepareConfig, corpus: Corpus, template: Template, *, colour: bool
+    config: PrepareConfig, rows: RowOptions, corpus: Corpus, template: Template, *, colour: bool
 ) -> Iterator[str]:
     """Yield rows as the model sees them, the trained tokens between marks and in colour."""
     shown = 0
-    for row, example in _examples(config.format, corpus):
+    for row, example in _examples(rows, corpus):
         if shown == config.preview:
             return
         if corpus.fate[row] > Fate.VALID:
@@ -203,15 +204,15 @@ def _name(template: Template, token: int) -> str:
     return printable(template.tokenizer.token_text(token))
 
 
-def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]:
+def _examples(rows: RowOptions, corpus: Corpus) -> Iterator[tuple[int, Example]]:
     """Yield the rows again, with their numbers.
 
     Raises:
         InputError: there are not as many as before.
     """
-    row = -1
+    row, reader = -1, RowReader(rows)
     for path in corpus.table.paths:
-        for example in read_examples(path, format_name):
+        for example in reader.read(path):
             row += 1
             if row >= len(corpus.fate):
                 break
@@ -225,7 +226,7 @@ def _examples(format_name: str, corpus: Corpus) -> Iterator[tuple[int, Example]]
         )
 
 
-def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, int]:
+def write_cleaned(folder: Path, rows: RowOptions, corpus: Corpus) -> dict[str, int]:
     """Write the rows that are kept, as JSONL that mlx-lm reads, too.
 
     Conversations become `{"messages": […]}` with an alpaca row's input appended to its
@@ -250,7 +251,7 @@ def write_cleaned(folder: Path, format_name: str, corpus: Corpus) -> dict[str, i
                 atomic_output(folder / sides[side], inputs=corpus.table.paths)
             )
             files[side] = stack.enter_context(path.open("w", encoding="utf-8"))
-        for row, example in _examples(format_name, corpus):
+        for row, example in _examples(rows, corpus):
             side = Fate(corpus.fate[row])
             if side in files:
                 files[side].write(json.dumps(cleaned(example), ensure_ascii=False) + "\n")

@@ -8,10 +8,12 @@ from ggft.settings.declared import (
     MAX_LENGTH_RULE,
     adapter_option,
     adapter_scale_option,
+    columns_option,
     data_option,
     device_option,
     force_option,
     format_option,
+    ignore_columns_option,
     json_option,
     keep_duplicates_option,
     max_length_option,
@@ -65,6 +67,8 @@ class PrepareConfig:
         help="Show this many rows with the trained tokens marked",
     )  # fmt: skip
     format: str = format_option()
+    columns: tuple[str, ...] = columns_option()
+    ignore_columns: tuple[str, ...] = ignore_columns_option()
     template: str = template_option(trained=False)
     max_length: int | None = max_length_option(shown=MAX_LENGTH_RULE)
     val_split: float | None = val_split_option()

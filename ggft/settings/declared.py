@@ -38,6 +38,24 @@ def format_option() -> Any:
     )  # fmt: skip
 
 
+def columns_option() -> Any:
+    """Declare --columns."""
+    return option(
+        "--columns", default=(), metavar="NAME=ROLE", split_commas=True,
+        help="What columns of other names are, comma separated: "
+        "question=instruction,answer=output; roles are instruction, input, context, output, system,"
+        " history, messages, text, ignore",
+    )  # fmt: skip
+
+
+def ignore_columns_option() -> Any:
+    """Declare --ignore-columns."""
+    return option(
+        "--ignore-columns", default=(), metavar="NAMES", split_commas=True,
+        help="Columns to leave out, comma separated",
+    )  # fmt: skip
+
+
 def adapter_option() -> Any:
     """Declare --adapter."""
     return option(

@@ -14,9 +14,11 @@ from ggft.settings.declared import (
     MAX_LENGTH_RULE,
     adapter_option,
     adapter_scale_option,
+    columns_option,
     data_option,
     device_option,
     format_option,
+    ignore_columns_option,
     json_option,
     keep_duplicates_option,
     kernels_option,
@@ -49,6 +51,8 @@ class FinetuneConfig:
         help="Run directory",
     )  # fmt: skip
     format: str = format_option()
+    columns: tuple[str, ...] = columns_option()
+    ignore_columns: tuple[str, ...] = ignore_columns_option()
     epochs: int | None = option(
         "--epochs", "--num-epochs", "--num-train-epochs", default=None, minimum=1, maximum=100_000,
         shown=DATA_RULE,
@@ -208,6 +212,8 @@ class EvalConfig:
     adapter: str | None = adapter_option()
     adapter_scale: float = adapter_scale_option()
     format: str = format_option()
+    columns: tuple[str, ...] = columns_option()
+    ignore_columns: tuple[str, ...] = ignore_columns_option()
     template: str = template_option(trained=True)
     train_on_prompt: bool = train_on_prompt_option("Count the prompt's tokens, too")
     max_length: int = max_length_option(512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ggft.data.store import StoreView
 from ggft.engine.engine import Cancelled, Engine, EngineSettings
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.types import GGMLType
-from ggft.settings.option import read_config_file
+from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
 from ggft.setup.course import GENERAL
 from ggft.setup.inputs import BaseModel, load_data, open_with_adapter
@@ -29,15 +30,26 @@ N_GENERAL = 24
 ROW_TOKENS = 1024  # of a micro-batch
 
 
-def rows_of_run(adapter: str | Path) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Rows:
+    """Data, and how its rows are read, as `load_data` takes it."""
+
+    data: tuple[str, ...] = ()
+    format: str = "auto"
+    columns: tuple[str, ...] = ()
+    ignore_columns: tuple[str, ...] = ()
+
+
+def rows_of_run(adapter: str | Path) -> Rows:
     """Return the data that the run around an adapter was trained on, if it is still there."""
-    config = Path(adapter).parent / "config.yaml"
+    path = Path(adapter).parent / "config.yaml"
     try:
-        found = read_config_file(FinetuneConfig, config).get("data", ())
+        config = make(FinetuneConfig, {}, path)
     except (GgftError, OSError):
-        return ()
-    paths = [found] if isinstance(found, str) else list(found)
-    return tuple(paths) if all(Path(path).exists() for path in paths) else ()
+        return Rows()
+    if not all(Path(path).exists() for path in config.data):
+        return Rows()
+    return Rows(config.data, config.format, config.columns, config.ignore_columns)
 
 
 class Fitter:
@@ -48,14 +60,14 @@ class Fitter:
     """
 
     def __init__(
-        self, base: str | Path, adapter: str | Path, data: Sequence[str], *, any_base: bool
+        self, base: str | Path, adapter: str | Path, rows: Rows, *, any_base: bool
     ) -> None:
         # An adapter of another base names a template that this one may lack.
         trained = None if any_base else adapter
         self._model = open_with_adapter(base, trained, check=False)[0]
         self._batches = _general_batches(self._model)
-        if data:
-            self._batches = row_batches(self._model, data, MAX_TOKENS) + self._batches
+        if rows.data:
+            self._batches = row_batches(self._model, rows, MAX_TOKENS) + self._batches
 
     def __call__(
         self, types: Mapping[str, GGMLType], wanted: Callable[[str], FloatArray]
@@ -89,11 +101,11 @@ def _general_batches(model: BaseModel) -> list[Batch]:
     return _packed(rows, range(0, step * N_GENERAL, step))
 
 
-def row_batches(model: BaseModel, data: Sequence[str], max_tokens: int) -> list[Batch]:
+def row_batches(model: BaseModel, source: Rows, max_tokens: int) -> list[Batch]:
     """Return micro-batches of rows drawn from data, of so many tokens at most, or of one row."""
     import numpy as np
 
-    rows = load_data(model, data, val_split=0.0).train
+    rows = load_data(model, **asdict(source), val_split=0.0).train
     order = np.random.default_rng(0).permutation(len(rows))
     tokens = np.cumsum(rows.lengths[order])
     n = max(1, int(np.searchsorted(tokens, max_tokens, side="right")))

@@ -12,6 +12,7 @@ from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.data.batches import Course
 from ggft.data.corpus import Account, CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool
+from ggft.data.examples import RowOptions
 from ggft.data.store import StoreView
 from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
@@ -158,6 +159,8 @@ def load_data(
     data: str | Path | Sequence[str | Path],
     *,
     format: str = "auto",  # noqa: A002
+    columns: Sequence[str] = (),
+    ignore_columns: Sequence[str] = (),
     max_length: int | None = None,
     val_split: float | None = None,
     train_on_prompt: bool = False,
@@ -171,6 +174,8 @@ def load_data(
         model: Whose tokenizer and template are used.
         data: Files and folders.
         format: Format of the rows; `auto` looks at each.
+        columns: What columns are for, `NAME=ROLE` each; known names need none.
+        ignore_columns: Columns that are left out.
         max_length: Longest example in tokens; None: chosen from the data.
         val_split: Share of the rows to hold out; None: chosen from their number.
         train_on_prompt: Whether prompts are learned, too.
@@ -182,7 +187,7 @@ def load_data(
         InputError: No file, a row that is not an example, or nothing to train on.
     """
     options = CorpusOptions(
-        format_name=format,
+        rows=RowOptions(format, columns, ignore_columns),
         n_ctx=model.info.n_ctx,
         max_length=max_length,
         val_split=val_split,

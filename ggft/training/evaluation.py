@@ -95,6 +95,8 @@ def evaluate_files(config: EvalConfig, warn: Callable[[str], None] = print_warni
             model,
             config.data,
             format=config.format,
+            columns=config.columns,
+            ignore_columns=config.ignore_columns,
             max_length=config.max_length,
             val_split=0.0,
             train_on_prompt=config.train_on_prompt,

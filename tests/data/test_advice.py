@@ -18,7 +18,7 @@ from ggft.data.advice import (
     recipes,
     suggest,
 )
-from ggft.data.examples import read_examples
+from ggft.data.examples import RowReader
 from ggft.prompts.messages import Message
 from ggft.settings.declared import DATA_RULE
 from ggft.settings.option import options_of
@@ -161,7 +161,7 @@ def test_the_rate_after_a_diverged_one(lr: float, usual: float, wanted: float) -
 
 def kind_of_file(path: Path, change: Callable[[str], str] = str, n: int | None = None) -> Kind:
     texts: list[list[Message]] = []
-    for example in read_examples(path):
+    for example in RowReader().read(path):
         *before, answer = example.messages
         texts.append([*before, {**answer, "content": change(answer["content"])}])
     return kind_of_texts(texts[:n])[0]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggft.data.examples import read_examples, to_example
+from ggft.data.examples import RowOptions, RowReader
 from ggft.data.files import Row, find_files, read_rows
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
@@ -179,15 +179,15 @@ SCHEMAS: list[tuple[dict[str, Any], list[Message] | str]] = [
 
 @pytest.mark.parametrize(("row", "expected"), SCHEMAS)
 def test_schemas_are_recognized(row: dict[str, Any], expected: list[Message] | str) -> None:
-    example = to_example(Row(row, Path("x"), 1))
+    example = RowReader().example(Row(row, Path("x"), 1))
     assert (example.messages or example.text) == expected
 
 
 def test_a_format_overrides_what_a_row_looks_like() -> None:
     row = Row({"instruction": "q", "output": "a", "text": "whole"}, Path("x"), 1)
-    assert to_example(row, "text").text == "whole"
+    assert RowReader(RowOptions("text")).example(row).text == "whole"
     with pytest.raises(InputError, match="without a conversation"):
-        to_example(row, "chat")
+        RowReader(RowOptions("chat")).example(row)
 
 
 def test_folders_and_several_files(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_folders_and_several_files(tmp_path: Path) -> None:
     other.mkdir()
     (other / "a.json").write_bytes(jsonl(ROWS[1:2]))
     (other / "b.csv").write_bytes(table(ROWS[2:]))
-    examples = [e for path in find_files([tmp_path, other]).train for e in read_examples(path)]
+    examples = [e for path in find_files([tmp_path, other]).train for e in RowReader().read(path)]
     assert [e.messages[-1]["content"] for e in examples] == [r["output"] for r in ROWS]
 
 
@@ -231,7 +231,7 @@ def test_any_mix_of_rows_round_trips(
     (folder / "a.jsonl").write_bytes(jsonl(rows))
     (folder / "b.json").write_text(json.dumps({"data": rows}, indent=1))
     for name in ("a.jsonl", "b.json"):
-        examples = list(read_examples(folder / name))
+        examples = list(RowReader().read(folder / name))
         assert len(examples) == len(rows)
         for row, example in zip(rows, examples, strict=True):
             if "text" in row:

@@ -13,7 +13,7 @@ from ggft.cli import cli
 from ggft.command import run
 from ggft.engine.quants import dequantize_rows, quantize_rows
 from ggft.gguf.read import GGMLType, dequantize, read_array, read_gguf
-from ggft.setup.calibration import MAX_TOKENS, row_batches, rows_of_run
+from ggft.setup.calibration import MAX_TOKENS, Rows, row_batches, rows_of_run
 from ggft.setup.inputs import open_model
 from tests.support.adapters import random_adapter
 from tests.support.engines import open_engine
@@ -40,7 +40,7 @@ def merged(folder: Path, tiny: Tiny, *flags: str) -> Path:
 
 def logits(path: Path, tiny: Tiny, rows: Path) -> Array:
     """Return a model's logits on the rows that the merge was fitted to."""
-    batch = row_batches(open_model(tiny.path), [str(rows)], MAX_TOKENS)[0]
+    batch = row_batches(open_model(tiny.path), Rows((str(rows),)), MAX_TOKENS)[0]
     model = Tiny(path, tiny.spec, tiny.shape, tiny.weights)
     n_tokens = batch["tokens"].shape[1]
     with open_engine(model, rank=1, n_rows=1, n_tokens=n_tokens) as engine:
@@ -109,8 +109,10 @@ def test_without_rows_it_says_so_and_takes_general_ones(
 
 def test_the_rows_of_the_run_are_found(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    assert rows_of_run(tmp_path / "adapter.gguf") == ()
-    (tmp_path / "config.yaml").write_text(f"data:\n- {rows}\n")
-    assert rows_of_run(tmp_path / "adapter.gguf") == (str(rows),)
+    assert rows_of_run(tmp_path / "adapter.gguf") == Rows()
+    (tmp_path / "config.yaml").write_text(f"data:\n- {rows}\ncolumns: [frage=instruction]\n")
+    assert rows_of_run(tmp_path / "adapter.gguf") == Rows(
+        (str(rows),), columns=("frage=instruction",)
+    )
     rows.unlink()
-    assert rows_of_run(tmp_path / "adapter.gguf") == ()
+    assert rows_of_run(tmp_path / "adapter.gguf") == Rows()

@@ -15,7 +15,7 @@ import ggft
 from ggft.cli import cli
 from ggft.command import run
 from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
-from ggft.data.examples import read_examples
+from ggft.data.examples import RowReader
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.template import Template, make_template
 from tests.support.models import CHATML, Spec, model_metadata, write_gguf, write_model
@@ -239,7 +239,7 @@ def test_the_output_reads_back_and_suits_mlx_lm(
 
 
 def _tokens(template: Template, path: Path) -> list[Any]:
-    return template.encode_all([e.messages for e in read_examples(path)])
+    return template.encode_all([e.messages for e in RowReader().read(path)])
 
 
 def test_a_vocabulary_that_llama_cpp_would_abort_at_is_refused(
