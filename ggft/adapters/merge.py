@@ -122,15 +122,7 @@ def merge(
         # Before the merge, so that bad data leave no output.
         untuned = measure(str(base.path), None, template)
         losses = untuned, measure(str(base.path), str(adapter.path), template)
-    with contextlib.ExitStack() as stack:
-        receipt = None
-        if config.receipt is not None:
-            # Opened first, so that a place where it cannot be leaves no output either.
-            if Path(config.receipt).resolve() == Path(output).resolve():
-                raise InputError("the receipt is the output", path=config.receipt)
-            receipt = stack.enter_context(
-                atomic_output(config.receipt, inputs=[*inputs, Path(output)])
-            )
+    with _receipt(config, Path(output), inputs) as receipt:
         write_gguf(output, metadata, sources, types=types, inputs=inputs, progress=progress)
         report.n_bytes = Path(output).stat().st_size
         if losses is not None and measure is not None:
@@ -138,6 +130,17 @@ def merge(
         if receipt is not None:
             receipt.write_text(to_json(report) + "\n", encoding="utf-8")
     return report
+
+
+def _receipt(
+    config: MergeConfig, output: Path, inputs: list[Path]
+) -> contextlib.AbstractContextManager[Path | None]:
+    """Open the receipt before the output, so that a place where it cannot be leaves neither."""
+    if config.receipt is None:
+        return contextlib.nullcontext()
+    if Path(config.receipt).resolve() == output.resolve():
+        raise InputError("the receipt is the output", path=config.receipt)
+    return atomic_output(config.receipt, inputs=[*inputs, output])
 
 
 def _deltas(adapter: Adapter, scale: float) -> dict[str, _Delta]:

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 # ggml refuses to make these without measured importances of the columns.
 NEED_IMPORTANCES = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
-_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-class _TypeTraits(ctypes.Structure):
+class TypeTraits(ctypes.Structure):
+    """The head of `struct ggml_type_traits`."""
+
     _fields_ = (
         ("type_name", ctypes.c_char_p),
         ("blck_size", ctypes.c_int64),
         ("blck_size_interleave", ctypes.c_int64),
         ("type_size", ctypes.c_size_t),
         ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
     )
 
 
@@ -48,7 +48,7 @@ def _library() -> Any:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ResourceError(f"ggml cannot be loaded: {error}", hint="make clean setup") from None
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_quantize_init.argtypes = [ctypes.c_int]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -60,8 +60,8 @@ def _library() -> Any:
 
 
 @functools.cache
-def _traits(tensor_type: GGMLType) -> _TypeTraits:
-    traits: _TypeTraits = _library().ggml_get_type_traits(int(tensor_type)).contents
+def _traits(tensor_type: GGMLType) -> TypeTraits:
+    traits: TypeTraits = _library().ggml_get_type_traits(int(tensor_type)).contents
     if (traits.blck_size, traits.type_size) != (tensor_type.block_size, tensor_type.block_bytes):
         raise ResourceError(
             f"the loaded ggml has other {tensor_type.name} blocks than this ggft expects",
@@ -100,7 +100,7 @@ def dequantize_rows(
     # The tables of the IQ types are made on first use.
     _library().ggml_quantize_init(int(tensor_type))
     values = np.empty(n_elements, dtype=np.float32)
-    _TO_FLOAT(to_float)(data.ctypes.data, values.ctypes.data, n_elements)
+    to_float(data.ctypes.data, values.ctypes.data, n_elements)
     return values.reshape(-1, row_length)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from ggft.data.corpus import Account
 from ggft.engine.memory import Plan
 from ggft.gguf.linears import block_of, parse_targets
 from ggft.gguf.read import check_model, read_gguf
@@ -200,16 +201,7 @@ def announce(
         say(f"             {text}")
     for text in (*base.file.warnings, *account.warnings):
         progress.warn(text)
-    say(
-        f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "
-        f"lr {config.lr:g}, rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"
-    )
-    names = ("epochs", "batch_size", "lr", "rank", "dropout")
-    if chosen := [name.replace("_", " ") for name in names if getattr(given, name) is None]:
-        say(
-            f"             chosen by {account.n_kept} rows and {account.n_trained} tokens to learn:"
-            f" {', '.join(chosen)}"
-        )
+    _announce_settings(given, config, account, say)
     for line in plan.lines():
         say(line)
     if ignored := sorted({block_of(name)[1] for name in plan.shape.ignored}):
@@ -220,3 +212,18 @@ def announce(
     if plan.warning:
         progress.warn(plan.warning)
     progress.event("plan", settings=to_record(config), plan=plan.record())
+
+
+def _announce_settings(
+    given: FinetuneConfig, config: SettledConfig, account: Account, say: Callable[[str], None]
+) -> None:
+    say(
+        f"settings     {config.epochs} epochs, {config.batch_size} examples per batch, "
+        f"lr {config.lr:g}, rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"
+    )
+    names = ("epochs", "batch_size", "lr", "rank", "dropout")
+    if chosen := [name.replace("_", " ") for name in names if getattr(given, name) is None]:
+        say(
+            f"             chosen by {account.n_kept} rows and {account.n_trained} tokens to learn:"
+            f" {', '.join(chosen)}"
+        )

@@ -7,6 +7,7 @@ read back before it gets its name.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -150,8 +151,6 @@ def _run_child(
 
 def serve() -> None:
     """Quantize in this process. Arguments: input, output, type number, threads, two flags."""
-    import ctypes
-
     source, output = map(os.fsencode, sys.argv[1:3])
     number, threads, requantize, pure = map(int, sys.argv[3:])
     api = load()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ggft.engine.quants import TypeTraits
 from tests.support.reference import Array
 
 
@@ -99,7 +100,7 @@ def ggml_base() -> ctypes.CDLL:
     n = ctypes.c_int64
     for name, arguments, result in (
         ("ggml_quantize_chunk", [ctypes.c_int, pointer, pointer, n, n, n, pointer], size),
-        ("ggml_get_type_traits", [ctypes.c_int], ctypes.POINTER(_TypeTraits)),
+        ("ggml_get_type_traits", [ctypes.c_int], ctypes.POINTER(TypeTraits)),
         ("ggml_op_name", [ctypes.c_int], text),
         ("ggml_op_desc", [pointer], text),
         ("ggml_get_name", [pointer], text),
@@ -117,19 +118,6 @@ class GgufInit(ctypes.Structure):
     """`struct gguf_init_params` in gguf.h."""
 
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-class _TypeTraits(ctypes.Structure):
-    """The head of `struct ggml_type_traits` in ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
 
 
 def quantize(values: Array, type_name: str) -> bytes:
