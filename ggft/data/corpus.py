@@ -8,22 +8,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggft.data.account import Account
 from ggft.data.advice import (
     MANY_ROWS,
-    Kind,
     choose_max_length,
     held_out_rows,
     kind_of_texts,
     wordings_of_texts,
 )
 from ggft.data.duplicates import Duplicates, HashTable, split
-from ggft.data.encode import Encode, encode_ahead, encode_with, shortened
+from ggft.data.encode import Encode, encode_ahead, encode_with, shortened, without_end
 from ggft.data.examples import AS_FOUND, Example, RowOptions, RowReader
 from ggft.data.files import DataFiles, find_files
 from ggft.data.store import RowTable, StoreView, TokenStore
@@ -68,45 +68,6 @@ class CorpusOptions:
     keep_duplicates: bool = False
     seed: int = 42
     keep_tokens: bool = True
-
-
-@dataclass
-class Account:
-    """What became of the rows.
-
-    Attributes:
-        n_rows: Rows read, of training and validation files.
-        n_kept: Examples kept for training.
-        n_held_out: Examples kept for validation.
-        n_duplicates: Rows dropped because they equal an earlier one.
-        n_near: Rows kept that nearly equal an earlier one.
-        n_truncated: Examples kept that were longer than the limit and lose their end.
-        n_untrainable: Rows dropped because they have no token to learn.
-        n_tokens: Training tokens.
-        n_trained: Training tokens that the loss counts.
-        val_share: Share of the rows that was to be held out.
-        row_kind: What the rows are: facts, a task (or a style), or unclear.
-        n_wordings: Rows for each answer, on average.
-        unused: Rows that have something in a column that is not used, by its name.
-        notes: What was chosen from the data, a sentence each.
-        warnings: What a user should look at, a sentence each.
-    """
-
-    n_rows: int = 0
-    n_kept: int = 0
-    n_held_out: int = 0
-    n_duplicates: int = 0
-    n_near: int = 0
-    n_truncated: int = 0
-    n_untrainable: int = 0
-    n_tokens: int = 0
-    n_trained: int = 0
-    val_share: float = 0.0
-    row_kind: Kind = "task"
-    n_wordings: float = 1.0
-    unused: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 class Fate(IntEnum):
@@ -301,7 +262,12 @@ class _Loader:
                 elif example.text is None:
                     yield example, [tokens]
                 else:
-                    yield example, self._pieces(tokens)
+                    yield (
+                        example,
+                        self._pieces(
+                            tokens if example.ends else without_end(tokens, self.template)
+                        ),
+                    )
             except InputError as error:
                 raise InputError(
                     error.message,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ggft.prompts.encoding import Tokens
 from ggft.prompts.messages import Message
 
 if TYPE_CHECKING:
@@ -66,13 +67,15 @@ class RowHashes:
     signatures: npt.NDArray[np.uint16]
 
 
-def hash_rows(rows: Iterable[Sequence[Message] | str]) -> RowHashes:
-    """Hash rows: conversations, or plain texts."""
+def hash_rows(rows: Iterable[Sequence[Message] | str | Tokens]) -> RowHashes:
+    """Hash rows: conversations, plain texts, or tokens."""
     import numpy as np
 
     row_hash, question_hash, texts = array("Q"), array("Q"), list[str]()
     for row in rows:
-        if isinstance(row, str):
+        if isinstance(row, Tokens):
+            all_said = words = question = " ".join(map(str, row.ids))
+        elif isinstance(row, str):
             all_said = words = question = row
         else:
             said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in row]

@@ -144,14 +144,39 @@ def serve() -> None:
 N_THREADS = min(4, os.cpu_count() or 1)
 BATCH_ROWS = 64
 
-Texts = Sequence[Sequence[Message] | str]  # conversations and plain texts
+Texts = Sequence[Sequence[Message] | str | Tokens]  # conversations, plain texts and tokens
 Encoded = tuple[list[Tokens | InputError], RowHashes]
 Encode = Callable[[Texts], Encoded]
 
 
 def encode_with(template: Template, batch: Texts, *, train_on_prompt: bool) -> Encoded:
     """Return the tokens of rows, or what is wrong with one, and their hashes."""
-    return template.encode_all(batch, train_on_prompt=train_on_prompt), hash_rows(batch)
+    texts = [row for row in batch if not isinstance(row, Tokens)]
+    encoded = iter(template.encode_all(texts, train_on_prompt=train_on_prompt))
+    tokens = [
+        _checked(row, template) if isinstance(row, Tokens) else next(encoded) for row in batch
+    ]
+    return tokens, hash_rows(batch)
+
+
+def _checked(tokens: Tokens, template: Template) -> Tokens | InputError:
+    """Return tokens if they are of the vocabulary."""
+    n_vocab = template.tokenizer.n_vocab
+    outside = next((i for i in tokens.ids if not 0 <= i < n_vocab), None)
+    if outside is None:
+        return tokens
+    return InputError(
+        "input_ids are not of this model's vocabulary",
+        found=outside, expected=f"0 to {n_vocab - 1}",
+        hint="tokenize the rows with this model's tokenizer, or give text",
+    )  # fmt: skip
+
+
+def without_end(tokens: Tokens, template: Template) -> Tokens:
+    """Return a text's tokens without the end token, which stands only where a document ends."""
+    if tokens.ids and tokens.ids[-1] == template.tokenizer.eos_id:
+        return Tokens(tokens.ids[:-1], tokens.trained[:-1])
+    return tokens
 
 
 def shortened(examples: Iterator[Example], template: Template, n_tokens: int) -> Iterator[Example]:
@@ -160,7 +185,7 @@ def shortened(examples: Iterator[Example], template: Template, n_tokens: int) ->
     Plain text stays whole: all of it is learned, in pieces.
     """
     for example in examples:
-        if example.text is None:
+        if example.text is None and example.tokens is None:
             messages = list(template.shorten(example.messages, n_tokens))
             yield Example(messages, None, example.path, example.line)
         else:
@@ -175,7 +200,7 @@ def encode_ahead(
         ahead: deque[tuple[list[Example], Future[Encoded]]] = deque()
         while (batch := list(itertools.islice(examples, BATCH_ROWS))) or ahead:
             if batch:
-                texts = [e.messages if e.text is None else e.text for e in batch]
+                texts = [e.tokens or (e.messages if e.text is None else e.text) for e in batch]
                 ahead.append((batch, pool.submit(encode, texts)))
                 if len(ahead) <= N_THREADS:
                     continue

@@ -7,13 +7,16 @@ and listed; one that the row would mean something else without is an error with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ggft.data.files import Row, read_rows
 from ggft.data.rows.columns import NAMES, Columns, Plan
+from ggft.data.rows.formatted import CONTROL, conversation_of, is_marked, without_ends
+from ggft.data.rows.tokens import tokens_of
+from ggft.data.rows.trees import conversations_of, is_tree
 from ggft.data.rows.turns import Turns
 from ggft.data.rows.values import (
     any_of,
@@ -26,11 +29,12 @@ from ggft.data.rows.values import (
     text_of,
     wrong,
 )
+from ggft.prompts.encoding import Tokens
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
 
 SHORT_CHARS = 4000
-FORMATS = ("auto", "alpaca", "chat", "sharegpt", "completion", "text")
+FORMATS = ("auto", "alpaca", "chat", "sharegpt", "completion", "text", "plain", "tokens")
 N_LISTED = 20  # columns that are not used, in a note
 
 
@@ -43,12 +47,16 @@ class Example:
         text: Plain text, or None for a conversation.
         path: The file.
         line: 1-based line at which the row begins.
+        tokens: What was tokenized already; messages and text are empty then.
+        ends: Whether plain text ends here, and is not a part of a longer one.
     """
 
     messages: list[Message]
     text: str | None
     path: Path
     line: int
+    tokens: Tokens | None = None
+    ends: bool = True
 
     def short_conversation(self) -> list[Message] | None:
         """Return the conversation if it is short enough to be kept; None for plain text."""
@@ -98,27 +106,41 @@ class RowReader:
         self._format = options.format_name
         self._columns = Columns(options.columns, options.ignored)
         self._turns = Turns(self.unused)
+        self._written: Counter[str] = Counter()  # conversations in text, by their markup
+        self._n_marked = 0
+        self._n_ended = 0
 
     def read(
         self, path: Path, moved: Callable[[int], object] = lambda _: None
     ) -> Iterator[Example]:
         """Yield the examples of one file; `moved` is told now and then how many bytes are read."""
-        return (self.example(row) for row in read_rows(path, moved))
+        for row in read_rows(path, moved):
+            yield from self.examples(row)
 
-    def example(self, row: Row) -> Example:
-        """Return the example that a row holds."""
+    def examples(self, row: Row) -> Iterable[Example]:
+        """Return the examples that a row holds: one, or several of a tree."""
         value = row.value
         if isinstance(value, str):
-            if self._format not in ("auto", "text"):
-                raise wrong(row, "plain text is not of this format", "a text", self._format)
-            return Example([], text_of(row, value, "the text"), row.path, row.line)
+            return (self._part_of_text(row, value),)
         fields = _Fields(row, value, self._columns.plan(tuple(value)))
         made = _READERS[self._format if self._format != "auto" else _detect(fields)](self, fields)
+        goes_on = isinstance(made, str) and fields.any("goes on")
         if len(fields.used) != len(value):
             self._account(fields)
         if isinstance(made, str):
-            return Example([], made, row.path, row.line)
-        return Example(made, None, row.path, row.line)
+            return (Example([], made, row.path, row.line, ends=not goes_on),)
+        if isinstance(made, Tokens):
+            return (Example([], None, row.path, row.line, made),)
+        if made and isinstance(made[0], list):
+            return [Example(messages, None, row.path, row.line) for messages in made]
+        return (Example(made, None, row.path, row.line),)
+
+    def _part_of_text(self, row: Row, text: str) -> Example:
+        """Return the example that a document's part is; it is plain text, whatever it holds."""
+        if self._format not in ("auto", "text", "plain"):
+            raise wrong(row, "plain text is not of this format", "a text", self._format)
+        self._n_marked += self._format != "plain" and is_marked(text)
+        return Example([], text_of(row, text, "the text"), row.path, row.line, ends=row.ends)
 
     def _account(self, fields: _Fields) -> None:
         """Count what of a row was not used; refuse the row if it cannot do without."""
@@ -155,6 +177,18 @@ class RowReader:
                 shown = [f"{name} ({n} rows)" for name, n in counts.most_common(N_LISTED)]
                 more = [f"and {len(counts) - N_LISTED} more"] if len(counts) > N_LISTED else []
                 notes.append(f"columns {what}: {', '.join(shown + more)}{remedy}")
+        for name, n in self._written.items():
+            notes.append(
+                f"{n} texts are conversations in the markup of {name}: only their answers are"
+                " learned, written by this model's template (--format plain learns the letters)"
+            )
+        if self._n_ended:
+            notes.append(f"{self._n_ended} texts spell the end token: the vocabulary's own is put")
+        if self._n_marked:
+            notes.append(
+                f"{self._n_marked} parts of documents hold control tokens of a template: they are"
+                " learned as letters"
+            )
         return notes
 
     def pair(self, fields: _Fields) -> list[Message]:
@@ -225,11 +259,42 @@ class RowReader:
         return _system(fields) + messages
 
     def plain(self, fields: _Fields) -> str:
-        """Read plain text."""
+        """Read plain text, whatever it holds."""
         name = fields.any("text")
         if name is None:
             return text_of(fields.row, fields.value.get("text"), "text")
         return text_of(fields.row, fields.value[name], name)
+
+    def text(self, fields: _Fields) -> str | list[Message]:
+        """Read plain text, or a conversation that a template has written."""
+        text = self.plain(fields)
+        bare = without_ends(text)
+        if not is_marked(bare):
+            self._n_ended += bare != text
+            return bare
+        found = conversation_of(text)
+        if found is None:
+            raise wrong(
+                fields.row, "the text holds control tokens, and is no conversation of a known kind",
+                repr(CONTROL.findall(text)[:3]), "plain text, or turns as a template writes them",
+                "give the row as messages, or learn the letters with --format plain",
+            )  # fmt: skip
+        self._written[found[0]] += 1
+        return found[1]
+
+    def tree(self, fields: _Fields) -> list[list[Message]]:
+        """Read a tree of replies."""
+        name = fields.take(fields.filled("instruction")[0])
+        return list(conversations_of(fields.row, fields.value[name]))
+
+    def tokens(self, fields: _Fields) -> Tokens:
+        """Read token ids with labels or masks."""
+        ids, labels, attention = (
+            None if name is None else fields.value[name]
+            for name in map(fields.any, ("input_ids", "labels", "attention_mask"))
+        )
+        masks = [fields.value[fields.take(name)] for name in fields.filled("mask")]
+        return tokens_of(fields.row, ids, labels, masks, attention)
 
 
 class _Fields:
@@ -285,6 +350,10 @@ def _detect(fields: _Fields) -> str:
     has, value = fields.has, fields.value
     if any(value[name] is not None for name in fields.plan.by_role.get("messages", ())):
         return "chat"
+    if has("input_ids"):
+        return "tokens"
+    if any(is_tree(value[name]) for name in fields.filled("instruction")):
+        return "tree"
     if has("chosen") and has("rejected"):
         raise wrong(
             fields.row, "preference pairs cannot be trained on", "chosen and rejected",
@@ -295,6 +364,12 @@ def _detect(fields: _Fields) -> str:
     if has("output") and asked:
         return "alpaca"
     if has("text"):
+        if "role" in value:
+            raise wrong(
+                fields.row, "a row that is one turn of a conversation", keys_of(value),
+                "a whole conversation or tree",
+                "give the file of trees, or join the turns of each conversation in messages",
+            )  # fmt: skip
         return "text"
     if asked:
         raise wrong(
@@ -307,10 +382,13 @@ def _detect(fields: _Fields) -> str:
     )  # fmt: skip
 
 
-_READERS: dict[str, Callable[[RowReader, _Fields], list[Message] | str]] = {
+_READERS: dict[str, Callable[[RowReader, _Fields], Any]] = {
     "alpaca": RowReader.pair,
     "chat": RowReader.chat,
     "sharegpt": RowReader.chat,
     "completion": RowReader.pair,
-    "text": RowReader.plain,
+    "text": RowReader.text,
+    "plain": RowReader.plain,
+    "tokens": RowReader.tokens,
+    "tree": RowReader.tree,
 }

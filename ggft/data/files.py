@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from ggft.data.json_stream import JsonStream, parse_line
+from ggft.data.sources.json_stream import JsonStream, parse_line
 from ggft.system.errors import InputError
 from ggft.system.raw_file import RawFile
 
 _CONVERT = "give data as JSON, JSONL, CSV, TSV or text; export or convert it first"
 MAX_ROW_BYTES = 64 << 20  # one row; beyond it the file is not what it seems
 CHUNK_BYTES = 1 << 18
+PART_CHARS = 3000  # of a document in a row, more to the end of the paragraph
+MOST_PARAGRAPHS = 4  # times as long may a part be without a blank line
 MOVED_ROWS = 64  # between two looks at how far a file is read
 WRAPPER_KEYS = ("data", "train", "rows", "examples", "instances")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".md")
@@ -50,11 +52,19 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row as its container gives it: a mapping, or a string for plain text."""
+    """A row as its container gives it: a mapping, or a string for a part of a document.
+
+    Attributes:
+        value: What it holds.
+        path: The file.
+        line: 1-based line at which it begins.
+        ends: Whether a document ends with it.
+    """
 
     value: dict[str, Any] | str
     path: Path
     line: int
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -322,27 +332,23 @@ _KINDS = {
 
 
 def _text_rows(source: _Source) -> Iterator[Row]:
-    """Yield the blocks of a text file: blank lines separate them."""
-    block: list[str] = []
-    size = first = 0
+    """Yield a document in parts of some paragraphs; together they are its text."""
+    part: list[str] = []
+    size, first, blank = 0, 1, False
     for text in source.lines():
-        if text.strip():
-            first = first if block else source.line
-            block.append(text)
-            size += len(text)
-            if size > MAX_ROW_BYTES:
-                source.fail(
-                    "a text is too long",
-                    first,
-                    f"at most {MAX_ROW_BYTES} characters",
-                    "separate texts by blank lines",
-                )
-        elif block:
-            yield Row("\n".join(block), source.path, first)
-            block, size = [], 0
+        between = size > PART_CHARS and (blank or size > MOST_PARAGRAPHS * PART_CHARS)
+        blank = not text.strip()
+        if between and not blank:
+            yield Row("".join(part), source.path, first, ends=False)
+            part, size = [], 0
+        if not part:
+            first = source.line
+        if part or not blank:
+            part.append(text + "\n")
+            size += len(text) + 1
+        if blank:
             source.skip_blank_lines()
-    if block:
-        yield Row("\n".join(block), source.path, first)
+    yield Row("".join(part).rstrip(), source.path, first)
 
 
 def _table_rows(source: _Source, delimiters: str) -> Iterator[Row]:

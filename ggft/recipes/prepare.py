@@ -18,8 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ggft.data.advice import suggest
 from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
-from ggft.data.encode import EncoderPool
+from ggft.data.encode import EncoderPool, without_end
 from ggft.data.examples import Example, RowOptions, RowReader
+from ggft.data.rows.columns import GOES_ON
+from ggft.data.rows.tokens import IGNORED
 from ggft.prompts.assistant_mask import UnstableError, joined
 from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
@@ -169,8 +171,11 @@ def preview(
 
 def _encoded(example: Example, template: Template, *, train_on_prompt: bool) -> list[Tokens]:
     """Return the examples that a row makes."""
+    if example.tokens is not None:
+        return [example.tokens]
     if example.text is not None:
-        return [template.encode_text(example.text)]
+        tokens = template.encode_text(example.text)
+        return [tokens if example.ends else without_end(tokens, template)]
     try:
         return [template.encode_example(example.messages, train_on_prompt=train_on_prompt)]
     except UnstableError:
@@ -261,8 +266,14 @@ def write_cleaned(folder: Path, rows: RowOptions, corpus: Corpus) -> dict[str, i
 
 def cleaned(example: Example) -> dict[str, Any]:
     """Return the row to write for an example."""
+    if (tokens := example.tokens) is not None:
+        learned = zip(tokens.ids, tokens.trained, strict=True)
+        return {
+            "input_ids": tokens.ids.tolist(),
+            "labels": [i if trained else IGNORED for i, trained in learned],
+        }
     if example.text is not None:
-        return {"text": example.text}
+        return {"text": example.text} | ({} if example.ends else {GOES_ON: True})
     turns: list[dict[str, Any]] = []
     for message in joined(example.messages):
         turns.append({"role": message["role"], "content": message["content"]})

@@ -34,7 +34,7 @@ def format_option() -> Any:
     """Declare --format."""
     return option(
         "--format", default="auto", metavar="NAME",
-        help="Row format of the data; `auto` looks at each row",
+        help="Row format of the data; `auto` looks at each row; `plain`: text, whatever it holds",
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from ggft.adapters.adapter import Adapter, read_adapter
+from ggft.data.account import Account
 from ggft.data.batches import Course
-from ggft.data.corpus import Account, CorpusOptions, load_corpus
+from ggft.data.corpus import CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool
 from ggft.data.examples import RowOptions
 from ggft.data.store import StoreView

@@ -14,10 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggft.data.examples import RowOptions, RowReader
+from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.files import Row, find_files, read_rows
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
+
+
+def first(row: Row, format_name: str = "auto") -> Example:
+    """Return the first example of a row."""
+    return next(iter(RowReader(RowOptions(format_name)).examples(row)))
+
 
 ROWS = [
     {"instruction": "say «hi»", "input": "", "output": "hi\nthere"},
@@ -135,7 +141,10 @@ def test_lines_are_where_rows_begin(tmp_path: Path) -> None:
     assert [row.line for row in read_rows(path)] == [2, 7, 12]
     path = tmp_path / "x.txt"
     path.write_text("one\ntwo\n\n\n three\n")
-    assert [(row.line, row.value) for row in read_rows(path)] == [(1, "one\ntwo"), (5, " three")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ggft.data.files.PART_CHARS", 5)
+        parts = [(row.line, row.value, row.ends) for row in read_rows(path)]
+    assert parts == [(1, "one\ntwo\n\n", False), (5, " three", True)]
 
 
 Q: Message = {"role": "user", "content": "q"}
@@ -179,15 +188,15 @@ SCHEMAS: list[tuple[dict[str, Any], list[Message] | str]] = [
 
 @pytest.mark.parametrize(("row", "expected"), SCHEMAS)
 def test_schemas_are_recognized(row: dict[str, Any], expected: list[Message] | str) -> None:
-    example = RowReader().example(Row(row, Path("x"), 1))
+    example = first(Row(row, Path("x"), 1))
     assert (example.messages or example.text) == expected
 
 
 def test_a_format_overrides_what_a_row_looks_like() -> None:
     row = Row({"instruction": "q", "output": "a", "text": "whole"}, Path("x"), 1)
-    assert RowReader(RowOptions("text")).example(row).text == "whole"
+    assert first(row, "text").text == "whole"
     with pytest.raises(InputError, match="without a conversation"):
-        RowReader(RowOptions("chat")).example(row)
+        first(row, "chat")
 
 
 def test_folders_and_several_files(tmp_path: Path) -> None:
@@ -267,8 +276,14 @@ BLANK = b" \n" * 300_000  # more than is read at a time
     ],
 )
 def test_many_blank_lines(
-    tmp_path: Path, name: str, first: bytes, second: bytes, line: int
+    tmp_path: Path,
+    name: str,
+    first: bytes,
+    second: bytes,
+    line: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ggft.data.files.PART_CHARS", 0)
     path = tmp_path / name
     blank = b"\n" * 300_000 if name == "x.csv" else BLANK
     path.write_bytes(first + blank + second)

@@ -21,7 +21,9 @@ def outcome(row: str) -> str:
     """Say in the page's words how a row is read; what is trained is bold."""
     reader = RowReader()
     try:
-        example = reader.example(Row(json.loads(row), Path("x"), 1))
+        example = next(
+            iter(reader.examples(Row(json.loads(row.replace("\\|", "|")), Path("x"), 1)))
+        )
     except InputError as error:
         return f"refused: {error.message}"
     if example.text is not None:

@@ -11,11 +11,17 @@ import pytest
 
 from ggft.cli import cli
 from ggft.command import run
-from ggft.data.examples import RowOptions, RowReader
+from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.files import Row
 from ggft.system.errors import InputError
-from tests.data.shapes import READ, REFUSED
+from tests.data.shapes import READ, REFUSED, TREE
 from tests.support.models import Spec, write_model
+
+
+def first(row: Row, format_name: str = "auto") -> Example:
+    """Return the first example of a row."""
+    return next(iter(RowReader(RowOptions(format_name)).examples(row)))
+
 
 ROLES = ("role", "from", "type")
 
@@ -23,7 +29,7 @@ ROLES = ("role", "from", "type")
 def read(row: dict[str, Any], **options: Any) -> tuple[str, list[str]]:
     """Return all that is rendered of a row, and what is said of it."""
     reader = RowReader(RowOptions(**options))
-    example = reader.example(Row(row, Path("x"), 1))
+    example = next(iter(reader.examples(Row(row, Path("x"), 1))))
     texts = [example.text] if example.text is not None else []
     texts += [f"{m['content']}\n{m.get('input', '')}" for m in example.messages]
     return "\n".join(texts), reader.notes()
@@ -138,7 +144,7 @@ def test_marks_of_turns(mark: dict[str, Any], trained: bool) -> None:
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
     ]
-    example = RowReader().example(Row({"messages": turns}, Path("x"), 1))
+    example = first(Row({"messages": turns}, Path("x"), 1))
     assert example.messages[1].get("learn", True) is trained
 
 
@@ -148,4 +154,142 @@ def test_marks_of_turns(mark: dict[str, Any], trained: bool) -> None:
 def test_marks_that_are_neither(mark: dict[str, Any]) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **mark}]
     with pytest.raises(InputError, match="turn 2: "):
-        RowReader().example(Row({"messages": turns}, Path("x"), 1))
+        first(Row({"messages": turns}, Path("x"), 1))
+
+
+MARKED = {
+    "ChatML": "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nask<|im_end|>\n"
+    "<|im_start|>assistant\nsay<|im_end|>\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nask<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nsay<|eot_id|><|end_of_text|>",
+    "Gemma": "<bos><start_of_turn>system\nbe kind<end_of_turn>\n<start_of_turn>user\nask"
+    "<end_of_turn>\n<start_of_turn>model\nsay<end_of_turn>\n",
+    "Zephyr": "<|system|>\nbe kind</s>\n<|user|>\nask</s>\n<|assistant|>\nsay</s>\n",
+    "Llama 2": "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nask [/INST] say </s>",
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_text_that_a_template_has_written_is_a_conversation(name: str) -> None:
+    reader = RowReader()
+    (example,) = reader.examples(Row({"text": MARKED[name]}, Path("x"), 1))
+    assert [(m["role"], m["content"]) for m in example.messages] == [
+        ("system", "be kind"), ("user", "ask"), ("assistant", "say"),
+    ]  # fmt: skip
+    assert reader.notes()[0].startswith(f"1 texts are conversations in the markup of {name}")
+    assert first(Row({"text": MARKED[name]}, Path("x"), 1), "plain").text == MARKED[name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see <|im_start|> for yourself",
+        "<|im_start|>user\nask<|im_end|>\nand more",
+        "<|im_start|>robot\nask<|im_end|>",
+        "<|im_start|>user\na<|im_end|><|im_start|>assistant\n<tool_call>\n{}\n</tool_call><|im_end|>",
+        "[INST] ask [/INST] say </s> tail",
+    ],
+)
+def test_text_with_other_control_tokens_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="control tokens") as refused:
+        first(Row({"text": text}, Path("x"), 1))
+    assert "--format plain" in str(refused.value)
+
+
+def test_turns_after_turns_and_an_answer_that_is_open() -> None:
+    text = "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d</s>"
+    messages = first(Row({"text": text}, Path("x"), 1)).messages
+    assert [m["content"] for m in messages] == ["a", "b", "c", "d"]
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert [m["content"] for m in first(Row({"text": text}, Path("x"), 1)).messages] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "read_as"),
+    [
+        ("once</s>", "once"), ("<s>once</s>", "once"), ("once<|endoftext|>\n", "once"),
+        ("now <s>10</s>", "now <s>10</s>"), ("a > b", "a > b"), ("a <b>", "a <b>"),
+    ],
+)  # fmt: skip
+def test_the_end_token_of_a_text_is_not_learned_as_letters(text: str, read_as: str) -> None:
+    assert first(Row({"text": text}, Path("x"), 1)).text == read_as
+
+
+def test_a_tree_is_a_conversation_for_each_leaf() -> None:
+    examples = list(RowReader().examples(Row(TREE, Path("x"), 1)))
+    said = [
+        [(m["content"], m.get("learn", True)) for m in e.messages if m["role"] == "assistant"]
+        for e in examples
+    ]
+    assert said == [
+        [("ten metres", True), ("a hundred years", True)],
+        [("as high as a house", True)],
+    ]
+    with pytest.raises(InputError, match="one turn of a conversation"):
+        first(Row({"role": "prompter", "text": "a", "parent_id": "x"}, Path("x"), 1))
+
+
+def test_answers_that_replies_share_are_learned_once() -> None:
+    leaf = {"role": "assistant", "replies": []}
+    asks = [{"role": "prompter", "text": x, "replies": [{**leaf, "text": x * 2}]} for x in "bc"]
+    tree = {"role": "prompter", "text": "q", "replies": [
+        {"role": "assistant", "text": "a", "replies": asks}]}  # fmt: skip
+    examples = list(RowReader().examples(Row({"prompt": tree}, Path("x"), 1)))
+    said = [[(m["content"], m.get("learn", True)) for m in e.messages] for e in examples]
+    assert said == [
+        [("q", True), ("a", True), ("b", True), ("bb", True)],
+        [("q", True), ("a", False), ("c", True), ("cc", True)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "trained"),
+    [
+        ({"input_ids": [5, 6, 7]}, [1, 1, 1]),
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [0, 1, 1]),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, [0, 0, 1]),
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "assistant_masks": [1, 1, 0]}, [0, 1, 0]),
+        ({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "position_ids": [0, 1, 2]}, [1, 1]),
+    ],
+)
+def test_rows_that_are_tokens(row: dict[str, Any], trained: list[int]) -> None:
+    tokens = first(Row(row, Path("x"), 1)).tokens
+    assert tokens is not None
+    assert list(tokens.trained) == trained
+    assert tokens.ids.tolist() == row["input_ids"][: len(trained)]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"input_ids": [5, 6], "labels": [6, -100]}, "labels are not those"),
+        ({"input_ids": [5, 6], "labels": [5]}, "not as long"),
+        ({"input_ids": [5, 6], "mask": [0, 2]}, "neither 0 nor 1"),
+        ({"input_ids": [5, 6], "attention_mask": [0, 1]}, "holes"),
+        ({"input_ids": [5, "6"]}, "list of ids"),
+        ({"input_ids": [1 << 40]}, "no token ids"),
+        ({"input_ids": [5], "images": ["x"]}, "'images' would be lost"),
+    ],
+)
+def test_tokens_that_cannot_be_meant(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        first(Row(row, Path("x"), 1))
+
+
+def test_documents_are_learned_in_parts_with_one_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "tiny.gguf", Spec()).path
+    path = tmp_path / "book.md"
+    path.write_text("".join(f"# Part {n}\n\n" + "a b c. " * 300 + "\n\n" for n in range(4)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n')
+    arguments = ["prepare", "-m", str(model), "-d", str(path), "-d", str(rows), "--preview", "9"]
+    assert run(cli, [*arguments, "--val-split", "0", "--max-length", "100000"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("<|im_end|>") == 2  # in the line of the template, too
+    assert "rows.jsonl:1 · 3 tokens, 2 trained" in out
+    rows.write_text('{"input_ids": [5, 999999]}\n')
+    assert run(cli, arguments) == 2
+    assert "rows.jsonl:1: input_ids are not of this model's vocabulary" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ggft.system.errors import InputError
 
+GOES_ON = "text_goes_on"  # true of a part of a document that is not its last: no end token
 # The names that each role goes by: small letters, `_` for blanks and hyphens.
 NAMES: dict[str, tuple[str, ...]] = {
     "instruction": (
@@ -39,6 +40,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "会话", "消息",
     ),
     "text": ("text", "文本", "正文"),
+    "goes on": (GOES_ON,),
     "reasoning": (
         "reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think", "rationale",
         "chain_of_thought", "cot", "complex_cot", "思考", "推理", "思维链", "思考过程",
@@ -51,6 +53,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "mask", "masks", "loss_mask", "assistant_mask", "assistant_masks", "completion_mask",
     ),
     "attention_mask": ("attention_mask",),
+    "derived from ids": ("special_tokens_mask", "token_type_ids", "position_ids"),
     "chosen": ("chosen", "preferred_output", "preferred"),
     "rejected": (
         "rejected", "non_preferred_output", "rejected_response", "rejected_messages",
@@ -72,7 +75,15 @@ GIVEN_ROLES = (
     "instruction", "input", "context", "output", "system", "history", "messages", "text",
 )  # fmt: skip
 # Of these a row may have one more that is not used: it is another spelling of what is.
-_REPLACEABLE = {"instruction", "input", "output", "messages", "text", "attention_mask"}
+_REPLACEABLE = {
+    "instruction",
+    "input",
+    "output",
+    "messages",
+    "text",
+    "attention_mask",
+    "derived from ids",
+}
 
 
 def _words(text: str) -> frozenset[str]:

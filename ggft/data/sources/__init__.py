@@ -1,0 +1,1 @@
+"""Where rows come from: containers that are more than lines, standard input, the hub."""
