@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ggft.data.corpus import Account
+from ggft.data.account import Account
 from ggft.engine.memory import Plan
 from ggft.gguf.linears import block_of, parse_targets
 from ggft.gguf.read import check_model, read_gguf
