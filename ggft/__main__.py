@@ -5,6 +5,8 @@ Importing the command line takes a tenth of a second in which Ctrl-C would end i
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 # The commands that run native code, if only NumPy's, which may crash: they run in a child.
@@ -16,8 +18,10 @@ SUPERVISED = (
 
 def main() -> None:
     """Run the command line, in a child where native code is part of it; exit with its code."""
+    if is_heard := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
     try:
-        sys.exit(_run())
+        sys.exit(_run(is_heard))
     except KeyboardInterrupt:
         from ggft.system.supervisor import tell
 
@@ -26,9 +30,15 @@ def main() -> None:
         sys.exit(130)
 
 
-def _run() -> int:
+def _end(number: int, frame: object) -> None:
+    """End at once, as nothing is lost yet; an exception within an import may become another."""
+    os.write(2, b"ggft: interrupted\n")
+    os._exit(130)
+
+
+def _run(is_heard: bool) -> int:
     from ggft.system.errors import GgftError
-    from ggft.system.supervisor import supervise, tell
+    from ggft.system.supervisor import OneInterrupt, supervise, tell
 
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command in SUPERVISED and not {"-h", "--help"} & set(sys.argv):
@@ -42,6 +52,8 @@ def _run() -> int:
             return code
     from ggft.cli import main as run
 
+    if is_heard:
+        signal.signal(signal.SIGINT, OneInterrupt())
     code = run()
     tell(ended=True)
     return code

@@ -292,7 +292,10 @@ def _as_ggft_error(error: BaseException) -> GgftError | None:
     """Return what the user is told, or None for a bug."""
     if isinstance(error, GgftError):
         return error
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    # Where it falls into the making of a class, older Pythons raise a RuntimeError from it.
+    if isinstance(error, KeyboardInterrupt | click.Abort) or isinstance(
+        error.__cause__, KeyboardInterrupt
+    ):
         return Interrupted("interrupted", signal_number=EXIT_SIGINT - 128)
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "ggft"

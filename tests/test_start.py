@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import ggft
+from ggft.command import report
 
 INTERRUPTED = """
 import sys
@@ -43,9 +44,9 @@ def press():
     time.sleep({after_s})
     os.kill(os.getpid(), signal.SIGINT)
 run = program._run
-def pressed():
+def pressed(is_heard):
     threading.Thread(target=press, daemon=True).start()
-    return run()
+    return run(is_heard)
 program._run = pressed
 program.main()
 """
@@ -56,3 +57,11 @@ def test_ctrl_c_at_the_start_is_one_line(after_s: float) -> None:
     """Wherever it falls: into imports, into the start of the child, or into the child's own."""
     done = start("-c", CTRL_C.format(after_s=after_s), "chat", "-m", "smollm2-135m-instruct")
     assert (done.returncode, done.stderr) == (130, "ggft: interrupted\n")
+
+
+def test_ctrl_c_that_became_another_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Python 3.11 makes of one that comes while a class is made."""
+    error = RuntimeError("Error calling __set_name__")
+    error.__cause__ = KeyboardInterrupt()
+    assert report(error) == 130
+    assert capsys.readouterr().err == "ggft: interrupted\n"

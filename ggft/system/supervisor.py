@@ -191,11 +191,9 @@ def _begin_child(channel: int, errors: int) -> None:
     elif errors < 0:
         sys.stderr = None
     threading.Thread(target=_end_with_parent, args=(_channel,), daemon=True).start()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _OneInterrupt())
 
 
-class _OneInterrupt:
+class OneInterrupt:
     """Raises KeyboardInterrupt, once for a Ctrl-C that comes twice."""
 
     _last_s = -SAME_WISH_S

@@ -30,6 +30,6 @@ def random_adapter(
         path,
         {name: (array.shape[0], array.shape[1]) for name, array in arrays.items()},
         lambda name: arrays[name].astype(np.float32),
-        AdapterMeta(architecture="llama", rank=rank, alpha=alpha, **meta),
+        AdapterMeta(architecture=tiny.spec.arch, rank=rank, alpha=alpha, **meta),
     )
     return loras

@@ -50,7 +50,7 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(value: Any) -> bytes:
+def value_bytes(value: Any) -> bytes:
     """Return type and payload: bool, int (u32), float (f32), str, or a list of one of these.
 
     A np.float64 is written as one, bytes as a text that need not be UTF-8.
@@ -65,7 +65,7 @@ def _value(value: Any) -> bytes:
         return struct.pack("<If", 6, value)
     if isinstance(value, str | bytes):
         return struct.pack("<I", 8) + _string(value)
-    if isinstance(value[0], str):
+    if isinstance(value[0], str | bytes):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
     kind, code = (6, "f") if isinstance(value[0], float) else (5, "i")
     return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
@@ -83,7 +83,7 @@ def gguf_head(
     """
     infos = list(infos)
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(metadata))
-    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    head += b"".join(_string(key) + value_bytes(value) for key, value in metadata.items())
     offset = 0
     for name, type_name, shape, n_bytes in infos:
         head += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
