@@ -16,7 +16,7 @@ from tests.support.mutants import LIMIT_S
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = int(os.environ.get("GGFT_MUTANTS", "1500"))
 # How many of the files that mean nonsense are tried; 0 is all.
-SEMANTIC = int(os.environ.get("GGFT_SEMANTIC_MUTANTS", "20"))
+SEMANTIC = int(os.environ.get("GGFT_SEMANTIC_MUTANTS", "200"))
 SEED = int(os.environ.get("GGFT_FUZZ_SEED", "0"))
 
 

@@ -130,8 +130,11 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
                 body = b""
             elif is_first and fault in ("drops", "stalls", "ignores-range"):
                 body = body[: len(data) // 2]
-            self.wfile.write(body)
-            self.wfile.flush()
+            n_pieces = 20 if fault == "slow" else 1
+            for i in range(n_pieces):
+                self.wfile.write(body[len(body) * i // n_pieces : len(body) * (i + 1) // n_pieces])
+                self.wfile.flush()
+                time.sleep(0.01 if fault == "slow" else 0)
             if fault == "stalls" and is_first:
                 time.sleep(1.0)
             self.close_connection = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import io
 import json
 import math
 import os
@@ -204,57 +205,79 @@ def _file(
 
 
 def line_of(command: str, folder: Path, model: str, file: str = "mutant") -> list[str]:
-    """Return a command line for the mutant of a model; its output is not there yet."""
+    """Return a command line for the mutant of a model."""
     out = folder / "out"
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.unlink(missing_ok=True)
     line = COMMANDS[command].format(
         model=folder / f"{file}.gguf", adapter=folder / f"{model}.lora", folder=folder, out=out
     )
     return [command, *line.split()]
 
 
-def in_a_fork(line: list[str], folder: Path) -> int:
-    """Run a command in a fork; return its exit code, negative by a signal or for a hang."""
+def in_a_fork(lines: dict[str, list[str]], folder: Path) -> dict[str, int]:
+    """Run commands in a fork; return their exit codes, as far as it came.
+
+    The last one is negative if a signal ended the fork, or it was late and had to be killed.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        code = 98
         try:
-            words = os.open(folder / "words", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for descriptor in (1, 2):
-                os.dup2(words, descriptor)
-            code = run(cli, line)
+            for command, line in lines.items():
+                words = os.open(folder / command, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                for descriptor in (1, 2):
+                    os.dup2(words, descriptor)
+                os.close(words)
+                remove(folder / "out")
+                os.write(writer, bytes([run(cli, line)]))
         finally:
-            os._exit(code)
+            os._exit(0)
     os.close(writer)
-    if not select.select([reader], [], [], LIMIT_S)[0]:
-        os.kill(pid, 9)
+    codes = {}
+    for command in lines:
+        is_late = not select.select([reader], [], [], LIMIT_S)[0]
+        code = b"" if is_late else os.read(reader, 1)
+        if not code:
+            os.kill(pid, 9)
+            codes[command] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or -1
+            break
+        codes[command] = code[0]
+    else:
+        os.waitpid(pid, 0)
     os.close(reader)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return codes
 
 
 def try_mutant(folder: Path, model: str) -> dict[str, Any]:
     """Give a mutant to all commands; return their exit codes and what should not have been said."""
-    codes, caught, wrong = {}, {}, {}
-    for command in COMMANDS:
-        started_s = time.monotonic()
-        code = in_a_fork(line_of(command, folder, model), folder)
+    lines = {command: line_of(command, folder, model) for command in COMMANDS}
+    codes: dict[str, int] = {}
+    caught, wrong = {}, {}
+    while rest := {command: line for command, line in lines.items() if command not in codes}:
+        codes.update(in_a_fork(rest, folder))
+        *_, (command, code) = codes.items()
         if code < 0:
             caught[command] = code
+            remove(folder / "out")
             started_s = time.monotonic()
-            done = run_program(line_of(command, folder, model), cwd=folder)
-            code = done.returncode
-            (folder / "words").write_text(done.stderr)
-        took_s = time.monotonic() - started_s
-        words = (folder / "words").read_text(errors="replace")
-        codes[command] = code
+            done = run_program(lines[command], cwd=folder)
+            took_s = time.monotonic() - started_s
+            codes[command] = done.returncode
+            (folder / command).write_text(done.stderr)
+            if took_s > LIMIT_S + 10:  # of which the supervisor waits most
+                wrong[command] = f"took {took_s:.0f} s"
+    for command, code in codes.items():
+        words = (folder / command).read_text(errors="replace")
         if code not in ALLOWED or "Traceback" in words:
             wrong[command] = words[-500:]
-        elif took_s > LIMIT_S + 10:
-            wrong[command] = f"took {took_s:.0f} s"
     return {"codes": codes, "caught": caught, "wrong": wrong}
+
+
+def remove(path: Path) -> None:
+    """Remove what a command has written."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prepare_process() -> None:
@@ -277,11 +300,14 @@ def warm_up(folder: Path) -> None:
 
     Those of one thread: a fork does not inherit OpenMP's others.
     """
-    with (folder / "words").open("w") as words:
-        with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
-            for command in (name for name in COMMANDS if name != "merge"):
-                if code := run(cli, line_of(command, folder, "smollm2", "smollm2")):
-                    sys.exit(f"{command}: {code}\n{(folder / 'words').read_text()}")
+    words = io.StringIO()
+    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
+        codes = [
+            run(cli, line_of(c, folder, "smollm2", "smollm2")) for c in COMMANDS if c != "merge"
+        ]
+    if any(codes):
+        sys.exit(f"{codes}\n{words.getvalue()}")
+    remove(folder / "out")
     gc.freeze()
 
 
