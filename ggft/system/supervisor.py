@@ -194,11 +194,12 @@ def _begin_child(channel: int, errors: int) -> None:
 
 
 class OneInterrupt:
-    """Raises KeyboardInterrupt, once for a Ctrl-C that comes twice."""
+    """A handler that raises KeyboardInterrupt, once for a Ctrl-C that comes twice."""
 
     _last_s = -SAME_WISH_S
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         now_s = time.monotonic()
         if now_s - self._last_s > SAME_WISH_S:
             self._last_s = now_s

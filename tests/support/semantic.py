@@ -182,10 +182,10 @@ def write_mutant(original: Original, path: Path, what: str, value: Any) -> None:
             tensors[name] = original.tensors[name][0], value, original.tensors[name][2]
     elif kind == "type of":
         tensors[name] = GGMLType[value], *original.tensors[name][1:]
-    elif VALUES[value] is None:
+    elif (replaced := VALUES[value]) is None:
         metadata.pop(what, None)
     else:
-        metadata[what] = VALUES[value]
+        metadata[what] = replaced
     path.write_bytes(_file(metadata, tensors))
 
 
@@ -292,7 +292,7 @@ def prepare_process() -> None:
     for name in ("gguf", "jinja2.ext", "jinja2.sandbox", "numpy.ma", "tqdm", "yaml"):
         importlib.import_module(name)
     load(), load_native()
-    template.JinjaProcess = jinja.render_here  # type: ignore[misc, assignment]
+    setattr(template, "JinjaProcess", jinja.render_here)  # noqa: B010
 
 
 def warm_up(folder: Path) -> None:
