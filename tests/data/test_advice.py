@@ -65,14 +65,6 @@ def test_small_data_is_mixed_with_general_rows() -> None:
     assert n_general(1, 0.1) == 1, "a share is never nothing"
 
 
-def test_every_recipe_says_what_backs_it() -> None:
-    known = set((RECIPES.parent / "recipes.py").read_text().split('"'))
-    for rule in (*recipes()["recipe"], recipes()["scale"], recipes()["hold_out"]):
-        assert rule["why"]
-        if rule["experiment"] != "rule of thumb":
-            assert set(rule["experiment"].split()) <= known
-
-
 def test_the_users_batch_size_is_kept() -> None:
     assert suggest(60, 900, "task", batch_size=64).batch_size == 64
     assert suggest(60, 900, "task", batch_size=64).lr == pytest.approx(2e-3)
