@@ -22,7 +22,7 @@ LAYERS = [
 ]  # fmt: skip
 # Imported only where Python has no tomllib; and what an extra brings.
 OLD_PYTHONS = {"tomli": ["tomli"]}
-OPTIONAL = {"tensorboardX", "wandb"}
+OPTIONAL = {"pyarrow", "tensorboardX", "wandb"}
 NATIVE_LAYERS = [
     "base", "kernels", "calibrate", "trace", "model", "rules", "patterns", "segments", "engine",
     "bindings",
@@ -34,8 +34,9 @@ ONLY = {
     "ggft._native": {"engine.engine"},
     "click": {"command", "cli"},
     "huggingface_hub": {"hub.download"},
-    "httpx2": {"hub.fetch", "hub.download"},
+    "httpx2": {"hub.fetch", "hub.download", "hub.dataset"},
     "jinja2": {"prompts.jinja"},
+    "pyarrow": {"data.sources.parquet"},
     "yaml": {"settings.option"},
     "tqdm": {"system.progress"},
     "tensorboardX": {"training.callbacks"},

@@ -25,7 +25,7 @@ from ggft.data.advice import (
 from ggft.data.duplicates import Duplicates, HashTable, split
 from ggft.data.encode import Encode, encode_ahead, encode_with, shortened, without_end
 from ggft.data.examples import AS_FOUND, Example, RowOptions, RowReader
-from ggft.data.files import DataFiles, find_files
+from ggft.data.sources.find import DataFiles, find_files, size_of
 from ggft.data.store import RowTable, StoreView, TokenStore
 from ggft.prompts.assistant_mask import UnstableError
 from ggft.prompts.messages import Message
@@ -77,6 +77,7 @@ class Fate(IntEnum):
     VALID = 1
     DUPLICATE = 2  # equal to an earlier row, dropped
     UNTRAINABLE = 3  # no token to learn, dropped
+    BEYOND_SHARE = 4  # more of its source than its share asks
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def load_corpus(
     reader = RowReader(options.rows)
     files = find_files(paths)
     encode = partial(encode_with, template, train_on_prompt=options.train_on_prompt)
-    n_bytes = sum(path.stat().st_size for path in (*files.train, *files.valid))
+    n_bytes = sum(size_of(path) for path in (*files.train, *files.valid))
     with (
         helpers() if helpers and n_bytes > LARGE_BYTES else nullcontext(encode) as encoding,
         ByteBar("reading data", n_bytes, delay_s=BAR_DELAY_S) as bar,
@@ -136,7 +137,7 @@ def load_corpus(
         before = 0
         for number, path in enumerate(loader.table.paths):
             loader.read(number, path, partial(bar.move_to, after=before))
-            before += path.stat().st_size
+            before += size_of(path)
     return loader.finish()
 
 
@@ -194,6 +195,8 @@ class _Loader:
         is_held_out = usable & (
             from_valid_file if self.files.valid else self._hold_out(duplicates, usable)
         )
+        beyond = self._beyond_share(usable & ~is_held_out)
+        usable &= ~beyond
         self._account(duplicates, is_trainable, is_duplicate, is_held_out, from_valid_file)
         sides = [example_trainable & of[row_of] for of in (usable & ~is_held_out, is_held_out)]
         views = [StoreView(self.store, np.flatnonzero(side), max_length) for side in sides]
@@ -217,6 +220,7 @@ class _Loader:
         fate = np.where(is_held_out, np.uint8(Fate.VALID), np.uint8(Fate.TRAIN))
         fate[~is_trainable] = Fate.UNTRAINABLE
         fate[is_duplicate] = Fate.DUPLICATE
+        fate[beyond] = Fate.BEYOND_SHARE
         return Corpus(
             views[0], views[1], account, max_length, fate, duplicates, self.table,
             self._conversations(row_of[sides[0]].tolist()),
@@ -329,6 +333,27 @@ class _Loader:
             why = "no validation: the rows are too much alike to hold some of them out"
         self.account.notes.append(why)
         return held_out
+
+    def _beyond_share(self, training: BoolArray) -> BoolArray:
+        """Return the training rows that are left out so that sources have the shares asked for."""
+        import numpy as np
+
+        beyond = np.zeros(len(training), np.bool_)
+        if not self.files.shares:
+            return beyond
+        files = self.table.files()
+        source = np.array([*self.files.source, *([-1] * len(self.files.valid))])[files]
+        rows = [np.flatnonzero(training & (source == n)) for n in range(len(self.files.shares))]
+        n_all = min(len(of) / share for of, share in zip(rows, self.files.shares, strict=True))
+        rng = np.random.default_rng([self.options.seed, 2])
+        for n, (of, share) in enumerate(zip(rows, self.files.shares, strict=True)):
+            name = self.table.paths[self.files.source.index(n)].name
+            wanted = round(n_all * share)
+            if not wanted:
+                raise InputError("no row is left of a source for its share", path=name)
+            beyond[rng.permutation(of)[wanted:]] = True
+            self.account.notes.append(f"{wanted} of {len(of)} rows of {name}: {share:.4g} of all")
+        return beyond
 
     def _account(
         self,

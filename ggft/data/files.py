@@ -1,7 +1,8 @@
 """Read the containers that training data comes in, row by row, with the line each row begins at.
 
-JSON arrays, `{"data": […]}`, JSONL, CSV, TSV and plain text, each also gzipped, in UTF-8 with or
-without a byte order mark. A file is read once, in pieces; memory follows the largest row.
+JSON arrays, `{"data": […]}`, JSONL, CSV, TSV and documents, each also gzipped, in UTF-8 with or
+without a byte order mark; and Parquet. A file is read once, in pieces; memory follows the largest
+row.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import csv
 import gzip
 import io
 import json
-import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from ggft.data.sources.find import SUFFIXES, check_regular, suffix_of
 from ggft.data.sources.json_stream import JsonStream, parse_line
+from ggft.data.sources.parquet import MAGIC, parquet_rows
+from ggft.data.sources.standard_input import STDIN, open_stdin
 from ggft.system.errors import InputError
 from ggft.system.raw_file import RawFile
 
@@ -29,14 +32,10 @@ PART_CHARS = 3000  # of a document in a row, more to the end of the paragraph
 MOST_PARAGRAPHS = 4  # times as long may a part be without a blank line
 MOVED_ROWS = 64  # between two looks at how far a file is read
 WRAPPER_KEYS = ("data", "train", "rows", "examples", "instances")
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".md")
-TRAIN_NAMES = ("train", "training")
-VALID_NAMES = ("valid", "validation", "val", "dev", "eval")
 _FOREIGN = (
     (b"\xff\xfe", "UTF-16 text"),
     (b"\xfe\xff", "UTF-16 text"),
     (b"PK\x03\x04", "a zip archive"),
-    (b"PAR1", "a Parquet file"),
     (b"ARROW1", "an Arrow file"),
     (b"SQLite format 3", "an SQLite database"),
     (b"BZh", "a bzip2 file"),
@@ -67,72 +66,6 @@ class Row:
     ends: bool = True
 
 
-@dataclass(frozen=True)
-class DataFiles:
-    """The files that a list of paths stands for."""
-
-    train: list[Path]
-    valid: list[Path]
-
-
-def find_files(paths: Iterable[str | Path]) -> DataFiles:
-    """Return the files behind paths; a folder gives its train and valid files.
-
-    A folder without a file called `train…` gives all its data files but those called `valid…`
-    or `test…`.
-
-    Raises:
-        InputError: Nothing there, not a file, or a folder without data.
-    """
-    train: list[Path] = []
-    valid: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if _suffix(p) in SUFFIXES and p.is_file())
-            named = [p for p in found if _called(p, TRAIN_NAMES)]
-            held_out = [p for p in found if _called(p, VALID_NAMES)]
-            rest = [p for p in found if p not in held_out and not _called(p, ("test",))]
-            if not (named or rest):
-                raise InputError(
-                    "no training data in this folder",
-                    path=path,
-                    expected="a file train.jsonl, or others of " + " ".join(SUFFIXES),
-                    hint="name the files themselves with --data",
-                )
-            train += named or rest
-            valid += held_out
-        else:
-            _check_regular(path)
-            train.append(path)
-    if not train:
-        raise InputError("no training data given", hint="name a file or folder with --data")
-    return DataFiles(train, valid)
-
-
-def _called(path: Path, names: tuple[str, ...]) -> bool:
-    stem = path.name.split(".")[0].lower()
-    return any(stem == n or stem.startswith((n + "-", n + "_")) for n in names)
-
-
-def _suffix(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _check_regular(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise InputError(f"cannot read the data: {reason}", path=path) from None
-    if not stat.S_ISREG(mode):
-        raise InputError(
-            "the data is not a regular file", path=path, hint="save the data in a file first"
-        )
-
-
 def read_rows(path: Path, moved: Callable[[int], object] = lambda _: None) -> Iterator[Row]:
     """Yield the rows of a file.
 
@@ -143,11 +76,17 @@ def read_rows(path: Path, moved: Callable[[int], object] = lambda _: None) -> It
     Raises:
         InputError: The file cannot be read, is of another kind, or is malformed; names the line.
     """
-    _check_regular(path)
+    check_regular(path)
     try:
-        with path.open("rb") as raw:
+        with open_stdin() if path == STDIN else path.open("rb") as raw:
             start = raw.read(64)
             raw.seek(0)
+            if start.startswith(MAGIC):
+                for value, number in parquet_rows(path, raw):
+                    yield Row(value, path, number)
+                    if number % MOVED_ROWS == 0:
+                        moved(raw.tell())
+                return
             is_packed = start[:2] == b"\x1f\x8b"
             with gzip.open(raw) if is_packed else nullcontext(raw) as plain:
                 for n, row in enumerate(_rows(path, plain)):  # type: ignore[arg-type]
@@ -173,7 +112,7 @@ def _rows(path: Path, raw: BinaryIO) -> Iterator[Row]:
     if kind == "json":
         return _json_rows(source)
     if kind == "table":
-        return _table_rows(source, "\t" if _suffix(path) == ".tsv" else ",;")
+        return _table_rows(source, "\t" if suffix_of(path) == ".tsv" else ",;")
     return _text_rows(source)
 
 
@@ -207,7 +146,7 @@ class _Source:
 
     def sniff(self) -> str:
         """Return the kind of container: by the name, for JSON by what the text begins with."""
-        suffix, start = _suffix(self.path), self._head.lstrip()
+        suffix, start = suffix_of(self.path), self._head.lstrip()
         if suffix in (".csv", ".tsv"):
             return "table"
         if suffix in (".txt", ".text", ".md"):

@@ -6,6 +6,7 @@ is taken from there, the way pip would, when the hub cannot be reached.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,15 +164,10 @@ def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
     Raises:
         NetworkError: It does not have the file, or cannot be reached after bounded tries.
     """
-    from huggingface_hub import get_session, get_token
-
-    client = get_session()
-    headers = {"User-Agent": f"ggft/{__version__}"}
-    if token := get_token():
-        headers["Authorization"] = f"Bearer {token}"
+    client, headers = connect()
     # With another source at hand one try is enough.
     n_tries = 1 if entry.pypi else N_TRIES
-    try:
+    with offline_told("model"):
         remote = with_tries(
             lambda: _ask(client, entry, headers),
             n_tries,
@@ -181,12 +177,33 @@ def look_up(entry: Entry) -> tuple[httpx2.Client, Remote]:
             ),
             is_first=True,
         )
-    except ConnectionError:  # huggingface_hub's word for HF_HUB_OFFLINE
-        raise NetworkError(
-            "HF_HUB_OFFLINE is set, and the model is not here",
-            hint="unset it, or give -m the path of a GGUF file that you have",
-        ) from None
     return client, remote
+
+
+def connect() -> tuple[httpx2.Client, dict[str, str]]:
+    """Return a client of the hub, and the headers for its own host."""
+    from huggingface_hub import get_session, get_token
+
+    headers = {"User-Agent": f"ggft/{__version__}"}
+    if token := get_token():
+        headers["Authorization"] = f"Bearer {token}"
+    return get_session(), headers
+
+
+@contextlib.contextmanager
+def offline_told(what: str) -> Iterator[None]:
+    """Say in our words that HF_HUB_OFFLINE forbids a request.
+
+    Raises:
+        NetworkError: It does.
+    """
+    try:
+        yield
+    except ConnectionError:  # huggingface_hub's word for it
+        raise NetworkError(
+            f"HF_HUB_OFFLINE is set, and the {what} is not here",
+            hint="unset it, or give the path of a file that you have",
+        ) from None
 
 
 def _ask(client: httpx2.Client, entry: Entry, headers: dict[str, str]) -> Remote:

@@ -25,7 +25,10 @@ def model_option(
     )
 
 
-def data_option(help: str = "Data: a file or folder; may be repeated") -> Any:  # noqa: A002
+def data_option(
+    help: str = "Data: a file, a folder, `hf:owner/dataset[:split]`, or `-` for standard input;"  # noqa: A002
+    " may be repeated, each with its share, as in a.json@30%",
+) -> Any:
     """Declare -d."""
     return option("-d", "--data", "--data-path", default=(), metavar="PATH", help=help)
 

@@ -45,7 +45,7 @@ class FinetuneConfig:
     """Settings of `ggft finetune` and `ggft plan`."""
 
     model: str = model_option()
-    data: tuple[str, ...] = data_option("Training data: a file or folder; may be repeated")
+    data: tuple[str, ...] = data_option()
     output: str = option(
         "-o", "--output", "--output-dir", default="results", metavar="DIR", recorded=False,
         help="Run directory",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ggft.adapters.calibrate import Calibration, Fitted
 from ggft.data.batches import Batch, Batches, Subset
+from ggft.data.sources.find import is_here
 from ggft.data.store import StoreView
 from ggft.engine.engine import Cancelled, Engine, EngineSettings
 from ggft.gguf.linears import TARGETS
@@ -47,7 +48,7 @@ def rows_of_run(adapter: str | Path) -> Rows:
         config = make(FinetuneConfig, {}, path)
     except (GgftError, OSError):
         return Rows()
-    if not all(Path(path).exists() for path in config.data):
+    if not all(map(is_here, config.data)):
         return Rows()
     return Rows(config.data, config.format, config.columns, config.ignore_columns)
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggft.data.examples import Example, RowOptions, RowReader
-from ggft.data.files import Row, find_files, read_rows
+from ggft.data.files import Row, read_rows
+from ggft.data.sources.find import find_files
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
 

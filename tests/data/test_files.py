@@ -58,7 +58,7 @@ CASES: list[tuple[str, str, bytes, int | None, list[str]]] = [
     ("bad UTF-8", "x.jsonl", GOOD + b'{"output": "\xff\xfe"}\n', 2, ["not UTF-8", "ff fe"]),
     ("Latin-1", "x.json", b'[\n{"output": "caf\xe9 ol"}]', 2, ["not UTF-8", "e9"]),
     ("zip", "x.json", b"PK\x03\x04xx", 1, ["a zip archive"]),
-    ("parquet", "x.jsonl", b"PAR1xx", 1, ["a Parquet file"]),
+    ("parquet", "x.jsonl", b"PAR1xx", None, ["Parquet file"]),
     ("web page", "x.json", b"<!DOCTYPE html>", 1, ["an HTML page"]),
     ("LFS", "x.json", b"version https://git-lfs.github.com/spec/v1\n", 1, ["Git LFS pointer"]),
     ("model", "x.json", b"GGUF\x03\0\0\0", 1, ["a GGUF model"]),

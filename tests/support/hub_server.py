@@ -7,6 +7,7 @@ origin, as huggingface.co does. `faults` maps a file's name to what goes wrong w
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ class Hub:
     faults: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str, str, str | None, str | None]] = field(default_factory=list)
     """(server, method, file, Range, Authorization) of each request."""
+    folders: dict[str, str] = field(default_factory=dict)
+    """The folders that files of a data set are in, by name."""
     counts: dict[str, int] = field(default_factory=dict)
     url: str = ""
     storage_url: str = ""
@@ -68,7 +71,23 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
             row = (self.headers.get("Range"), self.headers.get("Authorization"))
             hub.requests.append((server, self.command, name, *row))
             hub.counts[name] = hub.counts.get(name, 0) + 1
-            (self.from_hub if server == "hub" else self.from_storage)(name)
+            if self.path.startswith("/api/datasets/"):
+                self.list_files(hub.faults.get("listing", ""))
+            else:
+                (self.from_hub if server == "hub" else self.from_storage)(name)
+
+        def list_files(self, fault: str) -> None:
+            if fault in STATUS_CODES:
+                self.reply(STATUS_CODES[fault][0], {})
+                return
+            items = [
+                {
+                    "type": "file", "path": hub.folders.get(name, "") + name, "size": len(data),
+                    "oid": "0" * 40, "lfs": {"oid": hashlib.sha256(data).hexdigest()},
+                }
+                for name, data in hub.files.items()
+            ]  # fmt: skip
+            self.reply(200, {}, b"<html>" if fault == "page" else json.dumps(items).encode())
 
         def from_hub(self, name: str) -> None:
             fault = hub.faults.get(name, "")
