@@ -4,26 +4,38 @@ A conversation is rendered twice: once with every content replaced by a marker t
 in text, which shows the fixed text between the contents; once as it is, which must equal the
 fixed text with the contents put back. What the model is to produce begins where the rendering
 of the messages before it, with the generation prompt, ends. A template for which one of these
-does not hold is refused, with the reason.
+does not hold is refused, with the reason; but thoughts, which templates open, close, move and
+leave out, are put where the model would write them.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
+from ggft.prompts.answers import OTHER, AnswerFinder
+from ggft.prompts.dialect import Dialect, RenderAll
+from ggft.prompts.marks import (
+    N_SLOTS,
+    SHOWN_CHARS,
+    Item,
+    Side,
+    Span,
+    after_common,
+    contents,
+    cut,
+    fill,
+    is_filled,
+    last_mark_end,
+    mark,
+    marked,
+)
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError
 
-
-class Side(IntEnum):
-    """Who produces a part of the rendering."""
-
-    PROMPT = 0  # given to the model
-    ANSWER = 1  # produced by the model
-    TAIL = 2  # fixed text right after an answer: the end token is in here
+N_ASKED = 8  # answers at either end of a conversation whose beginnings are found by rendering
+MAX_SHAPES = 4096  # kept; rows with tools of their own have a shape each
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Part:
     """A piece of a rendering: fixed text of the template, or the content of a message.
 
     Attributes:
-        text: The text.
+        text: The text; empty for an end that no text of the template stands for.
         is_content: Whether it came from a message, so that nothing in it is a special token.
         side: Who produces it.
         learn: Whether the loss counts it, if the model produces it.
@@ -44,53 +56,50 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A part of a shape: fixed text, or the number of the content that stands there.
+class _Shape:
+    """What is fixed in conversations of one kind.
 
-    Number 2i is the content of message i, 2i + 1 its input. `turn` is the message whose answer
-    or tail this is, −1 for prompts.
+    Attributes:
+        whole: The rendering of the whole, to compare with.
+        items: What is trained, or asked; the same but for thoughts and the last end.
     """
 
-    what: str | int
-    side: Side
-    turn: int
+    whole: tuple[Item, ...]
+    items: tuple[Item, ...]
 
 
 class UnstableError(InputError):
-    """A template writes a conversation otherwise than its prompts; see `AssistantMask`."""
-
-
-RenderAll = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
-
-MARK_OPEN, MARK_CLOSE = "\ue0c5", "\ue0c6"  # private use; a template that has them is refused
-_MARK = re.compile(f"{MARK_OPEN}(\\d+){MARK_CLOSE}")
-# Answers at either end of a conversation whose beginnings are found by rendering what is before.
-N_ASKED = 8
-_OTHER = "choose another template, for example --template chatml"
-
-
-def joined(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with `input` appended to the content."""
-    return [
-        {**m, "content": f"{m['content']}\n{m['input']}", "input": ""} if m.get("input") else m
-        for m in messages
-    ]
+    """A template writes earlier answers otherwise than the last one; see `AssistantMask`."""
 
 
 class AssistantMask:
     """Split renderings of one template into parts.
 
-    Some templates write earlier turns otherwise than the last one (without its reasoning, or with
-    the system message moved). Of such a conversation only the last answer can be learned; the
-    answers before it must be given as context (`learn` false), or `UnstableError` is raised.
+    Some templates write earlier turns otherwise than the last one (without its thought, or with
+    another end). Of such a conversation only the last answer can be learned; the answers before it
+    must be given as context (`learn` false), or `UnstableError` is raised.
 
     Args:
         render: Renders conversations, each with or without the generation prompt.
+        dialect: How the template is spoken to.
+        end_of: Returns where the end of an answer stands in the fixed text after its content, the
+            second argument saying whether it calls tools; None if it has none.
+        implied_end: The fixed text that ends a last answer which has none; may be empty.
     """
 
-    def __init__(self, render: RenderAll) -> None:
-        self._render = render
-        self._shapes: dict[tuple[object, ...], tuple[_Item, ...]] = {}
+    def __init__(
+        self,
+        render: RenderAll,
+        dialect: Dialect,
+        end_of: Callable[[str, bool], int | None],
+        implied_end: str,
+    ) -> None:
+        self._render_all = render
+        self._dialect = dialect
+        self._finder = AnswerFinder(self._render, dialect)
+        self._end_of = end_of
+        self._implied_end = implied_end
+        self._shapes: dict[tuple[object, ...], _Shape] = {}
 
     def split(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
         """Return the parts of the rendering of `messages`.
@@ -124,31 +133,39 @@ class AssistantMask:
                 results.append(error)
         return results
 
+    def _render(self, requests: Sequence[tuple[Sequence[Message], bool]]) -> list[str | InputError]:
+        write = self._dialect.write
+        return self._render_all([(write(messages), prompt) for messages, prompt in requests])
+
     def _parts(
         self, messages: Sequence[Message], whole: str | InputError, asked: str | InputError | None
     ) -> list[Part]:
         """Return the parts of `whole`; `asked` is the prompt of its last answer, if it has one."""
-        for text in (whole, asked):
-            if isinstance(text, InputError):
-                raise text
         prompt = asked is None
-        key = (
-            prompt,
-            *((m["role"], m.get("learn", True), *map(is_filled, _texts(m))) for m in messages),
-        )
+        whole, asked = _text(whole), _text(asked or "")
+        key = (prompt, *map(_kind, messages))
         shape = self._shapes.get(key)
         if shape is None:
+            if len(self._shapes) >= MAX_SHAPES:
+                self._shapes.clear()
             shape = self._shapes[key] = self._learn(messages, prompt)
-        contents = [text for m in messages for text in _texts(m)]
-        texts = _fill(shape, contents, str(whole))
-        if asked is not None and texts is not None:
+        given = [text for m in messages for text in contents(m)]
+        texts = fill(shape.whole, given, whole)
+        if texts is not None and shape.items is not shape.whole:
+            said = zip(shape.whole, texts, strict=True)
+            known = {x.what: text for x, text in said if isinstance(x.what, int)}
+            texts = [
+                x.what if isinstance(x.what, str) else known.get(x.what, given[x.what].strip())
+                for x in shape.items
+            ]
+        if texts is not None and not prompt:
             own = len(messages) - 1
-            before = "".join(t for t, x in zip(texts, shape, strict=True) if x.turn != own)
+            before = "".join(t for t, x in zip(texts, shape.items, strict=True) if x.turn != own)
             texts = texts if before == asked else None
         if texts is None:
             raise InputError(
                 "the chat template changes this conversation's text in a way that cannot be split",
-                hint=_OTHER,
+                hint=OTHER,
             )
         return [
             Part(
@@ -157,188 +174,198 @@ class AssistantMask:
                 item.side,
                 item.turn >= 0 and _is_learned(messages[item.turn]),
             )
-            for text, item in zip(texts, shape, strict=True)
-            if text
+            for text, item in zip(texts, shape.items, strict=True)
+            if text or item.side is Side.END
         ]
 
-    def _learn(self, messages: Sequence[Message], prompt: bool) -> tuple[_Item, ...]:
+    def _learn(self, messages: Sequence[Message], prompt: bool) -> _Shape:
         """Find the fixed text around the contents, and where each answer begins."""
-        marked = [_marked(m, 2 * i) for i, m in enumerate(messages)]
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        asked = answers
-        if len(answers) > 2 * N_ASKED:
-            asked = [*answers[:N_ASKED], *answers[-N_ASKED:]]
-        whole, *befores = self._render([(marked, prompt), *((marked[:i], True) for i in asked)])
-        starts: dict[int, int] = {}
-        for i, before in zip(asked, befores, strict=True):
-            for text in (whole, before):
-                if isinstance(text, InputError):
-                    raise text
-            if str(whole).startswith(str(before)):
-                starts[len(str(before))] = i
-            elif not prompt and messages[i].get("learn", True):
-                raise _unstable(i, str(before), str(whole))
-        if isinstance(whole, InputError):
-            raise whole
-        if asked != answers:
-            self._start_between(whole, marked, answers[N_ASKED:-N_ASKED], starts)
-        shape = _cut(whole, starts)
-        _check(shape, messages, set(starts.values()))
-        return shape
+        with_marks = [marked(m, i) for i, m in enumerate(messages)]
+        if prompt:
+            shape = cut(_text(self._render([(with_marks, True)])[0]), [])
+            _check_shown(shape, messages)
+            return _Shape(shape, shape)
+        last = len(messages) - 1
+        learned = [
+            i for i, m in enumerate(messages)
+            if m["role"] == "assistant" and (m.get("learn", True) or i == last)
+        ]  # fmt: skip
+        asked = learned
+        if len(learned) > 2 * N_ASKED:
+            asked = [*learned[:N_ASKED], *learned[-N_ASKED:]]
+        befores, wholes = self._around(with_marks, asked)
+        rest = self._finder.rest(last, messages, with_marks, befores[last], wholes[last])
+        stop, ended = self._stop(rest, messages[last])
+        _check_calls(messages[last], rest[:stop])
+        full = befores[last] + rest[:stop]
+        spans = [Span(len(befores[last]), len(full), last)]
+        for i in asked[:-1]:
+            spans.append(self._span(i, messages, with_marks, full, befores[i], wholes[i]))
+        if asked != learned:
+            for i in learned[N_ASKED:-N_ASKED]:
+                known = self._alike(i, full, spans)
+                if known is None:
+                    before, whole = self._around(with_marks, [i])
+                    known = self._span(i, messages, with_marks, full, before[i], whole[i])
+                spans.append(known)
+        items = cut(full, sorted(spans))
+        if not ended:
+            items = (*items, Item(self._implied_end, Side.END, last))
+        _check_shown(items, messages)
+        _check_sides(items, messages, {span.turn for span in spans})
+        return _Shape(cut(wholes[last], []), items)
 
-    def _start_between(
-        self, whole: str, marked: Sequence[Message], answers: Sequence[int], starts: dict[int, int]
-    ) -> None:
-        """Add to `starts` those of many answers; to render what is before each takes too long.
+    def _around(
+        self, with_marks: Sequence[Message], answers: Sequence[int]
+    ) -> tuple[dict[int, str], dict[int, str]]:
+        """Return the renderings before answers, and those that end with them."""
+        requests = [(with_marks[:i], True) for i in answers]
+        requests += [(with_marks[: i + 1], False) for i in answers]
+        rendered = [_text(text) for text in self._render(requests)]
+        n = len(answers)
+        return dict(zip(answers, rendered[:n], strict=True)), dict(
+            zip(answers, rendered[n:], strict=True)
+        )
 
-        Where the fixed text in front of an answer is one that stands in front of others, too, the
-        answer begins at the same place of it.
+    def _stop(self, rest: str, message: Message) -> tuple[int, bool]:
+        """Return where an answer ends within what follows its prompt, and whether it has an end."""
+        place, calls = last_mark_end(rest), "tool_calls" in message
+        stop = self._end_of(rest[place:], calls)
+        if stop is None:
+            return len(rest.rstrip()) if calls else place, False
+        return place + stop, True
+
+    def _span(
+        self, i: int, messages: Sequence[Message], with_marks: Sequence[Message], full: str,
+        before: str, whole: str,
+    ) -> Span:  # fmt: skip
+        """Return where an earlier answer stands in the whole.
+
+        Raises:
+            UnstableError: The whole has it otherwise than it would be as the last.
         """
-        marks = list(_MARK.finditer(whole))
-        ends = [0, *(mark.end() for mark in marks)]
-        places = {
-            int(mark[1]): (mark.start(), whole[end : mark.start()])
-            for mark, end in zip(marks, ends, strict=False)
-        }
-        left: dict[str, int] = {}  # characters of a fixed text that are the answer's
-        for start, i in starts.items():
-            place, fixed = places.get(2 * i, (start, ""))
-            left[fixed] = place - start
-        for i in answers:
-            place, fixed = places.get(2 * i, (0, ""))
-            if fixed not in left:
-                before = self._render([(marked[:i], True)])[0]
-                if isinstance(before, InputError):
-                    raise before
-                if not whole.startswith(before):
-                    raise _unstable(i, before, whole)
-                left[fixed] = place - len(before)
-            starts[place - left[fixed]] = i
+        own = self._finder.rest(i, messages, with_marks, before, whole)
+        stop, ended = self._stop(own, messages[i])
+        _check_calls(messages[i], own[:stop])
+        answer = before + own[:stop] + ("" if ended else self._implied_end)
+        if not full.startswith(answer) or not (ended or self._implied_end):
+            raise _unstable(i, answer, full)
+        return Span(len(before), len(answer), i)
+
+    def _alike(self, i: int, full: str, spans: Sequence[Span]) -> Span | None:
+        """Return where one of many answers stands; to render what is before each takes too long.
+
+        Where the fixed text in front of an answer is one that stands in front of another, too, the
+        answer begins at the same place of it; and it ends as that one does.
+        """
+        front, place, tail = _surroundings(i, full)
+        for start, stop, other in reversed(spans[1:]):
+            other_front, other_place, other_tail = _surroundings(other, full)
+            end = full[other_tail:stop]
+            if place >= 0 and front == other_front and end and full.startswith(end, tail):
+                return Span(place - (other_place - start), tail + len(end), i)
+        return None
 
 
-def _unstable(i: int, before: str, whole: str) -> UnstableError:
-    return UnstableError(
-        f"the chat template cannot be split at message {i + 1}: the prompt that it writes before an"
-        " answer is not how the whole conversation begins",
-        found=_after_common(before, whole),
-        expected=_after_common(whole, before),
-        hint=_OTHER,
-    )
+def _surroundings(i: int, full: str) -> tuple[str, int, int]:
+    """Return the fixed text before an answer's content, where that stands, and where it ends."""
+    content = mark(N_SLOTS * i)
+    place = full.find(content)
+    return full[last_mark_end(full[: max(place, 0)]) : max(place, 0)], place, place + len(content)
 
 
-def _texts(message: Message) -> tuple[str, str]:
-    return message["content"], message.get("input", "")
+def _text(rendered: str | InputError) -> str:
+    if isinstance(rendered, InputError):
+        raise rendered
+    return rendered
+
+
+_SHAPING = frozenset(("tool_calls", "name", "tool_call_id", "tools", "documents", "reasoning"))
+
+
+def _kind(message: Message) -> tuple[object, ...]:
+    """Return what the fixed text around a message may depend on."""
+    kind = (message["role"], message.get("learn", True), *map(is_filled, contents(message)))
+    shaping = message.keys() & _SHAPING
+    if not shaping:
+        return kind
+    extra = {k: v for k, v in message.items() if k in shaping and k != "reasoning"}
+    return (*kind, "reasoning" in message, json.dumps(extra))
 
 
 def _is_learned(answer: Message) -> bool:
     """Whether an answer is to be learned; an empty one would only teach to be silent."""
-    return answer.get("learn", True) and is_filled(answer["content"])
+    return answer.get("learn", True) and (is_filled(answer["content"]) or "tool_calls" in answer)
 
 
-def is_filled(text: str) -> bool:
-    """Return whether there is more than blanks in a text."""
-    return bool(text) and not text.isspace()
-
-
-def _marked(message: Message, number: int) -> Message:
-    """Return the message with markers `number` and `number + 1` for its texts.
-
-    Blank texts stay as they are, for templates ask whether there is text; but an answer's place
-    must be known even if it is empty.
-    """
-    always = message["role"] == "assistant"
-    content, extra = (
-        f"{MARK_OPEN}{number + n}{MARK_CLOSE}" if is_filled(text) or (always and not n) else text
-        for n, text in enumerate(_texts(message))
+def _unstable(i: int, before: str, whole: str) -> UnstableError:
+    return UnstableError(
+        f"the chat template cannot be split at message {i + 1}: it writes this answer otherwise"
+        " once others follow",
+        found=after_common(before, whole),
+        expected=after_common(whole, before),
+        hint=OTHER,
     )
-    return {"role": message["role"], "content": content, "input": extra}
 
 
-def _after_common(text: str, other: str) -> str:
-    """Return the first characters of `text` that `other` does not have in the same place."""
-    n = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
-    n = min(len(text), len(other)) if n is None else n
-    return repr(text[n : n + 40]) if text[n:] else "nothing more"
-
-
-def _cut(whole: str, starts: dict[int, int]) -> tuple[_Item, ...]:
-    """Cut a marked rendering at its markers and where answers start.
-
-    Args:
-        whole: The rendering.
-        starts: Position of each answer's first character → index of its message.
-    """
-    items: list[_Item] = []
-    side, turn, pos = Side.PROMPT, -1, 0
-    left = sorted(starts)
-    while pos < len(whole) or left:
-        if left and left[0] == pos:
-            side, turn = Side.ANSWER, starts[left.pop(0)]
-            continue
-        if whole[pos] == MARK_OPEN:
-            end = whole.index(MARK_CLOSE, pos)
-            number = int(whole[pos + 1 : end])
-            if side is Side.TAIL:
-                side, turn = Side.PROMPT, -1
-            items.append(_Item(number, side, turn))
-            pos = end + 1
-            if side is Side.ANSWER and number == 2 * turn:
-                side = Side.TAIL
-            continue
-        stop = whole.find(MARK_OPEN, pos)
-        stop = min([stop if stop >= 0 else len(whole), *left[:1]])
-        items.append(_Item(whole[pos:stop], side, turn))
-        pos = stop
-        if side is Side.TAIL:
-            side, turn = Side.PROMPT, -1
-    return tuple(items)
-
-
-def _check(shape: tuple[_Item, ...], messages: Sequence[Message], answers: set[int]) -> None:
-    """Raise InputError unless every content is there, answers in their turns and only there."""
-    seen: set[int] = set()
+def _check_sides(shape: tuple[Item, ...], messages: Sequence[Message], answers: set[int]) -> None:
+    """Raise InputError unless answers are in their turns and only there."""
     for item in shape:
         if not isinstance(item.what, int):
             continue
-        index = item.what // 2
-        seen.add(item.what)
-        is_answer = index in answers
-        if is_answer != (item.side is Side.ANSWER) or (is_answer and index != item.turn):
+        index = item.what // N_SLOTS
+        if (index in answers) != (item.side is Side.ANSWER) or (
+            item.side is Side.ANSWER and index != item.turn
+        ):
             raise InputError(
                 f"the chat template writes message {index + 1} where it does not belong",
                 found=f"role {messages[index]['role']!r}",
-                hint=_OTHER,
+                hint=OTHER,
             )
+
+
+def _check_shown(shape: tuple[Item, ...], messages: Sequence[Message]) -> None:
+    """Raise InputError unless all that is said is there; thoughts of earlier answers may be not."""
+    seen = {item.what for item in shape}
     for index, message in enumerate(messages):
-        if any(is_filled(t) and 2 * index + n not in seen for n, t in enumerate(_texts(message))):
+        said = contents(message)[:2]
+        if any(is_filled(t) and N_SLOTS * index + n not in seen for n, t in enumerate(said)):
             raise InputError(
                 f"the chat template leaves out message {index + 1}",
                 found=f"role {message['role']!r}",
-                hint="remove such messages from the data, or " + _OTHER,
+                hint="remove such messages from the data, or " + OTHER,
             )
+    fixed = "".join(item.what for item in shape if isinstance(item.what, str))
+    for key, text in _row_texts(messages):
+        _require(text, fixed, f"does not show a row's {key}")
 
 
-def _fill(shape: tuple[_Item, ...], contents: list[str], whole: str) -> list[str] | None:
-    """Put the contents, as they are or stripped, into the shape; None if that is not `whole`."""
-    texts = [x.what if isinstance(x.what, str) else contents[x.what] for x in shape]
-    if "".join(texts) == whole:
-        return texts
-    texts, pos = [], 0
-    for n, item in enumerate(shape):
-        after = shape[n + 1].what if n + 1 < len(shape) else None
-        options = [item.what] if isinstance(item.what, str) else _stripped(contents[item.what])
-        for text in options:
-            end = pos + len(text)
-            if whole.startswith(text, pos) and (
-                not isinstance(after, str) or whole.startswith(after, end)
-            ):
-                break
-        else:
-            return None
-        texts.append(text)
-        pos = end
-    return texts if pos == len(whole) else None
+def _check_calls(answer: Message, text: str) -> None:
+    """Raise InputError unless an answer's calls are in its text."""
+    for call in answer.get("tool_calls", ()):
+        _require(call["name"], text, "does not write tool_calls")
 
 
-def _stripped(text: str) -> list[str]:
-    return list(dict.fromkeys((text, text.strip(), text.lstrip(), text.rstrip())))
+def _require(text: str, fixed: str, fault: str) -> None:
+    if text not in fixed and json.dumps(text, ensure_ascii=False)[1:-1] not in fixed:
+        raise InputError(
+            f"the chat template {fault}",
+            found=repr(text[:SHOWN_CHARS]),
+            hint="remove them from the data, or " + OTHER,
+        )
+
+
+def _row_texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return what a rendering must hold of tools and documents."""
+    if not messages:
+        return []
+    first = messages[0]
+    found = []
+    for tool in first.get("tools", ()):
+        function = tool.get("function")
+        told = function if isinstance(function, dict) else tool
+        found.append(("tools", str(told.get("description") or told.get("name", ""))))
+    for document in first.get("documents", ()):
+        texts = [value for value in document.values() if isinstance(value, str)]
+        found.append(("documents", max(texts, key=len, default="")))
+    return found

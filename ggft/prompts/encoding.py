@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ggft.prompts.assistant_mask import Side
+from ggft.prompts.marks import Side
 from ggft.system.errors import InputError
 
+MAX_FIXED = 1 << 14  # texts of templates that are kept; rows with tools have their own
 STAND_IN = "\x02"  # for text before; a control character merges with nothing
 _BLANKS = " \t\n\r\v\f"  # what C's isspace calls so
 
@@ -26,6 +27,11 @@ class Tokenizer(Protocol):
     eot_id: int | None
     n_vocab: int
     add_bos: bool
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token at which llama.cpp ends a generation."""
+        ...
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return token ids without BOS; parse special tokens in the text only if `special`."""
@@ -157,17 +163,25 @@ class Encoder:
         Raises:
             InputError: A text cannot be tokenized.
         """
+        if len(self._fixed) > MAX_FIXED:
+            self._fixed = {}  # other threads go on with the one that they have
+        own = self._fixed
         fixed = {
             segment.what: segment.fixed
             for segments in examples
             for segment in segments
-            if isinstance(segment.what, str) and segment.what not in self._fixed
+            if isinstance(segment.what, str) and segment.what not in own
         }
         new = dict(zip(fixed, self._encode_all(list(fixed)), strict=True))
-        self._fixed.update((text, ids) for text, ids in new.items() if fixed[text])
-        return [self._join(segments, new) for segments in examples]
+        own.update((text, ids) for text, ids in new.items() if fixed[text])
+        return [self._join(segments, new, own) for segments in examples]
 
-    def _join(self, segments: Sequence[Segment], new: Mapping[str, array[int]]) -> Tokens:
+    def _join(
+        self,
+        segments: Sequence[Segment],
+        new: Mapping[str, array[int]],
+        own: Mapping[str, array[int]],
+    ) -> Tokens:
         ids = array("i")
         trained = bytearray()
         for what, learn, _, goes_on in segments:
@@ -175,7 +189,7 @@ class Encoder:
                 ids.append(what)
                 trained.append(learn)
                 continue
-            more = self._fixed[what] if what in self._fixed else new[what]
+            more = own[what] if what in own else new[what]
             more = self._continued(more) if goes_on else more
             ids += more
             trained += bytes((learn,)) * len(more)

@@ -7,68 +7,78 @@ no writable files. Run as a module, this file is that process; it speaks JSON ov
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import re
 import struct
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import IO, Any
 
-from ggft.prompts.messages import Message
 from ggft.system.errors import InputError, ResourceError
-from ggft.system.processes import Child, signal_name
+from ggft.system.processes import TOO_LARGE, Child, limit_cpu, limit_memory, signal_name
 
 MAX_CPU_S = 5  # for one batch of renderings, which takes a few milliseconds
 MAX_WAIT_S = 600.0  # the same, by the clock, for a machine that is busy or short of memory
 MAX_MEMORY_BYTES = 512 << 20  # beyond what the process has at its start
-_TOO_LARGE = 77  # exit code of a process that outgrew its memory
 MAX_CHARS = 1 << 20  # of a rendering, beyond four times its contents
-FIXED_DATE = (
-    "26 Jul 2024"  # for templates that ask for today's: a prompt must not change by the day
-)
+# For templates that ask for today's: a prompt must not change by the day.
+# Failures that llama.cpp's engine does not know: what is not there, none, and lists that grow.
+_LENIENT = re.compile(r"UndefinedError|TypeError|SecurityError: access to attribute '\w+' of 'list")
+VARIABLES = "variables"  # of one rendering
+MAX_FORMAT_CHARS = 200
+FIXED_DATE = datetime(2024, 7, 26)
+_OF_ROW = ("tools", "documents", VARIABLES)  # stand on the first message
 
-Request = tuple[Sequence[Message], bool]
-Render = Callable[[Sequence[Message], bool], str]
+Request = tuple[Sequence[Any], bool]
+Render = Callable[[Sequence[Any], bool], str]
 
 
-def compile_template(source: str, bos: str, eos: str) -> Render:
+def compile_template(
+    source: str, bos: str, eos: str, arguments: Mapping[str, object] | None = None
+) -> Render:
     """Return a renderer of a Jinja template, in this process.
 
     Jinja is set up as llama-cpp-python and transformers do: blocks are trimmed, `{% generation %}`
-    is ignored, `tojson` does not escape.
+    is ignored, `tojson` does not escape. Where a template fails like that, but not in llama.cpp's
+    own engine, which gives it no `tools` and takes what is not there for nothing, it is run so.
+
+    Args:
+        source: The template.
+        bos: What `bos_token` stands for.
+        eos: What `eos_token` stands for.
+        arguments: Further variables that the template is given.
 
     Raises:
         InputError: The template does not compile; later, from the renderer: it fails.
     """
-    import jinja2
+    strict = _compiled(source)
+    lenient: Any = None
+    given = {
+        "bos_token": bos,
+        "eos_token": eos,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        **(arguments or {}),
+    }
 
-    env = _environment()
-    try:
-        template = env.from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        raise _error(f"the chat template does not compile: {e.message}", e.lineno) from None
-    except RecursionError:
-        raise _error("the chat template is nested too deeply", None) from None
-
-    def raise_exception(message: object) -> None:
-        raise _RefusalError(str(message))
-
-    def render(messages: Sequence[Message], prompt: bool) -> str:
-        room = MAX_CHARS + 4 * sum(len(m["content"]) for m in messages)
+    def render(template: Any, messages: Sequence[Any], prompt: bool, **extra: object) -> str:
+        first = messages[0] if messages else {}
+        of_row = {key: first[key] for key in _OF_ROW if key in first}
+        if of_row:
+            plain = {k: v for k, v in first.items() if k not in _OF_ROW}
+            messages = [plain, *messages[1:]]
+        room = MAX_CHARS + 4 * _n_chars(messages) + 16 * _n_chars(of_row)
         out: list[str] = []
+        variables = {**extra, **given, **of_row.pop(VARIABLES, {}), **of_row}
+        if "tools" in of_row:
+            # As the templates of SmolLM3 and Firefunction call them.
+            variables["xml_tools"] = of_row["tools"]
+            variables["functions"] = _tojson(of_row["tools"], indent=2)
         for chunk in template.generate(
-            messages=messages,
-            add_generation_prompt=prompt,
-            bos_token=bos,
-            eos_token=eos,
-            raise_exception=raise_exception,
-            strftime_now=lambda _: FIXED_DATE,
-            tools=None,
+            messages=messages, add_generation_prompt=prompt, **variables
         ):
             out.append(chunk)
             room -= len(chunk)
@@ -76,15 +86,53 @@ def compile_template(source: str, bos: str, eos: str) -> Render:
                 raise _error("the chat template writes far more than it is given", None)
         return "".join(out)
 
-    def checked(messages: Sequence[Message], prompt: bool) -> str:
+    def checked(messages: Sequence[Any], prompt: bool) -> str:
+        nonlocal lenient
         try:
-            return render(messages, prompt)
-        except InputError:
-            raise
+            return render(strict, messages, prompt, tools=None)
+        except (InputError, _RefusalError) as e:
+            raise e if isinstance(e, InputError) else _failure(e) from None
         except Exception as e:  # whatever a foreign program can raise
-            raise _failure(e) from None
+            failure = _failure(e)
+            if not _LENIENT.search(failure.message):
+                raise failure from None
+        try:
+            lenient = lenient or _compiled(source, lenient=True)
+            return render(lenient, messages, prompt)
+        except Exception:
+            raise failure from None
 
     return checked
+
+
+def _compiled(source: str, *, lenient: bool = False) -> Any:
+    import jinja2
+
+    try:
+        return _environment(lenient=lenient).from_string(source)
+    except jinja2.TemplateSyntaxError as e:
+        raise _error(f"the chat template does not compile: {e.message}", e.lineno) from None
+    except RecursionError:
+        raise _error("the chat template is nested too deeply", None) from None
+
+
+def _n_chars(value: Any) -> int:
+    """Return how much text there is in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + _n_chars(v) for key, v in value.items())
+    return sum(map(_n_chars, value)) if isinstance(value, list) else 8
+
+
+def _raise_exception(message: object) -> None:
+    raise _RefusalError(str(message))
+
+
+def _strftime_now(form: str = "%d %b %Y") -> str:
+    if len(form) > MAX_FORMAT_CHARS or re.search("%(?!-?[A-Za-z%])", form):
+        raise _RefusalError("strftime_now has no plain format")
+    return FIXED_DATE.strftime(form)
 
 
 class _RefusalError(Exception):
@@ -92,7 +140,7 @@ class _RefusalError(Exception):
 
 
 def _error(message: str, line: int | None) -> InputError:
-    hint = "choose another template, for example --template chatml"
+    hint = "choose another template with --template"
     return InputError(message, path="chat template", line=line, hint=hint)
 
 
@@ -114,11 +162,11 @@ def _failure(error: Exception) -> InputError:
     return _error(message[:500], line)
 
 
-def _environment() -> Any:
+def _environment(*, lenient: bool = False) -> Any:
     """Return Jinja's sandbox with the extensions that chat templates use."""
     import jinja2.ext
     from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 
     class PassGeneration(jinja2.ext.Extension):
         """Ignore Hugging Face's `{% generation %}` tags."""
@@ -129,7 +177,9 @@ def _environment() -> Any:
 
     PassGeneration.tags = {"generation"}
 
-    class Sandbox(ImmutableSandboxedEnvironment):
+    base: Any = SandboxedEnvironment if lenient else ImmutableSandboxedEnvironment
+
+    class Sandbox(base):  # type: ignore[misc]
         """Refuse at once the cheapest ways to fill the memory."""
 
         intercepted_binops = frozenset(("*", "**"))
@@ -147,18 +197,43 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[PassGeneration, jinja2.ext.loopcontrols],
+        undefined=_nothing() if lenient else jinja2.Undefined,
     )
     env.filters["tojson"] = _tojson
     return env
 
 
-def _tojson(x: object, ensure_ascii: bool = False, indent: int | None = None, **_: object) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent)
+def _nothing() -> Any:
+    """Return the type of variables that are not there, taken for empty texts and lists."""
+    import jinja2
+
+    class Nothing(jinja2.ChainableUndefined):
+        """A variable that is not there."""
+
+        def __add__(self, other: Any) -> Any:
+            return other
+
+        def __radd__(self, other: Any) -> Any:
+            return other
+
+    return Nothing
 
 
-def render_here(source: str, bos: str, eos: str) -> Callable[[Sequence[Request]], list[Any]]:
+def _tojson(
+    x: object, ensure_ascii: bool = False, indent: int | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False, **_: object,
+) -> str:  # fmt: skip
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys,
+        default=list,
+    )  # fmt: skip
+
+
+def render_here(
+    source: str, bos: str, eos: str, arguments: Any
+) -> Callable[[Sequence[Request]], list[Any]]:
     """Return a `RenderAll` for a template that is known to be harmless."""
-    render = compile_template(source, bos, eos)
+    render = compile_template(source, bos, eos, arguments)
 
     def render_all(requests: Sequence[Request]) -> list[str | InputError]:
         results: list[str | InputError] = []
@@ -179,6 +254,7 @@ class JinjaProcess:
         source: The template.
         bos: What `bos_token` stands for.
         eos: What `eos_token` stands for.
+        arguments: Further variables that the template is given.
         cpu_s: CPU seconds that a batch may take.
 
     Raises:
@@ -186,12 +262,14 @@ class JinjaProcess:
         ResourceError: The process cannot be started.
     """
 
-    def __init__(self, source: str, bos: str, eos: str, *, cpu_s: int = MAX_CPU_S) -> None:
+    def __init__(
+        self, source: str, bos: str, eos: str, arguments: Any = None, *, cpu_s: int = MAX_CPU_S
+    ) -> None:
         self._cpu_s = cpu_s
         self._lock = threading.Lock()
         self._process = Child("ggft.prompts.jinja:serve")
         self.close = weakref.finalize(self, self._process.stop)
-        setup = [source, bos, eos, cpu_s]
+        setup = [source, bos, eos, arguments or {}, cpu_s]
         if not isinstance(self._converse(setup), list):  # before it has seen the template
             raise ResourceError(
                 "the process that renders chat templates did not start",
@@ -238,7 +316,7 @@ class JinjaProcess:
 
 
 def _reason(code: int) -> str:
-    if code == _TOO_LARGE:
+    if code == TOO_LARGE:
         return "too much memory"
     if code >= 0:
         return f"it ended with code {code}"
@@ -265,19 +343,19 @@ def _receive(pipe: IO[bytes]) -> Any:
 def serve() -> None:
     """Answer requests on standard input until it ends."""
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
-    source, bos, eos, cpu_s = _receive(pipe_in)
+    source, bos, eos, arguments, cpu_s = _receive(pipe_in)
     _environment()  # import before the memory is limited
-    _limit_memory()
+    limit_memory(MAX_MEMORY_BYTES)
     _send(pipe_out, [])  # ready: what happens from here on is the template's doing
-    _limit_cpu(cpu_s)
+    limit_cpu(cpu_s)
     try:
-        render = compile_template(source, bos, eos)
+        render = compile_template(source, bos, eos, arguments)
     except InputError as e:
         _send(pipe_out, [{"error": e.message, "line": e.line}])
         return
     _send(pipe_out, [])
     while (requests := _receive(pipe_in)) is not None:
-        _limit_cpu(cpu_s)
+        limit_cpu(cpu_s)
         answers: list[Any] = []
         for messages, prompt in requests:
             try:
@@ -285,40 +363,3 @@ def serve() -> None:
             except InputError as e:
                 answers.append([e.message, e.line])
         _send(pipe_out, answers)
-
-
-def _limit_memory() -> None:
-    """Forbid files and core dumps, and limit memory.
-
-    Linux limits the address space. Elsewhere a thread looks at what is used, often enough: a text
-    can only double between two looks.
-    """
-    import resource
-
-    def used_bytes() -> int:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if sys.platform == "darwin" else used << 10
-
-    def watch() -> None:
-        while used_bytes() < limit_bytes:
-            time.sleep(0.02)
-        os._exit(_TOO_LARGE)
-
-    limit_bytes = used_bytes() + MAX_MEMORY_BYTES
-    threading.Thread(target=watch, daemon=True).start()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + MAX_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _limit_cpu(seconds: int) -> None:
-    """Let the process be stopped after so many more seconds of CPU time."""
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

@@ -6,6 +6,7 @@ Everything that a template may be given has a field here. The fields of a whole 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 
@@ -55,3 +56,13 @@ class Message(_RequiredKeys, total=False):
     tool_call_id: str
     tools: list[dict[str, Any]]
     documents: list[dict[str, Any]]
+
+
+def joined(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return the messages with `input` appended to the content."""
+    if not any(m.get("input") for m in messages):
+        return messages
+    return [
+        {**m, "content": f"{m['content']}\n{m['input']}", "input": ""} if m.get("input") else m
+        for m in messages
+    ]

@@ -83,7 +83,7 @@ def learn_turns(template: Template) -> Turns:
         with contextlib.suppress(InputError):
             _learn(template, found, letters, template.prompt_parts(_turns(letters)))
             between = found
-    turns = Turns(_as_tokens(between, template))
+    turns = Turns(_without_bos(between, template))
     if not turns.takes_system:
         turns.notes.append(_NO_SYSTEM)
     blank: list[Message] = [{"role": "user", "content": " a "}]
@@ -137,19 +137,14 @@ def _refusal(template: Template, why: str, found: str) -> InputError:
     )
 
 
-def _as_tokens(
+def _without_bos(
     between: Mapping[tuple[str, str], str], template: Template
 ) -> dict[tuple[str, str], str]:
-    """Leave out the BOS that Ollama puts at the start, and write the end that we put at answers."""
+    """Leave out the BOS that Ollama puts at the start."""
     t = template.tokenizer
     bos = t.token_text(t.bos_id) if t.add_bos and t.bos_id is not None else ""
-    end = t.token_text(template.added_end) if template.added_end is not None else ""
     return {
-        (before, after): text.removeprefix(bos)
-        if before == START
-        else end + text
-        if before == "assistant"
-        else text
+        (before, after): text.removeprefix(bos) if before == START else text
         for (before, after), text in between.items()
     }
 

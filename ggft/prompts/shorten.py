@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ggft.prompts.assistant_mask import is_filled
+from ggft.prompts.marks import is_filled
 from ggft.prompts.messages import Message
 
 MARGIN = 1 << 15

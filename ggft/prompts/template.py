@@ -7,20 +7,17 @@ inference; and what stands in the contents is never read as a special token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ggft.prompts.assistant_mask import (
-    MARK_CLOSE,
-    MARK_OPEN,
-    AssistantMask,
-    Part,
-    RenderAll,
-    Side,
-    joined,
-)
+from ggft.prompts.answers import OTHER
+from ggft.prompts.assistant_mask import AssistantMask, Part
 from ggft.prompts.builtin import BUILTIN, KNOW_INPUT
+from ggft.prompts.dialect import RenderAll, Thoughts, learn_dialect
 from ggft.prompts.encoding import (
     Encoder,
     Run,
@@ -28,17 +25,20 @@ from ggft.prompts.encoding import (
     SpecialToken,
     Tokenizer,
     Tokens,
-    find_special,
 )
+from ggft.prompts.endings import Endings, Units
 from ggft.prompts.jinja import JinjaProcess, render_here
-from ggft.prompts.messages import Message
+from ggft.prompts.marks import MARK_CLOSE, MARK_OPEN, Side
+from ggft.prompts.messages import Message, joined
 from ggft.prompts.shorten import Shortener
+from ggft.prompts.thoughts import dropped, split_thought
 from ggft.prompts.word_cache import WordCache
 from ggft.system.errors import InputError
 
 __all__ = ["Message", "Template", "Tokenizer", "Tokens", "make_template"]
 
 MAX_SOURCE_BYTES = 1 << 20
+THINKING = ("keep", "drop", "empty")
 
 
 class Template:
@@ -50,6 +50,8 @@ class Template:
         metadata: The model's key-value pairs.
         tokenizer: The model's tokenizer; its `encode` is called from several threads.
         render: Renders conversations by the source, from several threads.
+        arguments: Variables that the template is given, which `render` already knows.
+        thinking: What becomes of the rows' thoughts: one of `THINKING`.
 
     Attributes:
         source_hash: SHA-256 of the source, written into adapters.
@@ -66,14 +68,17 @@ class Template:
         metadata: Mapping[str, object],
         tokenizer: Tokenizer,
         render: RenderAll,
+        *,
+        arguments: Mapping[str, object] | None = None,
+        thinking: str = "keep",
     ) -> None:
         self.name = name
         self.source = source
         self.source_hash = hashlib.sha256(source.encode()).hexdigest()
+        self.arguments = dict(arguments or {})
+        self.thinking = thinking
         self.tokenizer = tokenizer
-        self.added_end: int | None = None
         self.notes: list[str] = []
-        self._mask = AssistantMask(render)
         # Whether the tokenizer puts a space before text that follows a special token.
         self._space_prefix = metadata.get("tokenizer.ggml.model") == "llama" and bool(
             metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -82,38 +87,35 @@ class Template:
         words = WordCache(tokenizer, metadata, space_prefix=self._space_prefix)
         self._encoder = Encoder(words.encode_all)
         self._knows_input = source in KNOW_INPUT
-        self._literals: dict[str, list[str | SpecialToken]] = {}
-        self._specials: dict[int, SpecialToken | None] = {}
-        self._end_text = ""
-        self._learn_end()
+        self._units = Units(tokenizer)
+        self._dialect = learn_dialect(render, source)
+        ends = Endings(self._units, tokenizer, self._dialect)
+        self.end_id, self.added_end = ends.end_id, ends.added
+        if self.added_end is not None:
+            self.notes.append(
+                "the template ends answers with no token of this vocabulary;"
+                f" {tokenizer.token_text(self.added_end)} is added to them"
+            )
+        known = (tokenizer.eos_id, tokenizer.eot_id, self.end_id)
+        self.stop_ids = frozenset(i for i in known if i is not None)
+        self._mask = AssistantMask(render, self._dialect, ends.end_of, ends.implied)
+        self._probe()
 
-    def _learn_end(self) -> None:
-        """Find out with a short conversation how the template ends an answer."""
+    def _probe(self) -> None:
+        """Try a short conversation, and note what the template adds to it."""
         probe: list[Message] = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
         ]
         parts = self._mask.split(probe, prompt=False)
-        t = self.tokenizer
-        units = self._units("".join(p.text for p in parts if p.side is Side.TAIL))
-        n = next((n for n, u in enumerate(units) if isinstance(u, SpecialToken)), None)
-        if n is not None:
-            ended = units[: n + 1]
-            self._end_text = "".join(u if isinstance(u, str) else u.text for u in ended)
-            self.end_id = [u.id for u in ended if isinstance(u, SpecialToken)][-1]
-        else:
-            end = t.eos_id if t.eos_id is not None else t.eot_id
-            if end is None:
-                raise InputError("neither the template nor the vocabulary has an end token")
-            self.added_end = self.end_id = end
-            self.notes.append(
-                f"the template ends answers with no token of this vocabulary; {t.token_text(end)}"
-                " is added to them"
-            )
-        known = (t.eos_id, t.eot_id, self.end_id)
-        self.stop_ids = frozenset(i for i in known if i is not None)
+        self._lead = _before_content(parts, 0)
+        with_thought: Message = {**probe[1], "reasoning": "c"}
+        self._around_thought = ("", "")
+        with contextlib.suppress(InputError):
+            thought = self._mask.split([probe[0], with_thought], prompt=False)
+            self._around_thought = _before_content(thought, 0), _before_content(thought, 1)
         for part in parts:
-            words = [u for u in self._units(part.text) if isinstance(u, str)]
+            words = [u for u in self._units.of(part.text) if isinstance(u, str)]
             if not part.is_content and len(" ".join(words).split()) > 3:
                 self.notes.append(f"the template adds text of its own: {' '.join(words).strip()!r}")
 
@@ -135,7 +137,7 @@ class Template:
         if not n:
             raise InputError("the conversation has no answer to learn")
         parts = self._mask.split(self._prepared(messages[:n]), prompt=False)
-        segments = self._segments(parts, closed=True, learn_all=train_on_prompt)
+        segments = self._segments(parts, learn_all=train_on_prompt)
         return self._encoder.tokens([segments])[0]
 
     def encode_turns(
@@ -176,7 +178,7 @@ class Template:
                 if isinstance(parts, str):
                     segments.append(self._text_segments(parts))
                 else:
-                    segments.append(self._segments(parts, closed=True, learn_all=train_on_prompt))
+                    segments.append(self._segments(parts, learn_all=train_on_prompt))
             except InputError as error:
                 segments.append(error)
         return self._tokens(segments)
@@ -194,26 +196,68 @@ class Template:
         """Return fixed texts and contents of a prompt, as `encode_prompt` tokenizes them."""
         return self._mask.split(self._prepared(messages), prompt=True)
 
+    def read_answer(self, text: str) -> Message:
+        """Return what a model wrote as the turn that the template expects in later prompts.
+
+        Args:
+            text: The answer without its end token, with the texts of control tokens.
+        """
+        if self._dialect.thoughts is Thoughts.TEXT:
+            return {"role": "assistant", "content": text.lstrip()}
+        body = text.lstrip()
+        opening, closing = (mark.strip() for mark in self._around_thought)
+        if closing and closing in body and body.startswith(opening):
+            thought, _, rest = body.removeprefix(opening).partition(closing)
+            answer: Message = {"role": "assistant", "content": rest.lstrip()}
+            if thought.strip():
+                answer["reasoning"] = thought.strip()
+            return answer
+        return {"role": "assistant", "content": body.removeprefix(self._lead.strip()).lstrip()}
+
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
         return self._encoder.tokens([self._text_segments(text)])[0]
 
     def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
-        return messages if self._knows_input else joined(messages)
+        """Return messages as the template can be given them."""
+        messages = messages if self._knows_input else joined(messages)
+        if self.thinking != "keep":
+            messages = dropped(messages, empty=self.thinking == "empty")
+        elif self._dialect.thoughts is not Thoughts.TEXT:
+            messages = [split_thought(m) if m["role"] == "assistant" else m for m in messages]
+        if any(m.keys() & _OF_TOOLS for m in messages):
+            self._check_tools(messages)
+        return messages
+
+    def _check_tools(self, messages: Sequence[Message]) -> None:
+        """Refuse control tokens in what templates write as their own text."""
+        own = [{k: v for k, v in m.items() if k in _OF_TOOLS} for m in messages]
+        text = json.dumps(own, ensure_ascii=False)
+        if any(isinstance(unit, SpecialToken) for unit in self._units.cut(text)):
+            raise InputError(
+                "the tools, calls or documents of this row hold the text of a control token",
+                hint="write it otherwise, or leave the row out",
+            )
 
     def _split_all(
         self, examples: Sequence[Sequence[Message] | str]
     ) -> list[list[Part] | str | InputError]:
         """Split conversations up to their last answers; plain texts stay as they are."""
+        results: list[list[Part] | str | InputError] = []
         usable: list[Sequence[Message]] = []
+        places: list[int] = []
         for example in examples:
-            if not isinstance(example, str) and (n := _answered(example)):
+            results.append(example if isinstance(example, str) else [])
+            if isinstance(example, str) or not (n := _answered(example)):
+                continue
+            try:
                 usable.append(self._prepared(example[:n]))
-        split = iter(self._mask.split_all(usable, prompt=False))
-        return [
-            e if isinstance(e, str) else next(split) if _answered(e) else list[Part]()
-            for e in examples
-        ]
+                places.append(len(results) - 1)
+            except InputError as error:
+                results[-1] = error
+        for place, parts in zip(places, self._mask.split_all(usable, prompt=False), strict=True):
+            results[place] = parts
+        return results
 
     def _tokens(self, examples: Sequence[list[Segment] | InputError]) -> list[Tokens | InputError]:
         """Tokenize examples; where one cannot be, only that one gives its error."""
@@ -222,9 +266,7 @@ class Template:
                 self._encoder.tokens([e for e in examples if not isinstance(e, InputError)])
             )
         except InputError as error:
-            if len(examples) == 1:
-                return [error]
-            return [self._tokens([e])[0] for e in examples]
+            return [error] if len(examples) == 1 else [self._tokens([e])[0] for e in examples]
         return [e if isinstance(e, InputError) else next(tokens) for e in examples]
 
     def _text_segments(self, text: str) -> list[Segment]:
@@ -237,25 +279,21 @@ class Template:
             segments.append(Segment(eos, learn=True))
         return segments
 
-    def _segments(
-        self, parts: list[Part], *, closed: bool = False, learn_all: bool = False
-    ) -> list[Segment]:
-        """Return the segments of parts; `closed`: the last part is the tail of the last answer."""
+    def _segments(self, parts: list[Part], *, learn_all: bool = False) -> list[Segment]:
+        """Return the segments of parts."""
         if not parts:
             return []
         run = Run(self._space_prefix)
-        for n, part in enumerate(parts):
-            learn = part.learn
+        for part in parts:
+            side = Side.PROMPT if part.side is Side.PROMPT else Side.ANSWER
+            learn = part.learn and side is Side.ANSWER
             if part.is_content:
-                answer = part.side is Side.ANSWER
-                run.text(part.text, part.side, learn and answer, content=True)
-                if answer and self.added_end is not None:
-                    run.token(self.added_end, learn)
-            elif part.side is Side.TAIL:
-                self._add_tail(run, part, last=closed and n == len(parts) - 1)
+                run.text(part.text, side, learn, content=True)
+            elif part.text:
+                for unit in self._units.of(part.text):
+                    run.unit(unit, side, learn)
             else:
-                for unit in self._units(part.text):
-                    run.unit(unit, part.side, learn and part.side is Side.ANSWER)
+                run.token(self.end_id, learn)
         run.flush()
         segments, bos = run.segments, self.tokenizer.bos_id
         if (
@@ -266,46 +304,18 @@ class Template:
             segments.insert(0, Segment(bos, learn=False))
         return [s._replace(learn=True) for s in segments] if learn_all else segments
 
-    def _add_tail(self, run: Run, part: Part, *, last: bool) -> None:
-        """Append the fixed text after an answer: the end token is learned, the rest not."""
-        if not part.text.startswith(self._end_text):
-            raise InputError(
-                "the chat template ends this answer otherwise than a last one",
-                found=repr(part.text[:40]),
-                expected=repr(self._end_text),
-                hint="choose another template, for example --template chatml",
-            )
-        for unit in self._units(self._end_text):
-            run.unit(unit, Side.ANSWER, part.learn)
-        if not last:
-            for unit in self._units(part.text[len(self._end_text) :]):
-                run.unit(unit, Side.PROMPT, False)
 
-    def _units(self, literal: str) -> list[str | SpecialToken]:
-        """Cut fixed text at its special tokens, longest first, as llama.cpp does."""
-        known = self._literals.get(literal)
-        if known is not None:
-            return known
-        units: list[str | SpecialToken] = [literal] if literal else []
-        ids = set(self.tokenizer.encode(literal, special=True))
-        specials = [s for s in (self._special(i) for i in ids) if s is not None]
-        for s in sorted(specials, key=lambda s: -len(s.text)):
-            cut: list[str | SpecialToken] = []
-            for unit in units:
-                if isinstance(unit, SpecialToken):
-                    cut.append(unit)
-                    continue
-                for n, piece in enumerate(unit.split(s.text)):
-                    cut.extend([s] if n else [])
-                    cut.extend([piece] if piece else [])
-            units = cut
-        self._literals[literal] = units
-        return units
+_OF_TOOLS = frozenset(("tools", "tool_calls", "documents", "name", "tool_call_id"))
 
-    def _special(self, token: int) -> SpecialToken | None:
-        if token not in self._specials:
-            self._specials[token] = find_special(self.tokenizer, token)
-        return self._specials[token]
+
+def _before_content(parts: Sequence[Part], n: int) -> str:
+    """Return the fixed text in front of the answer's content number `n`."""
+    answer = [part for part in parts if part.side is Side.ANSWER]
+    places = [i for i, part in enumerate(answer) if part.is_content]
+    if len(places) <= n:
+        return ""
+    start = places[n - 1] + 1 if n else 0
+    return "".join(part.text for part in answer[start : places[n]])
 
 
 def _answered(messages: Sequence[Message]) -> int:
@@ -313,34 +323,43 @@ def _answered(messages: Sequence[Message]) -> int:
     return max((n for n, m in enumerate(messages, 1) if m["role"] == "assistant"), default=0)
 
 
-def make_template(name: str, metadata: Mapping[str, object], tokenizer: Tokenizer) -> Template:
+def make_template(
+    name: str,
+    metadata: Mapping[str, object],
+    tokenizer: Tokenizer,
+    *,
+    source: str | None = None,
+    arguments: Mapping[str, object] | None = None,
+    thinking: str = "keep",
+) -> Template:
     """Return the template called `name` for a model.
 
     Args:
         name: `auto` (the GGUF's own, else `instruction`), `gguf`, a built-in name, or a Jinja file.
         metadata: The GGUF's key-value pairs.
         tokenizer: The model's tokenizer.
+        source: The template itself, where it is known; `name` is then only what it is called.
+        arguments: Variables that the template is given.
+        thinking: What becomes of thoughts: one of `THINKING`.
 
     Raises:
         InputError: No such template, or one that cannot be used.
     """
-    name, source = _find_source(name, metadata)
+    if source is None:
+        name, source = _find_source(name, metadata)
     if MARK_OPEN in source or MARK_CLOSE in source:
         raise InputError("the chat template contains the private characters U+E0C5 or U+E0C6")
 
     def text(token: int | None) -> str:
         return "" if token is None else tokenizer.token_text(token)
 
-    trusted = BUILTIN.get(name) == source
-    start = render_here if trusted else JinjaProcess
+    trusted = source in BUILTIN.values()
+    start: Any = render_here if trusted else JinjaProcess
+    render = start(source, text(tokenizer.bos_id), text(tokenizer.eos_id), arguments or {})
     template = Template(
-        name,
-        source,
-        metadata,
-        tokenizer,
-        start(source, text(tokenizer.bos_id), text(tokenizer.eos_id)),
+        name, source, metadata, tokenizer, render, arguments=arguments, thinking=thinking
     )
-    if trusted and name != "alpaca":
+    if trusted and source != BUILTIN["alpaca"]:
         template.notes = [note for note in template.notes if "of its own" not in note]
     return template
 
@@ -359,7 +378,7 @@ def _find_source(name: str, metadata: Mapping[str, object]) -> tuple[str, str]:
         if any("\ud800" <= c <= "\udfff" for c in str(own)):
             raise InputError(
                 "the model's chat template is not UTF-8",
-                hint="choose another template, for example --template chatml",
+                hint=OTHER,
             )
         return name, str(own)
     if name in BUILTIN:

@@ -22,7 +22,8 @@ from ggft.data.encode import EncoderPool, without_end
 from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.rows.columns import GOES_ON
 from ggft.data.rows.tokens import IGNORED
-from ggft.prompts.assistant_mask import UnstableError, joined
+from ggft.prompts.assistant_mask import UnstableError
+from ggft.prompts.messages import joined
 from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
 from ggft.setup.inputs import open_vocabulary

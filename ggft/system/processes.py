@@ -17,6 +17,7 @@ from typing import IO
 _LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # Python itself may need them
 _KEPT_BYTES = 4096  # of a child's standard error, from its begin
 _POLL_S = 0.2
+TOO_LARGE = 77  # exit code of a process that outgrew its memory
 
 
 class Child:
@@ -164,3 +165,40 @@ def _die_with_parent(pipe: int) -> None:
     """Wait for the parent's end of the pipe to close, then end whatever this process does."""
     os.read(pipe, 1)
     os._exit(128 + signal.SIGTERM)
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Forbid this process files and core dumps, and so many more bytes of memory.
+
+    Linux limits the address space. Elsewhere a thread looks at what is used, often enough: a text
+    can only double between two looks.
+    """
+    import resource
+
+    def used_bytes() -> int:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used << 10
+
+    def watch() -> None:
+        while used_bytes() < limit_bytes:
+            time.sleep(0.02)
+        os._exit(TOO_LARGE)
+
+    limit_bytes = used_bytes() + n_bytes
+    threading.Thread(target=watch, daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + n_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limit_cpu(seconds: int) -> None:
+    """Let this process be stopped after so many more seconds of CPU time."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ggft.prompts.jinja import FIXED_DATE, JinjaProcess, render_here
+from ggft.prompts.jinja import JinjaProcess, render_here
 from ggft.prompts.messages import Message
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.processes import Child
@@ -24,7 +24,6 @@ HARMFUL = {
     "class chain": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails: SecurityError"),
     "cycler": ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "Error"),
     "format": ("{{ '{0.__class__.__mro__}'.format('') }}", "SecurityError"),
-    "mutation": ("{{ messages.append({}) }}", "SecurityError"),
     "import": ("{% import 'os' as os %}", "fails: TypeError|no loader"),
     "include": ("{% include '/etc/passwd' %}", "fails: TypeError|no loader"),
     "range": ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
@@ -46,7 +45,6 @@ HARMFUL = {
     "deep nesting": ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "nested too deeply|not compile"),
     "syntax": ("line one\n{% if %}", "does not compile"),
     "raise": ("{{ raise_exception('only users') }}", "refuses this conversation: only users"),
-    "undefined": ("{{ nothing.at.all }}", "UndefinedError"),
     "division": ("{{ 1 // 0 }}", "ZeroDivisionError"),
 }
 
@@ -62,6 +60,20 @@ VAIN = [
 
 @pytest.mark.parametrize("source", VAIN)
 def test_what_the_sandbox_hides_is_empty(source: str) -> None:
+    assert JinjaProcess(source, "", "")([(CHAT, False)]) == [""]
+
+
+# What Jinja refuses, but not llama.cpp's engine: it gives no `tools`, and takes nothing for it.
+LENIENT = [
+    "{% for tool in tools %}x{% endfor %}",
+    "{{ nothing.at.all }}",
+    "{% set ids = [] %}{% set _ = ids.append('x') %}{{ ids.pop() | replace('x', '') }}",
+    "{{ '' + functions }}",
+]
+
+
+@pytest.mark.parametrize("source", LENIENT)
+def test_what_only_llama_cpp_renders_is_rendered(source: str) -> None:
     assert JinjaProcess(source, "", "")([(CHAT, False)]) == [""]
 
 
@@ -137,9 +149,9 @@ def test_extensions_of_chat_templates() -> None:
         "{% generation %}{{ m.content }}{% endgeneration %}\n{%- endfor %}"
         "{{ {'a': '<é>'} | tojson }}{{ strftime_now('%Y') }}{{ bos_token }}"
     )
-    expected = 'hi <b>{"a": "<é>"}' + FIXED_DATE + "<s>"
+    expected = 'hi <b>{"a": "<é>"}2024<s>'
     assert JinjaProcess(source, "<s>", "")([(CHAT * 2, False)]) == [expected]
-    assert render_here(source, "<s>", "")([(CHAT * 2, False)]) == [expected]
+    assert render_here(source, "<s>", "", {})([(CHAT * 2, False)]) == [expected]
 
 
 def test_lone_surrogates_survive_the_pipe() -> None:

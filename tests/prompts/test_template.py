@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from ggft.prompts.assistant_mask import UnstableError
 from ggft.prompts.builtin import BUILTIN
 from ggft.prompts.messages import Message
 from ggft.prompts.template import Template
@@ -108,10 +109,12 @@ def test_a_prompt_has_the_same_ids_in_training_and_inference(
     models: dict[str, Model], family: str, name: str
 ) -> None:
     template = models[family].template(name)
-    tokens = template.encode_example(CHAT)
-    for n, message in enumerate(CHAT):
-        if message["role"] != "assistant":
-            continue
+    answers = [n for n, message in enumerate(CHAT) if message["role"] == "assistant"]
+    try:
+        examples = [template.encode_example(CHAT)] * len(answers)
+    except UnstableError:  # the vocabulary has no end for answers that others follow
+        examples = template.encode_turns(CHAT)
+    for n, tokens in zip(answers, examples, strict=True):
         prompt = template.encode_prompt(CHAT[:n])
         assert tokens.ids[: len(prompt)].tolist() == prompt
         assert tokens.trained[len(prompt)]
@@ -197,10 +200,12 @@ def test_markers_that_are_no_tokens_are_said_and_answers_still_end(
 ) -> None:
     template = models["llama2"].template("chatml")
     assert "</s> is added" in template.notes[0]
-    tokens = template.encode_example(CHAT)
-    trained = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
-    assert trained.count(2) == 3
-    assert tokens.ids[-1] == 2
+    with pytest.raises(UnstableError, match="otherwise once others follow"):
+        template.encode_example(CHAT)
+    for tokens in template.encode_turns(CHAT):
+        trained = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
+        assert trained.count(2) == 1
+        assert tokens.ids[-1] == 2
 
 
 def test_train_on_prompt_trains_everything(models: dict[str, Model]) -> None:
@@ -257,7 +262,7 @@ def test_many_are_encoded_as_one_by_one(models: dict[str, Model]) -> None:
         ("auto", CHATML + "{{ '\ue0c5' }}", "private characters"),
         (
             "auto",
-            CHATML + "{% if add_generation_prompt %}<think>{% endif %}",
+            CHATML + "{% if add_generation_prompt %}Well,{% endif %}",
             "cannot be split at message 2",
         ),
         ("auto", "{{ raise_exception('no chats') }}", "refuses this conversation: no chats"),
@@ -294,15 +299,18 @@ def test_a_template_that_treats_content_as_more_than_text_is_refused(
         )
 
 
-def test_a_template_that_closes_answers_differently_is_refused(models: dict[str, Model]) -> None:
+def test_answers_that_are_closed_differently_are_examples_of_their_own(
+    models: dict[str, Model],
+) -> None:
     own = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% if m.role == 'assistant' and loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     template = models["chatml"].template("auto", own)
-    with pytest.raises(InputError, match="ends this answer otherwise"):
+    with pytest.raises(UnstableError, match="otherwise once others follow"):
         template.encode_example(CHAT)
+    assert len(template.encode_turns(CHAT)) == 3
 
 
 def test_a_template_that_leaves_messages_out_is_refused(models: dict[str, Model]) -> None:
