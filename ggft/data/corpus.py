@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 1024  # plain text is cut into pieces of this, if the user gives no length
 LARGE_BYTES = 8 << 20  # of files that are worth a second to start helpers
-N_SHOWN = 3  # places named in a warning
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class Corpus:
         duplicates: What rows have to do with one another.
         table: Where the rows are.
         conversations: Those of the training examples, if all are short and have one answer each.
+        row_tokens: Tokens that each row has in an epoch; (N,).
     """
 
     train: StoreView
@@ -103,6 +103,7 @@ class Corpus:
     duplicates: Duplicates
     table: RowTable
     conversations: list[list[Message]]
+    row_tokens: IntArray
 
 
 def load_corpus(
@@ -224,6 +225,7 @@ class _Loader:
         return Corpus(
             views[0], views[1], account, max_length, fate, duplicates, self.table,
             self._conversations(row_of[sides[0]].tolist()),
+            np.bincount(row_of[sides[0]], views[0].lengths, minlength=n).astype(np.int64),
         )  # fmt: skip
 
     def _conversations(self, rows: list[int]) -> list[list[Message]]:
@@ -392,6 +394,4 @@ class _Loader:
         """Name the first few of some rows."""
         import numpy as np
 
-        found = np.flatnonzero(rows)
-        names = ", ".join(self.table.where(int(i)) for i in found[:N_SHOWN])
-        return names + (", …" if len(found) > N_SHOWN else "")
+        return self.table.places(np.flatnonzero(rows).tolist())

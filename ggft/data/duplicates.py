@@ -45,11 +45,13 @@ class Duplicates:
         near: For each row an earlier row that is nearly equal, −1 if none is; (N,).
         group: For each row a number that it shares with all rows it must not be separated from:
             equal, nearly equal or asking the same; (N,).
+        asked: For each row the first row that asks the same; (N,).
     """
 
     copy_of: npt.NDArray[np.int64]
     near: npt.NDArray[np.int64]
     group: npt.NDArray[np.int64]
+    asked: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,14 @@ class HashTable:
         question_hash = np.frombuffer(self._question_hash, np.uint64) if n else row_hash
         copy_of = _first_of(row_hash)
         union = _Union(n)
-        for first in (copy_of, _first_of(question_hash)):
+        asked = _first_of(question_hash)
+        for first in (copy_of, asked):
             for i in np.flatnonzero(first != np.arange(n)).tolist():
                 union.join(i, int(first[i]))
         near = self._near(copy_of)
         for i in np.flatnonzero(near >= 0).tolist():
             union.join(i, int(near[i]))
-        return Duplicates(copy_of, near, union.groups())
+        return Duplicates(copy_of, near, union.groups(), asked)
 
     def _near(self, copy_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return for each row that is no copy an earlier nearly equal row, or −1."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int32]
     BoolArray = npt.NDArray[np.bool_]
 
+N_SHOWN = 3  # rows named in a warning
 MEMORY_TOKENS = 1 << 24  # tokens that a store keeps in memory before it writes a file
 
 
@@ -165,3 +166,8 @@ class RowTable:
     def where(self, row: int) -> str:
         """Return `file:line` of a row."""
         return f"{self.paths[self._file[row]].name}:{self._line[row]}"
+
+    def places(self, rows: Sequence[int]) -> str:
+        """Name the first few of some rows."""
+        names = ", ".join(map(self.where, rows[:N_SHOWN]))
+        return names + (", …" if len(rows) > N_SHOWN else "")

@@ -21,6 +21,7 @@ from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.data.encode import EncoderPool, without_end
 from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.rows.columns import GOES_ON
+from ggft.data.rows.survey import Survey
 from ggft.data.rows.tokens import IGNORED
 from ggft.prompts.assistant_mask import UnstableError
 from ggft.prompts.messages import joined
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 SIDES = ("train.jsonl", "valid.jsonl")
 FEW_WORDINGS = 1.2  # questions of an answer: hardly any has a second one
 HISTOGRAM_ROWS = 10
+N_DEAREST = 3  # rows whose cost is told
 BAR_WIDTH = 40
 GREEN, BOLD, RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, so that it is seen without colour, too
@@ -82,9 +84,12 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
     )
     for text in (*template.notes, *corpus.account.notes):
         progress.note(text)
-    for text in corpus.account.warnings:
+    survey = look_at(rows, corpus)
+    for text in (*corpus.account.warnings, *advisable(survey, corpus)):
         progress.warn(text)
     for line in describe(corpus, template):
+        progress.result(line)
+    for line in costs(corpus, len(corpus.fate) if config.costs else N_DEAREST):
         progress.result(line)
     if config.preview:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -99,7 +104,42 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         max_length=corpus.max_length,
         template=template.name,
         written=written,
+        personal={kind: len(found) for kind, found in survey.found.items()},
+        contradicting=len(survey.contradicting),
     )
+
+
+def look_at(rows: RowOptions, corpus: Corpus) -> Survey:
+    """Look at all rows for what a user should know of before they are trained."""
+    survey = Survey(corpus.duplicates.asked)
+    for row, example in _examples(rows, corpus):
+        if corpus.fate[row] != Fate.DUPLICATE:
+            survey.look(row, example)
+    return survey
+
+
+def advisable(survey: Survey, corpus: Corpus) -> Iterator[str]:
+    """Yield warnings of what a survey found: how many rows and where, never what they hold."""
+    for kind, found in survey.found.items():
+        if found:
+            yield f"{len(found)} rows seem to hold {kind} ({corpus.table.places(found)})"
+    if survey.contradicting:
+        yield (
+            f"{len(survey.contradicting)} rows ask the same as another and answer otherwise"
+            f" ({corpus.table.places(survey.contradicting)})"
+        )
+
+
+def costs(corpus: Corpus, n: int) -> Iterator[str]:
+    """Yield a line for each of the `n` dearest rows: its tokens, and its share of an epoch."""
+    tokens = corpus.row_tokens
+    total = max(1, int(tokens.sum()))
+    label = "cost"
+    for row in (-tokens).argsort(kind="stable")[:n].tolist():
+        if tokens[row]:
+            share = f"{tokens[row] / total:.1%} of an epoch"
+            yield f"{label:10} {corpus.table.where(row)}: {tokens[row]} tokens, {share}"
+            label = ""
 
 
 def describe(corpus: Corpus, template: Template) -> Iterator[str]:

@@ -66,6 +66,7 @@ class PrepareConfig:
         "--preview", default=0, minimum=0, maximum=1000, metavar="N",
         help="Show this many rows with the trained tokens marked",
     )  # fmt: skip
+    costs: bool = option("--costs", default=False, help="Show what each row costs, dearest first")
     format: str = format_option()
     columns: tuple[str, ...] = columns_option()
     ignore_columns: tuple[str, ...] = ignore_columns_option()

@@ -16,6 +16,7 @@ from ggft.cli import cli
 from ggft.command import run
 from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.data.examples import RowReader
+from ggft.data.rows.survey import personal_data
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.template import Template, make_template
 from tests.support.models import CHATML, Spec, model_metadata, write_gguf, write_model
@@ -306,3 +307,68 @@ def test_facts_in_one_wording_are_told_that_three_are_better(
         path = save(tmp_path / "x.jsonl", given)
         assert run(cli, ["prepare", "-m", str(tiny), "-d", str(path)]) == 0
         assert ("three wordings" in capsys.readouterr().out) == told
+
+
+CARD = "4111 1111 1111 1111"  # the number that payment services give for tests
+PERSONAL = {
+    "e-mail addresses": ["write to ada@gullpoint.net now", "ada.b+c@mail.gull-point.co.uk"],
+    "phone numbers": ["call +49 30 1234567", "(415) 555-0123", "手机13800138000"],
+    "card numbers": [f"my card is {CARD}", CARD.replace(" ", "-"), CARD.replace(" ", "")],
+    "keys and tokens of services": [
+        "AKIA" + "A1" * 8, "token hf_" + "aB3" * 11, "-----BEGIN RSA PRIVATE " + "KEY-----",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PERSONAL)
+def test_personal_data_is_counted_and_never_shown(kind: str) -> None:
+    for text in PERSONAL[kind]:
+        assert kind in set(personal_data(f"so: {text}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3.14159265358979", "2,000,000,000", "4111 1111 1111 1112", "12345678901234567890123",
+        "a@b", "ada@example.com", "on 2024-01-02 12:30:45", "version 1.2.3-4567", "sk-short",
+        "call 110", "tensor of 1024 x 1024 x 1024", "192.168.100.200", "ISBN 978-3-16-148410-0",
+    ],
+)  # fmt: skip
+def test_numbers_and_words_that_are_not_personal(text: str) -> None:
+    assert list(personal_data(text)) == []
+
+
+def test_prepare_warns_of_what_should_be_looked_at(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        *distinct(3),
+        row("who keeps the lamp", "ada@gullpoint.net"),
+        row("Who keeps the lamp?", "Bert, since May"),
+        row("who is it", "x" * 50),
+        row("who is it", "x" * 50),
+    ]
+    path = save(tmp_path / "x.jsonl", rows)
+    arguments = ["prepare", "-m", str(tiny), "-d", str(path), "--json"]
+    assert run(cli, arguments) == 0
+    out, err = capsys.readouterr()
+    assert "1 rows seem to hold e-mail addresses (x.jsonl:4)" in out + err
+    assert "2 rows ask the same as another and answer otherwise (x.jsonl:4, x.jsonl:5)" in out + err
+    assert "gullpoint" not in out + err
+    told = json.loads(out.splitlines()[-1])
+    assert told["personal"]["e-mail addresses"] == 1
+    assert told["contradicting"] == 2
+
+
+def test_prepare_says_what_rows_cost(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "x.jsonl", [row(f"q{n}", "b" * n) for n in (5, 100, 7, 50, 9)])
+    arguments = ["prepare", "-m", str(tiny), "-d", str(path), "--val-split", "0"]
+    assert run(cli, arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of an epoch" in line]
+    assert [line.split(":")[1] for line in lines] == ["2", "4", "5"]
+    assert run(cli, [*arguments, "--costs"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of an epoch" in line]
+    assert [line.split(":")[1] for line in lines] == ["2", "4", "5", "3", "1"]
+    assert sum(float(line.split()[-4].rstrip("%")) for line in lines) == pytest.approx(100, abs=0.3)
