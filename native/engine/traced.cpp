@@ -63,6 +63,7 @@ static float scale_of(const Tape & tape, int weight) {
 // The matrices of the adapted blocks that are targets and that llama.cpp applies an adapter to.
 void TracedEngine::choose_sites() {
     Tape tape = recorder_.record({{0, 0}, {0, 1}, {0, 0}}, 2);
+    require_causal(tape, bypass_caches(tape, 2));
     const std::map<std::string, int> applied = adapter_sites(*model_, recorder_, tape);
     std::vector<LoraSite> sites;
     for (int i : tape.order) {
@@ -89,7 +90,6 @@ void TracedEngine::choose_sites() {
     require(!sites.empty() || ignored_.empty(), ErrorKind::input,
             "llama.cpp loads an adapter for " + (ignored_.empty() ? "" : ignored_[0]) + " of " +
                 architecture() + " models and never applies it: nothing to train");
-    bypass_caches(tape, 2);
     drop_dead(tape);
     cut(tape, sites_, n_vocab());
     each_product(tape, [this](Tensor w, bool forward) {

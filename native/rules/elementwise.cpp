@@ -195,20 +195,28 @@ static ggml_unary_op activation(ggml_glu_op op) {
     }
 }
 
-// da = dy * b * f'(a), db = dy * f(a). One source: the first half is a unless they are swapped.
+struct Gated {
+    Tensor gate, up;
+};
+
+// a and b. One source: the first half is a unless they are swapped.
+static Gated gated(ggml_context * c, Tensor y) {
+    Tensor x = y->src[0];
+    if (y->src[1] != nullptr) {
+        return {x, y->src[1]};
+    }
+    const bool swapped = y->op_params[1] != 0;
+    auto half = [&](bool second) {
+        return ggml_view_4d(c, x, y->ne[0], x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2],
+                            x->nb[3], second ? (size_t)y->ne[0] * x->nb[0] : 0);
+    };
+    return {half(swapped), half(!swapped)};
+}
+
+// da = dy * b * f'(a), db = dy * f(a).
 static void glu_rule(Backward & b, Tensor y, Tensor dy) {
     ggml_context * c = b.g.ctx();
-    Tensor gate = y->src[0], up = y->src[1];
-    if (up == nullptr) {
-        Tensor x = gate;
-        const bool swapped = y->op_params[1] != 0;
-        auto half = [&](bool second) {
-            return ggml_view_4d(c, x, y->ne[0], x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2],
-                                x->nb[3], second ? (size_t)y->ne[0] * x->nb[0] : 0);
-        };
-        gate = half(swapped);
-        up = half(!swapped);
-    }
+    const auto [gate, up] = gated(c, y);
     const ggml_unary_op f = activation(ggml_get_glu_op(y));
     Tensor a = contiguous(c, gate);
     if (b.needs(up)) {
@@ -219,17 +227,58 @@ static void glu_rule(Backward & b, Tensor y, Tensor dy) {
     }
 }
 
+// y = f(a') (b' + bias), a' = min(a, limit), b' = b between -limit and limit, f(x) = x σ(k x), with
+// k and a bias of 1 given (OAI) or 1 and 0: no gradient beyond the limits.
+static void clamped_glu_rule(Backward & b, Tensor y, Tensor dy) {
+    ggml_context * c = b.g.ctx();
+    const auto [gate, up] = gated(c, y);
+    const bool oai = ggml_get_glu_op(y) == GGML_GLU_OP_SWIGLU_OAI;
+    const float k = oai ? param(y, 2) : 1, limit = param(y, 3);
+    Tensor gate_c = contiguous(c, gate), up_c = contiguous(c, up);
+    Tensor low_gate = ggml_clamp(c, gate_c, -INFINITY, limit);
+    if (b.needs(up)) {
+        Tensor within = ggml_step(c, ggml_scale_bias(c, ggml_abs(c, up_c), -1, limit));
+        Tensor f = ggml_mul(c, low_gate, ggml_sigmoid(c, ggml_scale(c, low_gate, k)));
+        b.add(up, ggml_mul(c, ggml_mul(c, dy, f), within));
+    }
+    if (b.needs(gate)) {
+        Tensor below = ggml_step(c, ggml_scale_bias(c, gate_c, -1, limit));
+        Tensor factor = ggml_scale_bias(c, ggml_clamp(c, up_c, -limit, limit), 1, oai ? 1 : 0);
+        Tensor d = swish_gradient(c, low_gate, ggml_mul(c, dy, factor), k);
+        b.add(gate, ggml_mul(c, d, below));
+    }
+}
+
 const std::vector<NamedRule> & elementwise_rules() {
     static const std::vector<NamedRule> rules = {
-        {"ADD", add_rule},        {"SUB", sub_rule},         {"MUL", mul_rule},
-        {"DIV", div_rule},        {"SQR", sqr_rule},         {"SQRT", sqrt_rule},
-        {"LOG", log_rule},        {"SCALE", scale_rule},     {"CLAMP", clamp_rule},
-        {"SILU", unary_rule},     {"GELU", unary_rule},      {"GELU_QUICK", unary_rule},
-        {"GELU_ERF", unary_rule}, {"RELU", unary_rule},      {"TANH", unary_rule},
-        {"SIGMOID", unary_rule},  {"EXP", unary_rule},       {"SOFTPLUS", unary_rule},
-        {"NEG", unary_rule},      {"ABS", unary_rule},       {"XIELU", xielu_rule},
-        {"REGLU", glu_rule},      {"GEGLU", glu_rule},       {"SWIGLU", glu_rule},
-        {"GEGLU_ERF", glu_rule},  {"GEGLU_QUICK", glu_rule},
+        {"ADD", add_rule},
+        {"SUB", sub_rule},
+        {"MUL", mul_rule},
+        {"DIV", div_rule},
+        {"SQR", sqr_rule},
+        {"SQRT", sqrt_rule},
+        {"LOG", log_rule},
+        {"SCALE", scale_rule},
+        {"CLAMP", clamp_rule},
+        {"SILU", unary_rule},
+        {"GELU", unary_rule},
+        {"GELU_QUICK", unary_rule},
+        {"GELU_ERF", unary_rule},
+        {"RELU", unary_rule},
+        {"TANH", unary_rule},
+        {"SIGMOID", unary_rule},
+        {"EXP", unary_rule},
+        {"SOFTPLUS", unary_rule},
+        {"NEG", unary_rule},
+        {"ABS", unary_rule},
+        {"XIELU", xielu_rule},
+        {"REGLU", glu_rule},
+        {"GEGLU", glu_rule},
+        {"SWIGLU", glu_rule},
+        {"GEGLU_ERF", glu_rule},
+        {"GEGLU_QUICK", glu_rule},
+        {"SWIGLU_OAI", clamped_glu_rule},
+        {"SWIGLU_CLAMP", clamped_glu_rule},
     };
     return rules;
 }

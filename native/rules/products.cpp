@@ -1,5 +1,6 @@
-// Matrix products. Source: ggml_mul_mat in ggml.h: y[n][m] = sum_k a[m][k] b[n][k]; a's slices are
-// repeated interleaved over b's (slice i of b meets slice i / (ne2 of b / ne2 of a) of a).
+// Matrix products, and what experts add. Source: ggml_mul_mat in ggml.h: y[n][m] = sum_k a[m][k]
+// b[n][k]; a's slices are repeated interleaved over b's (slice i of b meets slice i / (ne2 of b /
+// ne2 of a) of a).
 #include "rules/table.h"
 
 #include <vector>
@@ -30,8 +31,23 @@ static void mul_mat_rule(Backward & b, Tensor y, Tensor dy) {
     b.add(left, ggml_reshape(c, d, left));
 }
 
+// y[:, j, t] = a[ids[j, t]] b[:, j, t], b perhaps the same for all j: db = a[ids]ᵀ dy, summed over
+// them. The matrices are frozen.
+static void mul_mat_id_rule(Backward & b, Tensor y, Tensor dy) {
+    ggml_context * c = b.g.ctx();
+    Tensor a = y->src[0], right = y->src[1];
+    a = a->type == GGML_TYPE_F32 ? a : ggml_cast(c, a, GGML_TYPE_F32);
+    b.add(right, fold(b, ggml_mul_mat_id(c, transposed(c, a), dy, y->src[2]), right));
+}
+
+// y = a + rows ids of a table that is frozen: da = dy.
+static void add_id_rule(Backward & b, Tensor y, Tensor dy) {
+    b.add(y->src[0], dy);
+}
+
 const std::vector<NamedRule> & product_rules() {
-    static const std::vector<NamedRule> rules = {{"MUL_MAT", mul_mat_rule}};
+    static const std::vector<NamedRule> rules = {
+        {"MUL_MAT", mul_mat_rule}, {"MUL_MAT_ID", mul_mat_id_rule}, {"ADD_ID", add_id_rule}};
     return rules;
 }
 

@@ -8,7 +8,7 @@
 
 namespace ggft {
 
-Rule find_rule(const std::string & op) {
+static const std::unordered_map<std::string, Rule> & rules() {
     static const std::unordered_map<std::string, Rule> table = [] {
         std::unordered_map<std::string, Rule> t;
         for (const auto * family :
@@ -19,8 +19,21 @@ Rule find_rule(const std::string & op) {
         }
         return t;
     }();
-    const auto rule = table.find(op);
-    return rule == table.end() ? nullptr : rule->second;
+    return table;
+}
+
+Rule find_rule(const std::string & op) {
+    const auto rule = rules().find(op);
+    return rule == rules().end() ? nullptr : rule->second;
+}
+
+std::vector<std::string> rule_names() {
+    std::vector<std::string> names;
+    for (const auto & [name, rule] : rules()) {
+        names.push_back(name);
+    }
+    std::sort(names.begin(), names.end());
+    return names;
 }
 
 std::string op_name(Tensor t) {

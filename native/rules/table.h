@@ -48,6 +48,7 @@ using Rule = void (*)(Backward & b, Tensor y, Tensor dy);
 // By ggml's name of the operation, and of its kind for UNARY and GLU ("MUL_MAT", "SILU", "GEGLU");
 // null if there is none.
 Rule find_rule(const std::string & op);
+std::vector<std::string> rule_names();
 std::string op_name(Tensor t);
 
 // Families of rules, each in a file of its own; see the formulas there.

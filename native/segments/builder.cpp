@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "kernels/attention/attention.h"
+#include "patterns/experts.h"
 
 namespace ggft {
 
@@ -41,6 +42,8 @@ void Builder::add(int node) {
     const TapeTensor & t = c_.tape[node];
     if (is_linear(c_.tape, node) && c_.tape[t.src[1]].type == GGML_TYPE_F32) {
         add_linear(node);
+    } else if (t.op == GGML_OP_MUL_MAT_ID) {
+        add_experts(node);
     } else if (t.op == GGML_OP_FLASH_ATTN_EXT) {
         add_attention(node);
     } else if (c_.exact && (is_gelu(t) || is_geglu(t))) {
@@ -108,6 +111,21 @@ void Builder::add_linear(int node) {
             back.add(x, ggml_reshape(g_.ctx(), dx, x));
         }
     });
+}
+
+// ---- experts ----
+
+// In ggml's product the activations take the weights' type, which the exact path does not.
+void Builder::add_experts(int node) {
+    const TapeTensor & t = c_.tape[node];
+    Tensor w = get(t.src[0]), x = get(t.src[1]), ids = get(t.src[2]);
+    Tensor y = c_.exact ? expert_products(g_, w, x, ids) : clone_.add(node);
+    clone_.bind(node, y);
+    if (!back.needs(x)) {
+        return;
+    }
+    back.need(y);
+    note(y, [=](Tensor dy) { back.add(x, fold(back, expert_products_back(g_, w, dy, ids), x)); });
 }
 
 // ---- GELU as its formula, not ggml's table of 16-bit values, which no derivative can follow ----

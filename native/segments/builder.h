@@ -54,6 +54,7 @@ private:
     const LinearInput & linear_input(int source);
     Tensor gelu(Tensor x);
     void add_gelu(int node);
+    void add_experts(int node);
     void add_attention(int node);
     bool is_fusable(const TapeTensor & node) const;
     void add_fused_attention(int node);

@@ -3,6 +3,7 @@
 #include "base/error.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 
@@ -115,6 +116,20 @@ std::vector<MaskInput> bypass_caches(Tape & tape, int64_t n_tokens) {
         }
     }
     return masks;
+}
+
+void require_causal(const Tape & tape, const std::vector<MaskInput> & masks) {
+    for (const MaskInput & m : masks) {
+        const ggml_tensor * from = tape[m.leaf].source;
+        const auto at = [&](size_t key) { // of the first query
+            return from->type == GGML_TYPE_F16
+                       ? ggml_fp16_to_fp32(((const ggml_fp16_t *)from->data)[key])
+                       : ((const float *)from->data)[key];
+        };
+        require(std::isfinite(at(0)) && !std::isfinite(at(1)), ErrorKind::input,
+                "tokens of this model see the ones behind them, so that it cannot learn to predict "
+                "them");
+    }
 }
 
 int find_output_ids(const Tape & tape, int64_t n_outputs) {

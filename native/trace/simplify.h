@@ -19,6 +19,10 @@ struct MaskInput {
 // Throws Error(input) that names what else reads a cache.
 std::vector<MaskInput> bypass_caches(Tape & tape, int64_t n_tokens);
 
+// A token that sees later ones has nothing to predict: throws Error(input) if the first one of the
+// tape's does. The masks' data must still be there.
+void require_causal(const Tape & tape, const std::vector<MaskInput> & masks);
+
 // The input that picks the rows whose logits are asked for, -1 if the graph has none.
 int find_output_ids(const Tape & tape, int64_t n_outputs);
 

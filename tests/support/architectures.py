@@ -44,6 +44,17 @@ RECURRENT = (
     "kimi-linear",
 )  # fmt: skip
 ARCHITECTURES = (*DENSE, *EXPERTS, *RECURRENT)
+# See every token of a text at once: nothing to predict from what came before.
+NOT_CAUSAL = ("dream", "llada", "llama-embed", "gemma-embedding", "eurobert")
+# Of these no tiny model is made: encoders and parts of other models, and what wants more metadata.
+UNTRIED = (
+    "arwkv7", "bailingmoe3", "bert", "chameleon", "clip", "deepseek2-ocr", "deepseek32",
+    "deepseek4", "dflash", "dots3note", "eagle3", "gemma4", "gemma4-assistant", "glm-dsa",
+    "glm5-next", "gptj", "graniteswitch", "hrm_text", "hy_v4", "jina-bert-v2", "jina-bert-v3",
+    "kimi-k3", "llada-moe", "minimax-01", "minimax-m3", "modern-bert", "neo-bert", "nomic-bert",
+    "nomic-bert-moe", "plm", "pockettts", "qwen3tts", "qwen4exp", "rnd1", "rwkv6", "rwkv6qwen2",
+    "rwkv7", "t5", "t5encoder", "wavtokenizer-dec",
+)  # fmt: skip
 
 # Their loaders or graphs want as many K/V heads as heads.
 _NO_GROUPS = ("minicpm3", "gemma3n", "olmoe", "dots1")

@@ -106,6 +106,7 @@ VALUES["SUB"] = lambda node, s: s[0] - tiled(s[1], s[0].shape)
 VALUES["MUL"] = lambda node, s: s[0] * tiled(s[1], s[0].shape)
 VALUES["DIV"] = lambda node, s: s[0] / tiled(s[1], s[0].shape)
 VALUES["SQR"] = lambda node, s: s[0] * s[0]
+VALUES["LOG"] = lambda node, s: np.log(s[0])
 VALUES["SQRT"] = lambda node, s: np.sqrt(s[0])
 VALUES["SCALE"] = lambda node, s: s[0] * node.floats[0] + node.floats[1]
 VALUES["CLAMP"] = lambda node, s: clipped(s[0], node.floats[0], node.floats[1])
@@ -210,11 +211,18 @@ def attention(node: Any, s: list[Any]) -> Any:
 
 
 def product(a: Any, b: Any) -> Any:
-    """Return a · b; where one is real, by two real products, which BLAS does faster."""
+    """Return a · b; where one is real, by two real products, which BLAS does faster.
+
+    BLAS wants numbers side by side, which the parts of complex ones are not.
+    """
     if np.iscomplexobj(a) and np.iscomplexobj(b):
         return a @ b
+    parts = np.ascontiguousarray
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.complex128)
-    y.real, y.imag = a.real @ b.real, a.real @ b.imag if np.iscomplexobj(b) else a.imag @ b
+    if np.iscomplexobj(b):
+        y.real, y.imag = a @ parts(b.real), a @ parts(b.imag)
+    else:
+        y.real, y.imag = parts(a.real) @ b, parts(a.imag) @ b
     return y
 
 
