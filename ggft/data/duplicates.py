@@ -9,6 +9,7 @@ Rajaraman and Ullman, "Mining of Massive Datasets", ch. 3.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from array import array
@@ -80,7 +81,7 @@ def hash_rows(rows: Iterable[Sequence[Message] | str | Tokens]) -> RowHashes:
         elif isinstance(row, str):
             all_said = words = question = row
         else:
-            said = [(m["role"], f"{m['content']}\x1f{m.get('input', '')}") for m in row]
+            said = [(m["role"], _said(m)) for m in row]
             all_said = "\x1e".join(f"{role}\x1f{text}" for role, text in said)
             words = " ".join(text for _, text in said)
             question = " ".join(text for role, text in said if role != "assistant")
@@ -92,6 +93,17 @@ def hash_rows(rows: Iterable[Sequence[Message] | str | Tokens]) -> RowHashes:
         question_hash=np.array(question_hash, np.uint64),
         signatures=_signatures(texts),
     )
+
+
+def _said(message: Message) -> str:
+    """Return all that a message says."""
+    text = f"{message['content']}\x1f{message.get('input', '')}"
+    if more := message.keys() - _PLAIN_KEYS:
+        text += "".join(f"\x1f{json.dumps(message[key])}" for key in sorted(more))  # type: ignore[literal-required]
+    return text
+
+
+_PLAIN_KEYS = frozenset(("role", "content", "input", "learn"))
 
 
 def _signatures(texts: Sequence[str]) -> npt.NDArray[np.uint16]:

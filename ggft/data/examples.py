@@ -16,6 +16,7 @@ from ggft.data.files import Row, read_rows
 from ggft.data.rows.columns import NAMES, Columns, Plan
 from ggft.data.rows.formatted import CONTROL, conversation_of, is_marked, without_ends
 from ggft.data.rows.tokens import tokens_of
+from ggft.data.rows.tools import add_row_fields
 from ggft.data.rows.trees import conversations_of, is_tree
 from ggft.data.rows.turns import Turns
 from ggft.data.rows.values import (
@@ -124,6 +125,8 @@ class RowReader:
             return (self._part_of_text(row, value),)
         fields = _Fields(row, value, self._columns.plan(tuple(value)))
         made = _READERS[self._format if self._format != "auto" else _detect(fields)](self, fields)
+        if isinstance(made, list) and made and isinstance(made[0], dict):
+            add_row_fields(row, value, fields.any, made)
         goes_on = isinstance(made, str) and fields.any("goes on")
         if len(fields.used) != len(value):
             self._account(fields)
@@ -229,7 +232,10 @@ class RowReader:
         answer = fields.value[answered]
         if isinstance(answer, list):
             return messages + self._turns.read(row, answer, answered)
-        return [*messages, {"role": "assistant", "content": text_of(row, answer, answered)}]
+        said: Message = {"role": "assistant", "content": text_of(row, answer, answered)}
+        if thought := fields.one("reasoning"):
+            said["reasoning"] = text_of(row, fields.value[thought], thought)
+        return [*messages, said]
 
     def _before(self, fields: _Fields) -> list[Message]:
         """Return what stands before the question: system text and earlier turns."""

@@ -23,6 +23,7 @@ from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.rows.columns import GOES_ON
 from ggft.data.rows.survey import Survey
 from ggft.data.rows.tokens import IGNORED
+from ggft.data.rows.tools import spelled
 from ggft.prompts.assistant_mask import UnstableError
 from ggft.prompts.messages import joined
 from ggft.prompts.template import Template, Tokens
@@ -317,7 +318,9 @@ def cleaned(example: Example) -> dict[str, Any]:
         return {"text": example.text} | ({} if example.ends else {GOES_ON: True})
     turns: list[dict[str, Any]] = []
     for message in joined(example.messages):
-        turns.append({"role": message["role"], "content": message["content"]})
+        content = {"role": message["role"], "content": message["content"]}
+        turns.append(content | spelled(message))
         if not message.get("learn", True):
             turns[-1]["weight"] = 0
-    return {"messages": turns}
+    first = example.messages[0]
+    return {key: first[key] for key in ("tools", "documents") if key in first} | {"messages": turns}

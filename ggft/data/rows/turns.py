@@ -11,7 +11,19 @@ from typing import Any
 
 from ggft.data.files import Row
 from ggft.data.rows.columns import is_telling
-from ggft.data.rows.values import content_of, is_empty, kind_of, wrong
+from ggft.data.rows.tools import (
+    CALL_KEYS,
+    CALL_ROLES,
+    REASONING_KEYS,
+    RESULT_KEYS,
+    calls_in_text,
+    calls_of,
+    from_json,
+    result_of,
+    thought_in_parts,
+    thought_of,
+)
+from ggft.data.rows.values import content_of, is_empty, kind_of, text_of, wrong
 from ggft.prompts.messages import Message
 
 ROLES = {
@@ -50,10 +62,9 @@ REFUSED_KEYS = {
     "training_detail": "a turn is trained as a whole",
     "refusal": "a refusal is written as content",
     "prefix": "an answer is trained from its beginning",
-    "tool_calls": "calls of tools are not rendered",
-    "function_call": "calls of functions are not rendered",
-    "tool_call_id": "calls of tools are not rendered",
 }
+# Fields beside role and content that are used, by role.
+_FIELDS = {"assistant": (*REASONING_KEYS, *CALL_KEYS), "tool": RESULT_KEYS}
 PAIR = ({"human": "user", "user": "user"}, {"assistant": "assistant", "gpt": "assistant"})
 
 
@@ -79,7 +90,11 @@ class Turns:
                 raise wrong(row, f"{where}: not an object", kind_of(turn), "{role, content}")
             pair = None if "role" in turn or "from" in turn else _pair(turn)
             if pair is None:
-                messages.append(self._message(row, turn, where, unused))
+                message = self._message(row, turn, where, unused)
+                if _goes_on_calling(messages, message):
+                    messages[-1]["tool_calls"] += message["tool_calls"]
+                else:
+                    messages.append(message)
             else:
                 messages += [
                     {"role": role, "content": content_of(row, turn[name], f"{where}: {name}")}
@@ -96,10 +111,12 @@ class Turns:
             found = repr(name) if isinstance(name, str) else kind_of(name)
             raise wrong(row, f"{where}: unknown {role_key}", found, "system, user, assistant, tool")
         content_key = next((k for k in CONTENT_KEYS if turn.get(k) is not None), CONTENT_KEYS[0])
+        value = turn.get(content_key)
+        calls = str(name).strip().lower() in CALL_ROLES and not isinstance(from_json(value), str)
+        message = self._said(row, turn, role, value, where, calls=calls)
         if len(turn) > 2 or content_key not in turn:
-            self._check_fields(row, turn, where, {role_key, content_key}, unused)
-        text = turn.get(content_key)
-        message: Message = {"role": role, "content": content_of(row, text, f"{where}: content")}
+            used = {role_key, content_key, *_FIELDS.get(role, ())}
+            self._check_fields(row, turn, where, used, unused)
         if len(turn) > 2:
             learn = _is_trained(row, turn, where)
             if learn is False and role == "assistant":
@@ -110,6 +127,28 @@ class Turns:
                     "a mark on the assistant's turns",
                     "remove the mark, or train all turns with --train-on-prompt",
                 )  # fmt: skip
+        return message
+
+    def _said(
+        self, row: Row, turn: dict[str, Any], role: str, value: Any, where: str, *, calls: bool
+    ) -> Message:
+        """Return what a turn says: its content, and a thought, calls or a result's origin."""
+        if role == "tool":
+            result: Message = {"role": role, "content": result_of(row, value, f"{where}: content")}
+            for key in RESULT_KEYS:
+                if not is_empty(turn.get(key)):
+                    result[key] = text_of(row, turn[key], f"{where}: {key}")  # type: ignore[literal-required]
+            return result
+        if role != "assistant" or (not calls and isinstance(value, str) and len(turn) == 2):
+            return {"role": role, "content": content_of(row, value, f"{where}: content")}
+        made = calls_in_text(row, value, where) if calls else calls_of(row, turn, where)
+        thought, value = thought_in_parts(row, "" if calls else value, f"{where}: content")
+        value = "" if made and value is None else value
+        message: Message = {"role": role, "content": content_of(row, value, f"{where}: content")}
+        if thought := thought or thought_of(row, turn, where):
+            message["reasoning"] = thought
+        if made:
+            message["tool_calls"] = made
         return message
 
     def _check_fields(
@@ -136,6 +175,14 @@ class Turns:
                     "write it into the content, or take it out of the row",
                 )  # fmt: skip
             unused.add(name)
+
+
+def _goes_on_calling(messages: list[Message], message: Message) -> bool:
+    """Whether a turn only calls, as the one before it did: calls at a time are one turn."""
+    return bool(messages) and all(
+        "tool_calls" in m and not m["content"] and "reasoning" not in m
+        for m in (messages[-1], message)
+    )
 
 
 def _pair(turn: Mapping[str, Any]) -> dict[str, str] | None:
