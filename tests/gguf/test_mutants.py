@@ -51,5 +51,5 @@ def test_semantic_mutants(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert "'exit code 0'" in done.stdout
-    assert "'exit code 2'" in done.stdout
+    assert "exit code 0:" in done.stdout
+    assert "exit code 2:" in done.stdout

