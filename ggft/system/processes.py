@@ -96,6 +96,33 @@ class Child:
         return self._errors.first_words() or ended_with(self._process.wait())
 
 
+def run_module(module: str, *arguments: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    """Run a Python module to its end, isolated, in a process that ends with this one.
+
+    Unlike a `Child` it has this process's environment and hears Ctrl-C.
+
+    Args:
+        module: Its name, as after `python -m`.
+        arguments: Its `sys.argv[1:]`.
+        stdout: A descriptor, or what subprocess takes for one.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    code = (
+        f"import sys; sys.path.append(sys.argv[1]); "
+        f"from {__name__} import _run_module; _run_module()"
+    )
+    theirs, ours = os.pipe()
+    try:
+        return subprocess.run(
+            [sys.executable, "-I", "-c", code, str(folder), module, str(theirs), *arguments],
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True,
+            check=False, pass_fds=(theirs,),
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
 class Drain:
     """Reads a pipe to its end in a thread, so that its writer never waits; keeps the beginning."""
 
@@ -159,6 +186,16 @@ def _run_child() -> None:
     module, _, name = function.partition(":")
     sys.argv[1:] = arguments
     getattr(importlib.import_module(module), name)()
+
+
+def _run_module() -> None:
+    """Run what `run_module` was given; `sys.argv` has the folder, the module, a pipe, arguments."""
+    import runpy
+
+    _, _, module, pipe, *arguments = sys.argv
+    threading.Thread(target=_die_with_parent, args=(int(pipe),), daemon=True).start()
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _die_with_parent(pipe: int) -> None:

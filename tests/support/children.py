@@ -48,3 +48,8 @@ def is_gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+if __name__ == "__main__":
+    print(os.getpid(), flush=True)
+    spin()

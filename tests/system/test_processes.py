@@ -59,3 +59,21 @@ def test_a_busy_child_dies_with_its_parent() -> None:
     done = subprocess.run([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL
     assert is_gone(int(done.stdout)), "the process outlives its parent"
+
+
+MODULE = """
+import os, signal, sys, threading
+from ggft.system.processes import run_module
+theirs, ours = os.pipe()
+run = threading.Thread(target=run_module, args=("tests.support.children",), kwargs={"stdout": ours})
+run.daemon = True
+run.start()
+print(os.read(theirs, 99).split()[0].decode(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_module_dies_with_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", MODULE], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert is_gone(int(done.stdout))

@@ -27,7 +27,7 @@ from tests.support.models import CHATML, Spec, write_model
 N_KILLS = int(os.environ.get("GGFT_KILLS", "3"))
 ORPHAN_S = 2.0
 # After so many kills, and at the end, a command is run to its end.
-KILLS_PER_RUN = 5
+KILLS_PER_RUN = 10
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes")
 
 # The program as it is, but what is killed most is what was lost once: the time between the last
@@ -159,7 +159,7 @@ def test_finetune(case: Case) -> None:
     while kills < N_KILLS:
         case.remove()
         is_aimed = kills % 2 == 0
-        after_s = case.rng.uniform(0, 0.15 if is_aimed else took_s)
+        after_s = case.rng.uniform(0, 0.08 if is_aimed else took_s)
         kills += case.kill(FINETUNE, after_s, last.exists if is_aimed else None)
         after_the_last_checkpoint += last.exists() and not (case.out / "adapter.gguf").exists()
         case.run(f"{FINETUNE} --resume")
@@ -178,7 +178,7 @@ def test_written_whole_or_not_at_all(case: Case, command: str) -> None:
     while kills < N_KILLS:
         case.remove()
         is_aimed = kills % 2 == 0
-        after_s = case.rng.uniform(0, 0.02 if is_aimed else took_s)
+        after_s = case.rng.uniform(0, 0.004 if is_aimed else took_s)
         kills += case.kill(
             line, after_s, (lambda: len(case.files()) > len(case.inputs)) if is_aimed else None
         )
