@@ -7,6 +7,7 @@ current folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -40,6 +41,25 @@ os.fsync = fsync
 from ggft.__main__ import main
 main()
 """
+# What the system says of a group that may take 64 MB, of which 8 are free.
+IN_A_GROUP = """
+from pathlib import Path
+files = {
+    "/proc/self/cgroup": "0::/small\\n",
+    "/sys/fs/cgroup/small/memory.max": str(64 << 20),
+    "/sys/fs/cgroup/small/memory.current": str(56 << 20),
+    "/sys/fs/cgroup/small/memory.stat": "inactive_file 0\\n",
+}
+_read_text = Path.read_text
+def read_text(self, *rest, **options):
+    return files.get(str(self)) or _read_text(self, *rest, **options)
+Path.read_text = read_text
+from ggft.__main__ import main
+main()
+"""
+GROUP_BYTES = 96 << 20
+# They plan their memory, and refuse what does not fit.
+PLANNED = ("finetune", "plan", "eval", "bench")
 
 
 @dataclass
@@ -88,6 +108,35 @@ def with_memory(n_bytes: int) -> Callable[[Path, str, ExitStack], Place]:
     return limited
 
 
+def where_a_group_looks_small(folder: Path, command: str, stack: ExitStack) -> Place:
+    program = [sys.executable, "-c", IN_A_GROUP]
+    return Place(folder, (3,) if command in PLANNED else (0, 3), {"program": program})
+
+
+def in_a_small_group(folder: Path, command: str, stack: ExitStack) -> Place:
+    """In a true group of processes, whose limit the kernel enforces by killing."""
+    group, limit = _new_group(stack)
+    limit.write_text(str(GROUP_BYTES))
+
+    def before() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    return Place(folder, (0, 3), {"before": before})
+
+
+def _new_group(stack: ExitStack) -> tuple[Path, Path]:
+    """Make a group of processes and return it with the file of its limit, or skip the test."""
+    name = f"ggft-test-{os.getpid()}"
+    for top, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup", top, name)
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            stack.callback(group.rmdir)
+            if (group / limit).exists():
+                return group, group / limit
+    pytest.skip("needs the right to make a memory cgroup")
+
+
 def in_a_plain_locale(folder: Path, command: str, stack: ExitStack) -> Place:
     return Place(folder, options={"environment": {"LC_ALL": "C", "PYTHONUTF8": "0"}})
 
@@ -99,6 +148,9 @@ PLACES: dict[str, Callable[[Path, str, ExitStack], Place]] = {
     "read-only": where_nothing_can_be_written,
     "no folder flush": without_folder_flush,
     "200 MB": with_memory(200 << 20),
+    "64 MB": with_memory(64 << 20),
+    "group that looks small": where_a_group_looks_small,
+    "small group": in_a_small_group,
     "plain locale": in_a_plain_locale,
 }
 
@@ -122,6 +174,7 @@ def test_exit_codes(world: Path, tmp_path: Path, command: str, place: str) -> No
     assert done.returncode in codes, done.stderr
     assert "Traceback" not in done.stderr
     assert "terminate called" not in done.stderr
+    assert "SIGKILL" not in done.stderr
     assert list(tmp_path.glob("*.was-run")) == []
     if done.returncode:
         assert sum(text.startswith("ggft: ") for text in done.stderr.splitlines()) == 1
