@@ -15,6 +15,7 @@ from ggft.hub.header import model_outline
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
 from ggft.setup.course import with_course
+from ggft.setup.initial import with_initial
 from ggft.setup.inputs import BaseModel, Data, load_data, open_model
 from ggft.setup.open import (
     choose_settings,
@@ -138,6 +139,7 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
         if config.data:
             base = open_model(path, config.template, check=is_whole, warn=progress.warn)
             data = read_data(config, base, stop)
+            config, _ = with_initial(config, base, progress.warn)
             settled = choose_settings(config, data)
             data = with_course(settled, base, data, stop.check)
             lora = lora_to_train(settled, base.info, settled.rank, factor_of(settled))

@@ -157,7 +157,12 @@ class FinetuneConfig:
     )  # fmt: skip
     resume: bool = option(
         "--resume", "--resume-from-checkpoint", default=False, recorded=False,
-        help="Continue the run in the output directory; starts one if there is none",
+        help="Continue the run in the output directory, or extend one that has ended by --epochs;"
+        " starts one if there is none",
+    )  # fmt: skip
+    init_adapter: str | None = option(
+        "--init-adapter", "--resume-adapter-file", default=None, metavar="FILE",
+        help="Begin with this adapter instead of a new one, to train it on",
     )  # fmt: skip
     overwrite: bool = overwrite_option(
         "Replace the run in the output directory", "--overwrite-output-dir"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.data.account import Account
-from ggft.data.batches import Course
+from ggft.data.batches import Course, Examples
 from ggft.data.corpus import CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool
 from ggft.data.examples import RowOptions
@@ -144,9 +144,16 @@ class Data:
         return self.validation if len(self.validation) else self.train
 
     def sha256(self) -> str:
-        """Return a hash of every id and mask."""
+        """Return a hash of every id and mask that is trained or held out."""
+        return self._hash(self.course.examples)
+
+    def rows_sha256(self) -> str:
+        """Return a hash of every id and mask of the rows, whatever is trained beside them."""
+        return self._hash(self.train)
+
+    def _hash(self, examples: Examples) -> str:
         digest = hashlib.sha256()
-        for store in (self.course.examples, self.validation):
+        for store in (examples, self.validation):
             digest.update(store.lengths.tobytes())
             for index in range(len(store.lengths)):
                 ids, trained = store.get(index)

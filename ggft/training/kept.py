@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ggft.adapters.adapter import AdapterMeta, write_adapter
+from ggft.adapters.adapter import Adapter, AdapterMeta, write_adapter
 from ggft.engine.engine import Engine
+from ggft.setup.initial import put_initial
 from ggft.system.files import atomic_output, sha256_of
 from ggft.training.checkpoint import Checkpoint, load_step
 from ggft.training.run_directory import RunDirectory
@@ -21,13 +22,21 @@ class KeptAdapter:
         run: The run's files.
         engine: Holds the matrices.
         meta: What the adapter says about itself.
-        seed: What the matrices began with.
+        seed: What new matrices begin with.
+        initial: The adapter that the run began with, if it began with one.
     """
 
     run: RunDirectory
     engine: Engine
     meta: AdapterMeta
     seed: int
+    initial: Adapter | None = None
+
+    def begin(self) -> None:
+        """Fill the engine with what a run begins with."""
+        self.engine.init_lora(self.seed)
+        if self.initial is not None:
+            put_initial(self.engine, self.initial)
 
     def write(self) -> str:
         """Write the engine's matrices, and return the file's SHA-256.
@@ -60,7 +69,7 @@ class KeptAdapter:
         if self.run.adapter.exists() and sha256 in (None, sha256_of([self.run.adapter])):
             return
         if step == 0:
-            self.engine.init_lora(self.seed)
+            self.begin()
         elif step != last.step:
             saved = load_step(self.run.checkpoints, step)
             if saved is not None:

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ggft.data.sources.find import absolute
+from ggft.settings.option import to_record, to_yaml
+from ggft.settings.training import FinetuneConfig
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import (
     LOCK,
@@ -59,6 +62,10 @@ class RunDirectory:
     def was_begun(self) -> bool:
         """Return whether a run has begun here and not come to its end."""
         return self.config.exists() and not self.report_json.exists()
+
+    def can_be_resumed(self) -> bool:
+        """Return whether there are checkpoints."""
+        return any(self.checkpoints.glob("step-*"))
 
     def clear(self) -> None:
         """Remove an older run, all but its adapter, which the new one replaces when it has one."""
@@ -117,6 +124,17 @@ class RunDirectory:
                 if isinstance(record, dict):
                     records.append(record)
         return records
+
+    def write_settings(self, config: FinetuneConfig, model: Path) -> None:
+        """Write the settings of the run, with paths that hold from any folder."""
+        record = to_record(config)
+        record["model"] = os.path.abspath(model)
+        record["data"] = [absolute(source) for source in config.data]
+        if config.mix not in ("auto", "none"):
+            record["mix"] = os.path.abspath(config.mix)
+        if config.init_adapter is not None:
+            record["init_adapter"] = os.path.abspath(config.init_adapter)
+        self.write_text(self.config, to_yaml(record))
 
     def close(self) -> None:
         """Close the log."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MOST_WARMUP = 50
 
@@ -40,3 +42,15 @@ def total_steps(per_epoch: int, epochs: int, max_steps: int | None) -> int:
     """Return the optimizer steps of the run."""
     steps = epochs * per_epoch
     return steps if max_steps is None else min(steps, max_steps)
+
+
+# Circumstances that a longer run of the same rows and settings has otherwise. Where questions are
+# varied, more epochs have more wordings of the same rows.
+_OF_LENGTH = ("epochs", "max_steps", "steps")
+
+
+def extended(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's circumstances as they would be, were it as long from the beginning."""
+    same_rows = then.get("rows_sha256") == now["rows_sha256"]
+    names = (*_OF_LENGTH, "data_sha256") if same_rows else _OF_LENGTH
+    return {**then, **{name: now[name] for name in names}}

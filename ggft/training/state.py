@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -38,3 +40,13 @@ class State:
     kept_last: bool = False
     ended: str | None = None
     metrics_bytes: int = 0
+
+    def extend(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+        """Let a run that has ended go on if it is to be longer than it was; return whether it is.
+
+        One that diverged is not: it would go on from there.
+        """
+        if not self.ended or self.smaller_lr or now["steps"] <= then["steps"]:
+            return False
+        self.ended, self.bad_evals, self.kept_last = None, 0, False
+        return True

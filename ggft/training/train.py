@@ -14,6 +14,7 @@ from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
 from ggft.setup.course import with_course
+from ggft.setup.initial import with_initial
 from ggft.setup.inputs import BaseModel, Data
 from ggft.setup.open import (
     choose_settings,
@@ -126,6 +127,9 @@ def run_training(
     Raises:
         GgftError: Anything that a user can cause or meet.
     """
+    initial = None
+    if not (config.resume and RunDirectory(Path(config.output)).can_be_resumed()):
+        config, initial = with_initial(config, model, progress.warn)
     settled = choose_settings(config, data)
     data = with_course(settled, model, data, stop.check)
     lora = lora_to_train(settled, model.info, settled.rank, factor_of(settled))
@@ -140,7 +144,9 @@ def run_training(
         check_free(output, checkpoint.n_bytes(plan.n_trained), config.keep_checkpoints)
         stop.check()
         with open_engine(plan, stop) as engine:
-            trainer = Trainer(settled, model, data, steps, plan, run, engine, progress, stop, tell)
+            trainer = Trainer(
+                settled, model, data, steps, plan, run, engine, progress, stop, tell, initial
+            )
             trainer.begin(saved)
             trainer.loop()
             outcome = trainer.outcome()

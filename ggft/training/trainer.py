@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -12,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ggft import __version__
-from ggft.adapters.adapter import AdapterMeta
+from ggft.adapters.adapter import Adapter, AdapterMeta
 from ggft.data.advice import suggest
 from ggft.data.batches import Batches, Steps
 from ggft.engine.engine import Cancelled, Engine, mean_nats
 from ggft.engine.memory import Plan
-from ggft.settings.option import to_record, to_yaml
+from ggft.settings.option import to_record
 from ggft.settings.training import SettledConfig
 from ggft.setup.inputs import BaseModel, Data
 from ggft.system.errors import Interrupted, NumericError
@@ -36,7 +35,7 @@ from ggft.training.verdict import smaller_lr
 # Settings that do not change the course of a run: where things lie, what is shown and kept.
 _MAY_CHANGE = (
     "model", "data", "memory", "recompute", "save_steps", "keep_checkpoints", "logging_steps",
-    "samples", "ask", "mix",
+    "samples", "ask", "mix", "init_adapter",
 )  # fmt: skip
 
 
@@ -54,6 +53,7 @@ class Trainer:
     progress: Progress
     stop: StopSignals
     tell: Callback
+    initial: Adapter | None = None
     state: State = field(default_factory=State)
     saved_step: int = -1
 
@@ -72,7 +72,7 @@ class Trainer:
             template=self.base.template.name,
             template_sha256=self.base.template.source_hash,
         )
-        self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed)
+        self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed, self.initial)
         self.chance = math.log(self.base.info.n_vocab)
         self.watch = Watch(self.steps.per_epoch, self.n_steps, self.chance)
 
@@ -84,6 +84,7 @@ class Trainer:
         record.update(
             model_sha256=self.meta.base_sha256,
             data_sha256=self.data.sha256(),
+            rows_sha256=self.data.rows_sha256(),
             template_sha256=self.meta.template_sha256,
             micro_batch=[self.plan.n_rows, self.plan.n_tokens],
             steps=self.n_steps,
@@ -98,24 +99,22 @@ class Trainer:
         """
         self._circumstances = self.circumstances()
         if saved is None:
-            self.engine.init_lora(self.config.seed)
+            self.kept.begin()
             self.run.clear()
         else:
-            checkpoint.check_same(saved.state["circumstances"], self._circumstances, saved.path)
-            saved.restore(self.engine)
             self.state = State(**saved.state["progress"])
+            then, now = saved.state["circumstances"], self._circumstances
+            if self.state.extend(then, now):
+                then = schedule.extended(then, now)
+            checkpoint.check_same({"rows_sha256": now["rows_sha256"], **then}, now, saved.path)
+            saved.restore(self.engine)
             self.saved_step = saved.step
             self.progress.note(f"resuming after step {saved.step} of {self.n_steps}")
             if self.state.best_val is not None and not self.run.adapter.exists():
                 self.progress.warn("the best adapter is gone; the next evaluation counts as best")
                 self.state.best_val = None
         self.state.chance = self.chance
-        record = to_record(self.config)
-        record["model"] = os.path.abspath(self.base.file.path)
-        record["data"] = [os.path.abspath(path) for path in self.config.data]
-        if self.config.mix not in ("auto", "none"):
-            record["mix"] = os.path.abspath(self.config.mix)
-        self.run.write_text(self.run.config, to_yaml(record))
+        self.run.write_settings(self.config, self.base.file.path)
         self.run.open_metrics(self.state.metrics_bytes)
         for line in self.run.read_metrics():
             if "loss" in line:
@@ -380,7 +379,7 @@ class Trainer:
         if keeps_this:
             self._keep()
         elif state.ended and not state.best_step:
-            self.engine.init_lora(self.config.seed)
+            self.kept.begin()
             self.kept.write()
 
     def _save_interrupted(self) -> None:

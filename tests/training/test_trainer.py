@@ -194,7 +194,7 @@ def test_resume_with_nothing_there_starts(case: Case) -> None:
         ({"seed": 7}, "seed: 42 → 7"),
         ({"threads": 2}, "threads: 1 → 2"),
         ({"lr": 1e-3}, "lr: 0.0003 → 0.001"),
-        ({"epochs": 4}, "epochs: 3 → 4"),
+        ({"epochs": 2}, "epochs: 3 → 2"),
         ({"packing": False}, "packing: True → False"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
@@ -72,6 +73,12 @@ def split_share(text: str) -> tuple[str, float | None]:
 def is_here(text: str) -> bool:
     """Whether a source can be read again without asking anybody."""
     return Path(split_share(text)[0]).exists()
+
+
+def absolute(text: str) -> str:
+    """Return a source so that it is found from any folder."""
+    name, _ = split_share(text)
+    return text if name == "-" or name.startswith(PREFIX) else os.path.abspath(text)
 
 
 def size_of(path: Path) -> int:
