@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ggft.data.files import Row, read_rows
-from ggft.data.rows.columns import NAMES, Columns, Plan
+from ggft.data.rows.columns import NAMES, Columns
+from ggft.data.rows.fields import Fields
 from ggft.data.rows.formatted import CONTROL, conversation_of, is_marked, without_ends
 from ggft.data.rows.tokens import tokens_of
 from ggft.data.rows.tools import add_row_fields
-from ggft.data.rows.trees import conversations_of, is_tree
+from ggft.data.rows.trees import conversations_of, is_tree, joined
 from ggft.data.rows.turns import Turns
 from ggft.data.rows.values import (
     any_of,
@@ -115,7 +116,8 @@ class RowReader:
         self, path: Path, moved: Callable[[int], object] = lambda _: None
     ) -> Iterator[Example]:
         """Yield the examples of one file; `moved` is told now and then how many bytes are read."""
-        for row in read_rows(path, moved):
+        rows = read_rows(path, moved)
+        for row in joined(rows, self.unused) if self._format == "auto" else rows:
             yield from self.examples(row)
 
     def examples(self, row: Row) -> Iterable[Example]:
@@ -123,7 +125,7 @@ class RowReader:
         value = row.value
         if isinstance(value, str):
             return (self._part_of_text(row, value),)
-        fields = _Fields(row, value, self._columns.plan(tuple(value)))
+        fields = Fields(row, value, self._columns.plan(tuple(value)))
         made = _READERS[self._format if self._format != "auto" else _detect(fields)](self, fields)
         if isinstance(made, list) and made and isinstance(made[0], dict):
             add_row_fields(row, value, fields.any, made)
@@ -145,7 +147,7 @@ class RowReader:
         self._n_marked += self._format != "plain" and is_marked(text)
         return Example([], text_of(row, text, "the text"), row.path, row.line, ends=row.ends)
 
-    def _account(self, fields: _Fields) -> None:
+    def _account(self, fields: Fields) -> None:
         """Count what of a row was not used; refuse the row if it cannot do without."""
         for name, value in fields.value.items():
             if name in fields.used or is_empty(value):
@@ -194,7 +196,7 @@ class RowReader:
             )
         return notes
 
-    def pair(self, fields: _Fields) -> list[Message]:
+    def pair(self, fields: Fields) -> list[Message]:
         """Read a question, what it is about, and its answer; or prompt and completion."""
         row = fields.row
         asked, answered = fields.one("instruction"), fields.one("output")
@@ -237,7 +239,7 @@ class RowReader:
             said["reasoning"] = text_of(row, fields.value[thought], thought)
         return [*messages, said]
 
-    def _before(self, fields: _Fields) -> list[Message]:
+    def _before(self, fields: Fields) -> list[Message]:
         """Return what stands before the question: system text and earlier turns."""
         row, messages = fields.row, _system(fields)
         name = fields.any("history")
@@ -248,7 +250,7 @@ class RowReader:
                 messages.append({"role": role, "content": text_of(row, text, str(name))})
         return messages
 
-    def chat(self, fields: _Fields) -> list[Message]:
+    def chat(self, fields: Fields) -> list[Message]:
         """Read a list of turns."""
         row, name = fields.row, fields.any("messages")
         if name is None:
@@ -264,14 +266,14 @@ class RowReader:
             return messages
         return _system(fields) + messages
 
-    def plain(self, fields: _Fields) -> str:
+    def plain(self, fields: Fields) -> str:
         """Read plain text, whatever it holds."""
         name = fields.any("text")
         if name is None:
             return text_of(fields.row, fields.value.get("text"), "text")
         return text_of(fields.row, fields.value[name], name)
 
-    def text(self, fields: _Fields) -> str | list[Message]:
+    def text(self, fields: Fields) -> str | list[Message]:
         """Read plain text, or a conversation that a template has written."""
         text = self.plain(fields)
         bare = without_ends(text)
@@ -288,12 +290,12 @@ class RowReader:
         self._written[found[0]] += 1
         return found[1]
 
-    def tree(self, fields: _Fields) -> list[list[Message]]:
+    def tree(self, fields: Fields) -> list[list[Message]]:
         """Read a tree of replies."""
         name = fields.take(fields.filled("instruction")[0])
         return list(conversations_of(fields.row, fields.value[name]))
 
-    def tokens(self, fields: _Fields) -> Tokens:
+    def tokens(self, fields: Fields) -> Tokens:
         """Read token ids with labels or masks."""
         ids, labels, attention = (
             None if name is None else fields.value[name]
@@ -303,46 +305,7 @@ class RowReader:
         return tokens_of(fields.row, ids, labels, masks, attention)
 
 
-class _Fields:
-    """A row's columns by their roles, and which of them were used."""
-
-    def __init__(self, row: Row, value: dict[str, Any], plan: Plan) -> None:
-        self.row, self.value, self.plan = row, value, plan
-        self.used: set[str] = set()
-
-    def has(self, role: str) -> bool:
-        """Whether there is such a column, whatever is in it."""
-        return role in self.plan.by_role
-
-    def take(self, name: str) -> str:
-        """Use a column."""
-        self.used.add(name)
-        return name
-
-    def filled(self, *roles: str) -> list[str]:
-        """Return the columns of some roles that have something in them."""
-        names = (name for role in roles for name in self.plan.by_role.get(role, ()))
-        return [name for name in names if not is_empty(self.value[name])]
-
-    def any(self, role: str) -> str | None:
-        """Use the first column of a role that has something in it."""
-        names = self.filled(role)
-        return self.take(names[0]) if names else None
-
-    def one(self, role: str) -> str | None:
-        """Use the one column of a role that has something in it; two are an error."""
-        names = self.filled(role)
-        if len(names) > 1:
-            raise wrong(
-                self.row, f"{names[0]!r} and {names[1]!r} in one row", keys_of(self.value),
-                "one of them",
-                f"leave one out with --ignore-columns {names[1]}, or say what it is with"
-                f" --columns {names[1]}=ROLE",
-            )  # fmt: skip
-        return self.take(names[0]) if names else None
-
-
-def _system(fields: _Fields) -> list[Message]:
+def _system(fields: Fields) -> list[Message]:
     name = fields.any("system")
     if name is None:
         return []
@@ -351,7 +314,7 @@ def _system(fields: _Fields) -> list[Message]:
     return [{"role": "system", "content": content_of(fields.row, parts, name)}]
 
 
-def _detect(fields: _Fields) -> str:
+def _detect(fields: Fields) -> str:
     """Return the format that a row's columns show."""
     has, value = fields.has, fields.value
     if any(value[name] is not None for name in fields.plan.by_role.get("messages", ())):
@@ -388,7 +351,7 @@ def _detect(fields: _Fields) -> str:
     )  # fmt: skip
 
 
-_READERS: dict[str, Callable[[RowReader, _Fields], Any]] = {
+_READERS: dict[str, Callable[[RowReader, Fields], Any]] = {
     "alpaca": RowReader.pair,
     "chat": RowReader.chat,
     "sharegpt": RowReader.chat,

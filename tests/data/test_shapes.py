@@ -13,6 +13,7 @@ from ggft.cli import cli
 from ggft.command import run
 from ggft.data.examples import Example, RowOptions, RowReader
 from ggft.data.files import Row
+from ggft.setup.inputs import open_vocabulary
 from ggft.system.errors import InputError
 from tests.data.shapes import READ, REFUSED, TREE
 from tests.support.models import Spec, write_model
@@ -293,3 +294,41 @@ def test_documents_are_learned_in_parts_with_one_end(
     rows.write_text('{"input_ids": [5, 999999]}\n')
     assert run(cli, arguments) == 2
     assert "rows.jsonl:1: input_ids are not of this model's vocabulary" in capsys.readouterr().err
+
+
+def test_turns_of_trees_in_rows_are_joined(tmp_path: Path) -> None:
+    def turn(name: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
+        return {"message_id": name, "parent_id": parent, "role": role, "text": f"t-{name}", **more}
+
+    rows = [
+        turn("b", "a", "assistant", rank=1, lang="en"),
+        turn("a", None, "prompter"),
+        turn("c", "a", "assistant", rank=0),
+        turn("d", "c", "prompter"),
+        turn("e", "d", "assistant"),
+        turn("f", "nowhere", "assistant"),
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = RowReader()
+    examples = list(reader.read(path))
+    assert [[m["content"] for m in e.messages] for e in examples] == [
+        ["t-a", "t-c", "t-d", "t-e"], ["t-a", "t-b"],
+    ]  # fmt: skip
+    assert examples[0].line == 2
+    (note,) = reader.notes()
+    assert "lang (1 rows), turns whose parent is not in the file (1 rows)" in note
+
+
+def test_text_of_the_models_own_template_has_its_tokens(smollm2: Path) -> None:
+    text = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nAsk<|im_end|>\n"
+        "<|im_start|>assistant\nAda does.<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n"
+        "<|im_start|>assistant\nStill Ada.<|im_end|>\n"
+    )
+    _, template = open_vocabulary(smollm2)
+    tokens = template.encode_example(first(Row({"text": text}, Path("x"), 1)).messages)
+    expected = template.tokenizer.encode(text.removesuffix("\n"), special=True)
+    assert tokens.ids.tolist() == expected
+    learned = [i for i, trained in zip(tokens.ids, tokens.trained, strict=True) if trained]
+    assert template.tokenizer.decode(learned) == b"Ada does.<|im_end|>Still Ada.<|im_end|>"
