@@ -73,12 +73,10 @@ def bring(text: str, note: Callable[[str], None] = print_note) -> list[Path]:
         with offline_told("data set"):
             revision, files = _listing(client, headers, name)
     except NetworkError:
-        index = folder / ".files.json"
-        if not index.is_file():
+        client, revision, files = None, "", _known(folder)
+        if not files:
             raise
         note(f"{endpoint()} cannot be reached: the files of {name.repo} that are here are used")
-        revision, files = json.loads(index.read_text(encoding="utf-8"))
-        client = None
     chosen = choose(name, files)
     make_folder(folder, "the data set cannot be put here", hint="choose another XDG_CACHE_HOME")
     known = _known(folder)
@@ -95,7 +93,7 @@ def bring(text: str, note: Callable[[str], None] = print_note) -> list[Path]:
             )
     if client is not None:
         with atomic_output(folder / ".files.json") as temporary:
-            temporary.write_text(json.dumps([revision, files]), encoding="utf-8")
+            temporary.write_text(json.dumps(files), encoding="utf-8")
     return paths
 
 
@@ -141,10 +139,15 @@ def _folder() -> Path:
 def _known(folder: Path) -> dict[str, Any]:
     """Return what was said of the files that were brought before."""
     try:
-        known = json.loads((folder / ".files.json").read_text(encoding="utf-8"))[1]
-    except (OSError, ValueError, LookupError):
+        known = json.loads((folder / ".files.json").read_text(encoding="utf-8"))
+        return {file: {**known[file], "size": int(known[file]["size"])} for file in known}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
-    return known if isinstance(known, dict) else {}
+
+
+def _stays(file: str) -> bool:
+    """Whether a file's name leads to no other folder than the data set's."""
+    return not {"", ".", ".."} & set(file.split("/"))
 
 
 def _suffix(file: str) -> str:
@@ -201,7 +204,7 @@ def _page(
                 "sha256": item["lfs"]["oid"] if "lfs" in item else None,
             }
             for item in answer.json()
-            if item["type"] == "file" and ".." not in item["path"].split("/")
+            if item["type"] == "file" and _stays(item["path"])
         }
     except (ValueError, LookupError, TypeError, AttributeError):
         raise NetworkError(

@@ -34,7 +34,7 @@ READ: dict[str, dict[str, Any]] = {
     "dolly-15k": {"instruction": "i4", "context": "c4", "response": "r4", "category": "closed_qa"},
     "dolly, open question": {"instruction": "i5", "context": "", "response": "r5", "category": "k"},
     "belle": {"instruction": "i6", "input": "x6", "output": "o6"},
-    "firefly": {"kind": "k7", "input": "x7", "target": "t7", "output": "o7"},
+    "firefly": {"kind": "k7", "input": "x7", "target": "t7"},
     "gsm8k": {"question": "q8", "answer": "a8"},
     "metamath": {"query": "q9", "response": "r9", "type": "GSM", "original_question": "oq9"},
     "orca": {"id": "7", "system_prompt": "s10", "question": "q10", "response": "r10"},

@@ -182,6 +182,9 @@ def test_without_the_hub_the_files_that_are_here_are_used(
         bring("hf:me/rows:test")
     with pytest.raises(NetworkError, match="cannot be reached"):
         bring("hf:me/others")
+    (paths[0].parent / ".files.json").write_text('{"x": 1}')
+    with pytest.raises(NetworkError, match="cannot be reached"):
+        bring("hf:me/rows")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,12 @@ def test_hubs_that_fail(hub: Hub, fault: str, says: str) -> None:
     hub.faults["listing"] = fault
     with pytest.raises(NetworkError, match=says):
         bring("hf:me/rows")
+
+
+@pytest.mark.parametrize("folder", ["../", "/tmp/", "a//"])
+def test_files_that_lead_elsewhere_are_not_brought(hub: Hub, folder: str) -> None:
+    hub.folders["train-00000.jsonl"] = folder
+    assert [path.name for path in bring("hf:me/rows")] == ["train-00001.jsonl"]
 
 
 def test_a_file_that_arrives_damaged(hub: Hub) -> None:

@@ -27,8 +27,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         "参考资料", "段落",
     ),
     "output": (
-        "output", "response", "answer", "completion", "solution", "输出", "答案", "回答", "回复",
-        "答", "响应",
+        "output", "response", "answer", "completion", "solution", "target", "输出", "答案", "回答",
+        "回复", "答", "响应",
     ),
     "system": (
         "system", "system_prompt", "system_message", "system_instruction", "系统", "系统提示",
