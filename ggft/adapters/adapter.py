@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft import __version__
+from ggft.adapters.base import check_base
 from ggft.gguf.read import (
     GGMLType,
     GGUFFile,
@@ -40,7 +41,14 @@ A_SUFFIX, B_SUFFIX = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMeta:
-    """What an adapter file says about itself; None where it does not say."""
+    """What an adapter file says about itself; None where it does not say.
+
+    Attributes:
+        template_source: The template itself; `template` is what it was called.
+        template_arguments: Variables that it was given, a JSON object.
+        base_norms_sha256: Of the base's norms, which no quantization changes.
+        vocabulary_sha256: Of the base's tokens.
+    """
 
     architecture: str
     rank: int
@@ -50,15 +58,27 @@ class AdapterMeta:
     base_name: str | None = None
     template: str | None = None
     template_sha256: str | None = None
+    template_source: str | None = None
+    template_arguments: str | None = None
+    base_norms_sha256: str | None = None
+    vocabulary_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter file; `tensors` has every lora_a and lora_b by full name."""
+    """A checked adapter file.
+
+    Attributes:
+        path: The file.
+        meta: What it says about itself.
+        tensors: Every lora_a and lora_b by full name.
+        note: What to know of the base that it was read for.
+    """
 
     path: Path
     meta: AdapterMeta
     tensors: dict[str, TensorInfo] = field(repr=False)
+    note: str | None = None
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -128,6 +148,10 @@ def write_adapter(
         "ggft.base_sha256": meta.base_sha256,
         "ggft.template": meta.template,
         "ggft.template_sha256": meta.template_sha256,
+        "ggft.template_source": meta.template_source,
+        "ggft.template_arguments": meta.template_arguments,
+        "ggft.base_norms_sha256": meta.base_norms_sha256,
+        "ggft.vocabulary_sha256": meta.vocabulary_sha256,
         "ggft.dropout": meta.dropout,
     }
     if meta.base_name is not None:
@@ -146,7 +170,8 @@ def read_adapter(
 ) -> Adapter:
     """Read an adapter and check it, against its base model if that is given.
 
-    `check_hash=False` accepts a base with the right shapes but another SHA-256.
+    Another quantization of the weights that it was trained on is accepted, with a `note`;
+    `check_hash=False` accepts any base with the right shapes.
 
     Raises:
         InputError: not an adapter, no usable alpha or rank, matrices that do not fit each other or
@@ -156,8 +181,7 @@ def read_adapter(
     _check_kind(file)
     ranks = _check_pairs(file, base)
     alpha = _alpha(file, max(ranks))
-    if base is not None:
-        _check_base(file, base, check_hash)
+    note = None if base is None else check_base(file, base, check_hash=check_hash)
     _check_finite(file)
     rank = file.get("ggft.rank", max(ranks))
     if not isinstance(rank, int) or rank < 1:
@@ -172,8 +196,12 @@ def read_adapter(
         base_name=file.text("general.base_model.0.name"),
         template=file.text("ggft.template"),
         template_sha256=file.text("ggft.template_sha256"),
+        template_source=file.text("ggft.template_source"),
+        template_arguments=file.text("ggft.template_arguments"),
+        base_norms_sha256=file.text("ggft.base_norms_sha256"),
+        vocabulary_sha256=file.text("ggft.vocabulary_sha256"),
     )
-    return Adapter(path=file.path, meta=meta, tensors=dict(file.tensors))
+    return Adapter(path=file.path, meta=meta, tensors=dict(file.tensors), note=note)
 
 
 def _check_kind(file: GGUFFile) -> None:
@@ -271,26 +299,6 @@ def _matrix_shape(tensor: TensorInfo) -> tuple[int, int]:
     if len(tensor.shape) > 4 or any(n != 1 for n in shape[2:]) or 0 in shape:
         raise _bad(tensor, "is not a matrix", f"{tuple(tensor.shape)}", "two dimensions above 0")
     return shape[0], shape[1]
-
-
-def _check_base(file: GGUFFile, base: GGUFFile, check_hash: bool) -> None:
-    if file.architecture != base.architecture:
-        raise InputError(
-            "the adapter is for another architecture",
-            path=file.path,
-            found=file.architecture,
-            expected=f"{base.architecture}, as {base.path}",
-        )
-    wanted = file.text("ggft.base_sha256")
-    if check_hash and wanted is not None and wanted != base.sha256():
-        name = file.text("general.base_model.0.name")
-        raise InputError(
-            "the adapter was trained on another base model",
-            path=file.path,
-            found=f"{base.path} with SHA-256 {base.sha256()[:16]}…",
-            expected=f"{name or 'the file'} with SHA-256 {wanted[:16]}…",
-            hint="give the GGUF that it was trained on to --model (merge takes --any-base)",
-        )
 
 
 def _check_finite(file: GGUFFile) -> None:

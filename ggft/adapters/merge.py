@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.adapters.calibrate import Fitted, can_fit
+from ggft.adapters.carried import template_keys, template_of
 from ggft.adapters.receipt import Losses, MergeReport, TensorReceipt, to_json
 from ggft.engine.quants import can_quantize, dequantize_rows, quantize_rows, read_rows
 from ggft.gguf.finite import check_and_hash
@@ -115,18 +117,18 @@ def merge(
     sources = [_plan(tensor, deltas, config, report) for tensor in base.tensors.values()]
     if fit is not None:
         sources = _fitted_sources(fit, base, deltas, sources, report)
-    metadata, types = _metadata(base, adapter)
-    template = adapter.meta.template or "auto"
+    metadata, types = _metadata(base, adapter, sources)
+    template = template_of(adapter.meta)
     losses: tuple[float, float] | None = None
     if config.data and measure is not None:
         # Before the merge, so that bad data leave no output.
         untuned = measure(str(base.path), None, template)
-        losses = untuned, measure(str(base.path), str(adapter.path), template)
+        losses = untuned, measure(str(base.path), str(adapter.path), "auto")
     with _receipt(config, Path(output), inputs) as receipt:
         write_gguf(output, metadata, sources, types=types, inputs=inputs, progress=progress)
         report.n_bytes = Path(output).stat().st_size
         if losses is not None and measure is not None:
-            report.losses = Losses(*losses, measure(str(output), None, template))
+            report.losses = Losses(*losses, measure(str(output), None, "auto"))
         if receipt is not None:
             receipt.write_text(to_json(report) + "\n", encoding="utf-8")
     return report
@@ -153,16 +155,29 @@ def _deltas(adapter: Adapter, scale: float) -> dict[str, _Delta]:
     return deltas
 
 
-def _metadata(base: GGUFFile, adapter: Adapter) -> tuple[dict[str, Value], dict[str, ValueType]]:
+def _metadata(
+    base: GGUFFile, adapter: Adapter, sources: Sequence[TensorSource]
+) -> tuple[dict[str, Value], dict[str, ValueType]]:
     """Return the base's keys, those about shards left out, and where the delta came from."""
     metadata = {k: v for k, v in base.metadata.items() if not k.startswith("split.")}
     metadata["ggft.merged_adapter"] = adapter.path.name
-    if adapter.meta.template is not None:
-        metadata["ggft.template"] = adapter.meta.template
-    if adapter.meta.template_sha256 is not None:
-        metadata["ggft.template_sha256"] = adapter.meta.template_sha256
+    metadata.update(template_keys(adapter.meta, base.metadata))
+    changed = [s for s in sources if s.type is not base.tensors[s.name].type]
+    if changed and "general.file_type" in metadata:
+        sizes: Counter[GGMLType] = Counter()
+        for source in sources:
+            sizes[source.type] += math.prod(source.shape)
+        metadata["general.file_type"] = _FILE_TYPES.get(sizes.most_common(1)[0][0], 0)
     types = {key: kind for key, kind in base.types.items() if key in metadata}
     return metadata, types
+
+
+# What llama.cpp calls a file by the type of most of its weights.
+_FILE_TYPES = {
+    GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q4_0: 2, GGMLType.Q4_1: 3, GGMLType.Q8_0: 7,
+    GGMLType.Q5_0: 8, GGMLType.Q5_1: 9, GGMLType.Q2_K: 10, GGMLType.Q3_K: 12, GGMLType.Q4_K: 15,
+    GGMLType.Q5_K: 17, GGMLType.Q6_K: 18, GGMLType.BF16: 32,
+}  # fmt: skip
 
 
 def _plan(

@@ -50,7 +50,10 @@ _PLAIN: dict[str, tuple[Any, str]] = {
     "target_parameters": (None, "LoRA of bare parameters"),
 }
 # What our own adapters say beside the matrices travels in the metadata of the safetensors.
-_KEPT = ("base_sha256", "base_name", "template", "template_sha256")
+_KEPT = (
+    "base_sha256", "base_name", "template", "template_sha256", "template_source",
+    "template_arguments", "base_norms_sha256", "vocabulary_sha256",
+)  # fmt: skip
 
 
 def is_peft(path: Path) -> bool:

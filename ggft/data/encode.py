@@ -19,6 +19,7 @@ from ggft.data.duplicates import RowHashes, hash_rows
 from ggft.data.examples import Example
 from ggft.gguf.read import read_gguf
 from ggft.llama.model import LlamaTokenizer
+from ggft.prompts.builtin import TemplateChoice
 from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, Tokens, make_template
 from ggft.system.errors import GgftError, InputError, ResourceError
@@ -34,13 +35,18 @@ class EncoderPool:
 
     Args:
         model: The GGUF file whose tokenizer is used.
-        template: Name of the template, as for `make_template`.
+        template: The template, as for `make_template`.
         train_on_prompt: Whether prompts are learned, too.
         n: Number of processes.
     """
 
     def __init__(
-        self, model: Path, template: str, *, train_on_prompt: bool, n: int = N_PROCESSES
+        self,
+        model: Path,
+        template: str | TemplateChoice,
+        *,
+        train_on_prompt: bool,
+        n: int = N_PROCESSES,
     ) -> None:
         setup = (str(model), template, train_on_prompt)
         self._idle: queue.SimpleQueue[_Member] = queue.SimpleQueue()
@@ -80,7 +86,7 @@ class _Member:
         setup: Model, template and whether prompts are learned.
     """
 
-    def __init__(self, setup: tuple[str, str, bool]) -> None:
+    def __init__(self, setup: tuple[str, str | TemplateChoice, bool]) -> None:
         self._process = Child("ggft.data.encode:serve")
         self.close = weakref.finalize(self, self._process.stop)
         self._is_ready = False
@@ -125,10 +131,10 @@ def serve() -> None:
         pickle.dump(message, pipe_out, pickle.HIGHEST_PROTOCOL)
         pipe_out.flush()
 
-    model, template_name, train_on_prompt = pickle.load(pipe_in)
+    model, choice, train_on_prompt = pickle.load(pipe_in)
     try:
         metadata = read_gguf(model).metadata
-        template = make_template(template_name, metadata, LlamaTokenizer(model))
+        template = make_template(choice, metadata, LlamaTokenizer(model))
     except GgftError as error:
         send(error)
         return

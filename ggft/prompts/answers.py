@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ggft.prompts.builtin import OTHER
 from ggft.prompts.dialect import Dialect, Thoughts
 from ggft.prompts.marks import (
     N_SLOTS,
@@ -23,7 +24,6 @@ from ggft.prompts.messages import Message
 from ggft.prompts.thoughts import closed, closes, closing, empty_at_start, opened, without_empty
 from ggft.system.errors import InputError
 
-OTHER = "choose another template with --template"
 MIN_COMMON = 8  # characters of a prompt's end that show where an answer begins
 Render = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str | InputError]]
 

@@ -14,7 +14,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ggft.prompts.answers import OTHER, AnswerFinder
+from ggft.prompts.answers import AnswerFinder
+from ggft.prompts.builtin import OTHER
 from ggft.prompts.dialect import Dialect, RenderAll
 from ggft.prompts.marks import (
     N_SLOTS,

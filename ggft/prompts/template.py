@@ -11,12 +11,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from ggft.prompts.answers import OTHER
 from ggft.prompts.assistant_mask import AssistantMask, Part
-from ggft.prompts.builtin import BUILTIN, KNOW_INPUT
+from ggft.prompts.builtin import BUILTIN, KNOW_INPUT, TemplateChoice, find_source
 from ggft.prompts.dialect import RenderAll, Thoughts, learn_dialect
 from ggft.prompts.encoding import (
     Encoder,
@@ -37,23 +36,18 @@ from ggft.system.errors import InputError
 
 __all__ = ["Message", "Template", "Tokenizer", "Tokens", "make_template"]
 
-MAX_SOURCE_BYTES = 1 << 20
-THINKING = ("keep", "drop", "empty")
-
 
 class Template:
     """A prompt template bound to a tokenizer.
 
     Args:
-        name: What the user called it.
-        source: The Jinja source.
+        choice: Which one it is, its source included, and how it is used.
         metadata: The model's key-value pairs.
         tokenizer: The model's tokenizer; its `encode` is called from several threads.
-        render: Renders conversations by the source, from several threads.
-        arguments: Variables that the template is given, which `render` already knows.
-        thinking: What becomes of the rows' thoughts: one of `THINKING`.
+        render: Renders conversations by the choice, from several threads.
 
     Attributes:
+        choice: As given.
         source_hash: SHA-256 of the source, written into adapters.
         stop_ids: Tokens that end a generated answer.
         end_id: The token that an answer is trained to end with.
@@ -63,20 +57,15 @@ class Template:
 
     def __init__(
         self,
-        name: str,
-        source: str,
+        choice: TemplateChoice,
         metadata: Mapping[str, object],
         tokenizer: Tokenizer,
         render: RenderAll,
-        *,
-        arguments: Mapping[str, object] | None = None,
-        thinking: str = "keep",
     ) -> None:
-        self.name = name
-        self.source = source
+        self.choice = choice
+        self.name = choice.name
+        self.source = source = choice.source or ""
         self.source_hash = hashlib.sha256(source.encode()).hexdigest()
-        self.arguments = dict(arguments or {})
-        self.thinking = thinking
         self.tokenizer = tokenizer
         self.notes: list[str] = []
         # Whether the tokenizer puts a space before text that follows a special token.
@@ -118,6 +107,15 @@ class Template:
             words = [u for u in self._units.of(part.text) if isinstance(u, str)]
             if not part.is_content and len(" ".join(words).split()) > 3:
                 self.notes.append(f"the template adds text of its own: {' '.join(words).strip()!r}")
+
+    def record(self) -> dict[str, str]:
+        """Return what an adapter keeps of this template: itself, and how it was used."""
+        return {
+            "template": self.name,
+            "template_sha256": self.source_hash,
+            "template_source": self.source,
+            "template_arguments": json.dumps(dict(self.choice.arguments)),
+        }
 
     def encode_example(
         self, messages: Sequence[Message], *, train_on_prompt: bool = False
@@ -202,17 +200,23 @@ class Template:
         Args:
             text: The answer without its end token, with the texts of control tokens.
         """
-        if self._dialect.thoughts is Thoughts.TEXT:
-            return {"role": "assistant", "content": text.lstrip()}
         body = text.lstrip()
         opening, closing = (mark.strip() for mark in self._around_thought)
-        if closing and closing in body and body.startswith(opening):
-            thought, _, rest = body.removeprefix(opening).partition(closing)
-            answer: Message = {"role": "assistant", "content": rest.lstrip()}
-            if thought.strip():
-                answer["reasoning"] = thought.strip()
-            return answer
-        return {"role": "assistant", "content": body.removeprefix(self._lead.strip()).lstrip()}
+        answer: Message = {"role": "assistant", "content": ""}
+        if self._dialect.thoughts is Thoughts.TEXT:
+            body = text
+        elif closing and closing in body and body.startswith(opening):
+            thought, _, body = body.removeprefix(opening).partition(closing)
+            if thought := self._words_of(thought).strip():
+                answer["reasoning"] = thought
+        else:
+            body = body.removeprefix(self._lead.strip())
+        answer["content"] = self._words_of(body).lstrip()
+        return answer
+
+    def _words_of(self, text: str) -> str:
+        """Return a text without the names of control tokens."""
+        return "".join(unit for unit in self._units.cut(text) if isinstance(unit, str))
 
     def encode_text(self, text: str) -> Tokens:
         """Return the ids of plain text with BOS, if the model has it, and the end token."""
@@ -221,8 +225,9 @@ class Template:
     def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return messages as the template can be given them."""
         messages = messages if self._knows_input else joined(messages)
-        if self.thinking != "keep":
-            messages = dropped(messages, empty=self.thinking == "empty")
+        thinking = self.choice.thinking
+        if thinking != "keep":
+            messages = dropped(messages, empty=thinking == "empty")
         elif self._dialect.thoughts is not Thoughts.TEXT:
             messages = [split_thought(m) if m["role"] == "assistant" else m for m in messages]
         if any(m.keys() & _OF_TOOLS for m in messages):
@@ -324,29 +329,23 @@ def _answered(messages: Sequence[Message]) -> int:
 
 
 def make_template(
-    name: str,
-    metadata: Mapping[str, object],
-    tokenizer: Tokenizer,
-    *,
-    source: str | None = None,
-    arguments: Mapping[str, object] | None = None,
-    thinking: str = "keep",
+    choice: str | TemplateChoice, metadata: Mapping[str, object], tokenizer: Tokenizer
 ) -> Template:
-    """Return the template called `name` for a model.
+    """Return a template for a model.
 
     Args:
-        name: `auto` (the GGUF's own, else `instruction`), `gguf`, a built-in name, or a Jinja file.
+        choice: Which one and how, or only its name.
         metadata: The GGUF's key-value pairs.
         tokenizer: The model's tokenizer.
-        source: The template itself, where it is known; `name` is then only what it is called.
-        arguments: Variables that the template is given.
-        thinking: What becomes of thoughts: one of `THINKING`.
 
     Raises:
         InputError: No such template, or one that cannot be used.
     """
+    if isinstance(choice, str):
+        choice = TemplateChoice(choice)
+    name, source = choice.name, choice.source
     if source is None:
-        name, source = _find_source(name, metadata)
+        name, source = find_source(name, metadata)
     if MARK_OPEN in source or MARK_CLOSE in source:
         raise InputError("the chat template contains the private characters U+E0C5 or U+E0C6")
 
@@ -355,43 +354,11 @@ def make_template(
 
     trusted = source in BUILTIN.values()
     start: Any = render_here if trusted else JinjaProcess
-    render = start(source, text(tokenizer.bos_id), text(tokenizer.eos_id), arguments or {})
-    template = Template(
-        name, source, metadata, tokenizer, render, arguments=arguments, thinking=thinking
-    )
+    render = start(source, text(tokenizer.bos_id), text(tokenizer.eos_id), choice.arguments)
+    chosen = replace(choice, name=name, source=source)
+    template = Template(chosen, metadata, tokenizer, render)
     if trusted and source != BUILTIN["alpaca"]:
         template.notes = [note for note in template.notes if "of its own" not in note]
+    if choice.name == "auto" and name == "llama2":
+        template.notes.append("a Llama 2 chat model without a template: llama2 is used")
     return template
-
-
-def _find_source(name: str, metadata: Mapping[str, object]) -> tuple[str, str]:
-    """Return name and Jinja source of a template."""
-    own = metadata.get("tokenizer.chat_template")
-    usable = isinstance(own, str) and bool(own.strip())
-    if name == "auto":
-        name = "gguf" if usable else "instruction"
-    if name == "gguf":
-        if not usable:
-            raise InputError(
-                "this model has no chat template of its own", hint="choose one with --template"
-            )
-        if any("\ud800" <= c <= "\udfff" for c in str(own)):
-            raise InputError(
-                "the model's chat template is not UTF-8",
-                hint=OTHER,
-            )
-        return name, str(own)
-    if name in BUILTIN:
-        return name, BUILTIN[name]
-    path = Path(name)
-    if not path.is_file():
-        raise InputError(
-            "no such template",
-            found=repr(name),
-            expected="auto, gguf, " + ", ".join(BUILTIN) + ", or a Jinja file",
-        )
-    try:
-        with path.open("rb") as file:
-            return name, file.read(MAX_SOURCE_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read the template: {e}", path=path) from None

@@ -18,6 +18,7 @@ from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.ollama import go_template, learn_turns, modelfile
 from ggft.settings.commands import ExportConfig
+from ggft.settings.declared import asked_template
 from ggft.setup.inputs import choose_template
 from ggft.system.errors import InputError
 from ggft.system.files import (
@@ -80,7 +81,7 @@ def _for_ollama(
         )
     notes: list[str] = []
     tokenizer = LlamaTokenizer(base.path)
-    template = choose_template(config.template, adapter, base, tokenizer, notes.append)
+    template = choose_template(asked_template(config), adapter, base, tokenizer, notes.append)
     turns = learn_turns(template)
     if config.system is not None and not turns.takes_system:
         raise InputError(f"the template `{template.name}` takes no system prompt")

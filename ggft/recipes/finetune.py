@@ -12,6 +12,7 @@ from ggft.gguf.linears import block_of, parse_targets
 from ggft.gguf.read import check_model, read_gguf
 from ggft.hub.download import find_model, model_here
 from ggft.hub.header import model_outline
+from ggft.settings.declared import asked_template
 from ggft.settings.option import to_record
 from ggft.settings.training import FinetuneConfig, SettledConfig
 from ggft.setup.course import with_course
@@ -50,7 +51,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> None:
         return
     path = find_model(config.model)
     with StopSignals() as stop:
-        base = open_model(path, config.template, warn=progress.warn)
+        base = open_model(path, asked_template(config), warn=progress.warn)
         parse_targets(config.target_modules, base.info.linears)
         data = read_data(config, base, stop)
         callbacks = [Announcement(config, base, progress), *trackers(config)]
@@ -137,7 +138,7 @@ def plan(config: FinetuneConfig, progress: Progress | None = None) -> None:
     is_whole = model_here(config.model) is not None
     with model_outline(config.model, progress.note) as path, StopSignals() as stop:
         if config.data:
-            base = open_model(path, config.template, check=is_whole, warn=progress.warn)
+            base = open_model(path, asked_template(config), check=is_whole, warn=progress.warn)
             data = read_data(config, base, stop)
             config, _ = with_initial(config, base, progress.warn)
             settled = choose_settings(config, data)

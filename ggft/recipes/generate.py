@@ -89,7 +89,7 @@ class Chat:
         except BaseException:
             self.history.pop()
             raise
-        self.history.append({"role": "assistant", "content": answer})
+        self.history.append(answer)
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; return whether the chat goes on."""

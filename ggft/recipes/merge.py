@@ -9,6 +9,7 @@ too little of the delta would survive, and the file grows.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ggft.adapters.merge import merge as merge_adapter
 from ggft.adapters.receipt import MergeReport, render
 from ggft.gguf.read import check_decoder, read_gguf
 from ggft.hub.download import find_model
+from ggft.prompts.builtin import BUILTIN
 from ggft.settings.commands import MergeConfig
 from ggft.settings.option import make
 from ggft.settings.training import EvalConfig
@@ -69,7 +71,9 @@ def _fit_for(
             print_warning(f"{error.message}: nothing can be fitted, so the file may grow")
             config = replace(config, type="auto")
         return config, None
-    read_adapter(adapter, file, check_hash=not config.any_base)
+    note = read_adapter(adapter, file, check_hash=not config.any_base).note
+    if note:
+        print_note(note)
     source = Rows(config.data) if config.data else rows_of_run(adapter)
     rows = ", ".join(source.data) or "no rows of the fine-tune (--data gives some)"
     print_note(f"fitting to {rows}, and {N_GENERAL} general rows")
@@ -80,8 +84,14 @@ def _measure_on(data: tuple[str, ...]) -> Measure:
     """Return what measures the loss of a model on data."""
 
     def measure(model: str, tuned: str | None, template: str) -> float:
-        files = EvalConfig(model=model, adapter=tuned, template=template, data=data)
-        return evaluate_files(files).loss
+        """Measure under a template that is given by its name, or itself where it has none."""
+        with tempfile.TemporaryDirectory() as folder:
+            if template not in ("auto", "gguf", *BUILTIN):
+                file = Path(folder) / "template.jinja"
+                file.write_text(template, encoding="utf-8")
+                template = str(file)
+            files = EvalConfig(model=model, adapter=tuned, template=template, data=data)
+            return evaluate_files(files).loss
 
     return measure
 

@@ -28,6 +28,7 @@ from ggft.prompts.assistant_mask import UnstableError
 from ggft.prompts.messages import joined
 from ggft.prompts.template import Template, Tokens
 from ggft.settings.commands import PrepareConfig
+from ggft.settings.declared import asked_template
 from ggft.setup.inputs import open_vocabulary
 from ggft.system.errors import InputError
 from ggft.system.files import (
@@ -63,7 +64,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
         require_plain_name(config.out)
         for name in SIDES if Path(config.out).is_dir() else ():
             require_new(Path(config.out) / name, force=config.force)
-    model, template = open_vocabulary(config.model, config.template, warn=progress.warn)
+    model, template = open_vocabulary(config.model, asked_template(config), warn=progress.warn)
     n_ctx = model.get(f"{model.architecture}.context_length")
     rows = RowOptions(config.format, config.columns, config.ignore_columns)
     corpus = load_corpus(
@@ -80,7 +81,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> None:
             keep_tokens=False,
         ),
         helpers=partial(
-            EncoderPool, model.path, template.name, train_on_prompt=config.train_on_prompt
+            EncoderPool, model.path, template.choice, train_on_prompt=config.train_on_prompt
         ),
     )
     for text in (*template.notes, *corpus.account.notes):

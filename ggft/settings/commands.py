@@ -20,7 +20,9 @@ from ggft.settings.declared import (
     model_option,
     seed_option,
     system_option,
+    template_arg_option,
     template_option,
+    thinking_option,
     threads_option,
     train_on_prompt_option,
     val_split_option,
@@ -71,6 +73,8 @@ class PrepareConfig:
     columns: tuple[str, ...] = columns_option()
     ignore_columns: tuple[str, ...] = ignore_columns_option()
     template: str = template_option(trained=False)
+    template_arg: tuple[str, ...] = template_arg_option()
+    thinking: str = thinking_option()
     max_length: int | None = max_length_option(shown=MAX_LENGTH_RULE)
     val_split: float | None = val_split_option()
     train_on_prompt: bool = train_on_prompt_option()
@@ -88,6 +92,7 @@ class GenerateConfig:
     adapter: str | None = adapter_option()
     adapter_scale: float = adapter_scale_option()
     template: str = template_option(trained=True)
+    template_arg: tuple[str, ...] = template_arg_option()
     system: str | None = system_option()
     max_tokens: int = option(
         "--max-tokens", "--max-new-tokens", "-n", default=200, minimum=1, maximum=1_000_000,
@@ -218,6 +223,7 @@ class ExportConfig:
     to: str = option("--to", choices=("ollama", "peft"), help="Whom the folder is for")
     adapter: str | None = adapter_option()
     template: str = template_option(trained=True)
+    template_arg: tuple[str, ...] = template_arg_option()
     system: str | None = system_option()
     force: bool = force_option("Replace files in a folder that is not empty", "--overwrite")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ggft.gguf.linears import TARGETS
+from ggft.prompts.builtin import THINKING, TemplateChoice, asked_for
 from ggft.settings.option import option
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -83,6 +84,28 @@ def template_option(*, trained: bool) -> Any:
         "--template", "--chat-template", default="auto", metavar="NAME|FILE",
         help=f"Prompt template; `auto` is {auto}",
     )  # fmt: skip
+
+
+def template_arg_option() -> Any:
+    """Declare --template-arg."""
+    return option(
+        "--template-arg", "--chat-template-arg", default=(), metavar="NAME=VALUE",
+        help="Give the template a variable, such as enable_thinking=false; may be repeated",
+    )  # fmt: skip
+
+
+def thinking_option() -> Any:
+    """Declare --thinking."""
+    return option(
+        "--thinking", default="keep", choices=THINKING,
+        help="The rows' thoughts: keep them (an answer without one is written as the template"
+        " writes it), drop them, or train an empty one before every answer",
+    )  # fmt: skip
+
+
+def asked_template(config: Any) -> TemplateChoice:
+    """Return the template that a command's settings ask for."""
+    return asked_for(config.template, config.template_arg, getattr(config, "thinking", "keep"))
 
 
 def system_option() -> Any:

@@ -32,7 +32,9 @@ from ggft.settings.declared import (
     recompute_option,
     seed_option,
     target_modules_option,
+    template_arg_option,
     template_option,
+    thinking_option,
     threads_option,
     train_on_prompt_option,
     val_split_option,
@@ -123,6 +125,8 @@ class FinetuneConfig:
     )  # fmt: skip
     train_on_prompt: bool = train_on_prompt_option()
     template: str = template_option(trained=False)
+    template_arg: tuple[str, ...] = template_arg_option()
+    thinking: str = thinking_option()
     precision: str = precision_option()
     recompute: bool | None = recompute_option()
     val_split: float | None = val_split_option()
@@ -220,6 +224,8 @@ class EvalConfig:
     columns: tuple[str, ...] = columns_option()
     ignore_columns: tuple[str, ...] = ignore_columns_option()
     template: str = template_option(trained=True)
+    template_arg: tuple[str, ...] = template_arg_option()
+    thinking: str = thinking_option()
     train_on_prompt: bool = train_on_prompt_option("Count the prompt's tokens, too")
     max_length: int = max_length_option(512)
     precision: str = precision_option()

@@ -12,6 +12,7 @@ from ggft.hub.download import find_model
 from ggft.llama.model import LlamaModel
 from ggft.prompts.messages import Message
 from ggft.settings.commands import GenerateConfig
+from ggft.settings.declared import asked_template
 from ggft.setup.inputs import choose_template, print_warning
 from ggft.system.errors import InputError
 from ggft.system.progress import print_note
@@ -38,13 +39,16 @@ class Speaker:
             n_ctx=config.context, threads=config.threads, device=config.device,
         )  # fmt: skip
         self._words = self._model.vocabulary
-        self.template = choose_template(config.template, adapter, file, self._words, print_warning)
+        self.template = choose_template(
+            asked_template(config), adapter, file, self._words, print_warning
+        )
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer to a conversation in printable pieces, whole characters only."""
         config = self._config
         ids = self.template.encode_prompt(messages)
         self.n_tokens = 0
+        self._written = b""  # with control tokens, by which thoughts are told from answers
         # Templates differ in which side of the border a blank stands on; answers begin without one.
         decoder, begun = codecs.getincrementaldecoder("utf-8")("replace"), False
         tokens = self._model.generate(
@@ -53,7 +57,9 @@ class Speaker:
         )  # fmt: skip
         for token in tokens:
             self.n_tokens += 1
-            piece = b"" if self._words.is_control(token) else self._words.piece(token)
+            piece = self._words.piece(token)
+            self._written += piece
+            piece = b"" if self._words.is_control(token) else piece
             text = decoder.decode(piece)
             text = text if begun else text.lstrip()
             if text:
@@ -61,6 +67,11 @@ class Speaker:
                 yield printable(text)
         if rest := decoder.decode(b"", final=True):
             yield printable(rest)
+
+    @property
+    def turn(self) -> Message:
+        """The last answer as a turn of the conversation, its thought apart."""
+        return self.template.read_answer(printable(self._written.decode("utf-8", "replace")))
 
     @property
     def was_cut(self) -> bool:
@@ -91,13 +102,11 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def stream_answer(speaker: Speaker, messages: Sequence[Message]) -> str:
-    """Stream an answer to stdout, and return it."""
-    pieces = []
+def stream_answer(speaker: Speaker, messages: Sequence[Message]) -> Message:
+    """Stream an answer to stdout, and return its turn."""
     for piece in speaker.answer(messages):
-        pieces.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
     if speaker.was_cut:
         print_note(f"(cut after {speaker.n_tokens} tokens; --max-tokens allows more)")
-    return "".join(pieces)
+    return speaker.turn

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.gguf.vocabulary import check_special_ids, check_vocabulary
 from ggft.hub.download import find_model
 from ggft.llama.model import LlamaTokenizer
-from ggft.prompts.builtin import BUILTIN
+from ggft.prompts.builtin import BUILTIN, TemplateChoice
 from ggft.prompts.encoding import Tokenizer
 from ggft.prompts.messages import Message
 from ggft.prompts.template import Template, make_template
@@ -56,7 +57,7 @@ def print_warning(text: str) -> None:
 
 def open_model(
     model: str | Path,
-    template: str = "auto",
+    template: str | TemplateChoice = "auto",
     *,
     check: bool = True,
     warn: Callable[[str], None] = print_warning,
@@ -80,7 +81,7 @@ def open_model(
 def open_with_adapter(
     model: str | Path,
     adapter: str | Path | None,
-    template: str = "auto",
+    template: str | TemplateChoice = "auto",
     *,
     check: bool = True,
     warn: Callable[[str], None] = print_warning,
@@ -104,7 +105,7 @@ def open_with_adapter(
 
 def open_vocabulary(
     model: str | Path,
-    template: str = "auto",
+    template: str | TemplateChoice = "auto",
     *,
     warn: Callable[[str], None] = print_warning,
 ) -> tuple[GGUFFile, Template]:
@@ -204,7 +205,7 @@ def load_data(
         seed=seed,
     )
     helpers = partial(
-        EncoderPool, model.file.path, model.template.name, train_on_prompt=train_on_prompt
+        EncoderPool, model.file.path, model.template.choice, train_on_prompt=train_on_prompt
     )
     paths = [data] if isinstance(data, str | Path) else data
     corpus = load_corpus(paths, model.template, options, check, helpers)
@@ -216,7 +217,7 @@ def load_data(
 
 
 def choose_template(
-    name: str,
+    asked: str | TemplateChoice,
     adapter: Adapter | None,
     file: GGUFFile,
     tokenizer: Tokenizer,
@@ -224,30 +225,43 @@ def choose_template(
 ) -> Template:
     """Return the template to use; `auto` is the one that was trained with.
 
-    An adapter says which one that was, and so does a model that one was merged into.
+    An adapter holds that one, and so does a model that one was merged into. What the template was
+    given in training it is given again, but for what is asked otherwise.
 
     Raises:
         InputError: No such template, or it has another text than in training.
     """
+    asked = TemplateChoice(asked) if isinstance(asked, str) else asked
+    if adapter is not None and adapter.note:
+        warn(adapter.note)
+    name, source, arguments = asked.name, None, "{}"
     if adapter is None:
         path, trained = file.path, file.text("ggft.template")
         wanted = file.text("ggft.template_sha256")
     else:
         path, trained = adapter.path, adapter.meta.template
-        wanted = adapter.meta.template_sha256
-    chosen = trained or "auto" if name == "auto" else name
-    if name == "auto" and chosen not in ("auto", "gguf", *BUILTIN):
-        raise InputError(
-            "the adapter was trained with a template from a file, and what a model file names is"
-            " not opened",
-            path=path,
-            found=repr(chosen)[:MAX_SHOWN],
-            hint="give that file to --template",
-        )
-    template = make_template(chosen, file.metadata, tokenizer)
+        wanted, source = adapter.meta.template_sha256, adapter.meta.template_source
+        arguments = adapter.meta.template_arguments or "{}"
+    if name == "auto":
+        name = trained or "auto"
+        if source is None and name not in ("auto", "gguf", *BUILTIN):
+            raise InputError(
+                "the adapter was trained with a template from a file, and what a model file names"
+                " is not opened",
+                path=path,
+                found=repr(name)[:MAX_SHOWN],
+                hint="give that file to --template",
+            )
+    else:
+        source = None
+    given = _arguments(arguments, path)
+    if any(given.get(key, value) != value for key, value in asked.arguments.items()):
+        warn("the adapter was trained with other template arguments; its answers may be worse")
+    choice = replace(asked, name=name, source=source, arguments={**given, **asked.arguments})
+    template = make_template(choice, file.metadata, tokenizer)
     if wanted in (None, template.source_hash):
         return template
-    if name == "auto":
+    if asked.name == "auto":
         raise InputError(
             f"the template `{template.name}` is not the one that the adapter was trained with",
             path=path,
@@ -257,3 +271,17 @@ def choose_template(
         )
     warn("the adapter was trained with another template; its answers may be worse")
     return template
+
+
+def _arguments(text: str, path: Path) -> dict[str, object]:
+    """Return the template arguments that an adapter names."""
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(
+            "the adapter's template arguments are no JSON object", path=path,
+            found=repr(text)[:MAX_SHOWN],
+        )  # fmt: skip
+    return arguments

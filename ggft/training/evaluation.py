@@ -14,6 +14,7 @@ from ggft.data.store import StoreView
 from ggft.engine.engine import Engine, mean_nats
 from ggft.engine.memory import Plan
 from ggft.hub.download import find_model
+from ggft.settings.declared import asked_template
 from ggft.settings.option import make
 from ggft.settings.training import EvalConfig
 from ggft.setup.course import GENERAL_CHECK
@@ -90,7 +91,7 @@ def evaluate_files(config: EvalConfig, warn: Callable[[str], None] = print_warni
     """
     path = find_model(config.model)
     with StopSignals() as stop:
-        model, adapter = open_with_adapter(path, config.adapter, config.template, warn=warn)
+        model, adapter = open_with_adapter(path, config.adapter, asked_template(config), warn=warn)
         data = load_data(
             model,
             config.data,

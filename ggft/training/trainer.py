@@ -12,6 +12,7 @@ from typing import Any
 
 from ggft import __version__
 from ggft.adapters.adapter import Adapter, AdapterMeta
+from ggft.adapters.base import base_record
 from ggft.data.advice import suggest
 from ggft.data.batches import Batches, Steps
 from ggft.engine.engine import Cancelled, Engine, mean_nats
@@ -67,10 +68,9 @@ class Trainer:
             rank=config.rank,
             alpha=self.engine.settings.alpha,
             dropout=config.dropout,
-            base_sha256=self.base.file.sha256(),
             base_name=self.base.name,
-            template=self.base.template.name,
-            template_sha256=self.base.template.source_hash,
+            **base_record(self.base.file),
+            **self.base.template.record(),
         )
         self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed, self.initial)
         self.chance = math.log(self.base.info.n_vocab)

@@ -179,8 +179,8 @@ def test_the_loss_that_survives(tmp_path: Path) -> None:
     report = merge(base, adapter, tmp_path / "out.gguf", config, measure=measure)
     assert asked == [
         ("base.gguf", None, "instruction"),
-        ("base.gguf", str(adapter), "instruction"),
-        ("out.gguf", None, "instruction"),
+        ("base.gguf", str(adapter), "auto"),  # its own
+        ("out.gguf", None, "auto"),
     ]
     assert report.losses is not None
     assert report.losses.survived == pytest.approx(0.9)
