@@ -175,17 +175,22 @@ class Engine:
             Cancelled: `cancel` was called.
         """
         arrays = self._check(batch)
-        try:
-            with native_errors(self._native):
-                nats, count = self._engine.forward_backward(*arrays, seed)
+        with self._naming_the_tensor():
+            nats, count = self._engine.forward_backward(*arrays, seed)
             if not math.isfinite(nats):
                 raise NumericError("the loss is not finite", found=nats)
-        except NumericError as error:
-            raise NumericError(f"{error.message}; {self._first_not_finite()}") from None
         return float(nats), int(count)
 
+    @contextlib.contextmanager
+    def _naming_the_tensor(self) -> Iterator[None]:
+        """Turn native errors into ours; say which matrix is not finite, where the loss is not."""
+        try:
+            with native_errors(self._native):
+                yield
+        except NumericError as error:
+            raise NumericError(f"{error.message}; {self._first_not_finite()}") from None
+
     def _first_not_finite(self) -> str:
-        """Say which matrix holds a value that is not finite, after the loss was not."""
         import numpy as np
 
         for name in self._parameters:
@@ -194,10 +199,9 @@ class Engine:
         return "the adapter's matrices are finite, so an activation or a base weight is not"
 
     def evaluate(self, batch: MicroBatch) -> tuple[float, int]:
-        """Return (summed nats, trained tokens) of a micro-batch, without dropout or gradient."""
-        arrays = self._check(batch)
-        with native_errors(self._native):
-            nats, count = self._engine.evaluate(*arrays)
+        """Return what `forward_backward` does, without dropout and gradient; raise its errors."""
+        with self._naming_the_tensor():
+            nats, count = self._engine.evaluate(*self._check(batch))
         return float(nats), int(count)
 
     def token_nats(self, batch: MicroBatch) -> FloatArray:

@@ -208,7 +208,10 @@ double Lora::step(ggml_backend_t backend, const AdamWConfig & o, float lr, int64
     }
     const double norm = std::sqrt(square) / (double)n_targets;
     if (!std::isfinite(norm)) {
-        fail(ErrorKind::numeric, "the gradient is not finite in " + first_nonfinite_grad());
+        const std::string name = first_nonfinite_grad();
+        fail(ErrorKind::numeric, name.empty()
+                                     ? "the gradient is so large that its norm is not finite"
+                                     : "the gradient is not finite in " + name);
     }
 
     const double clip =
