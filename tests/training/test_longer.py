@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from ggft.adapters.adapter import read_adapter
 from ggft.recipes.finetune import finetune
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
-from tests.support.runs import Case, metrics, resumed
+from tests.support.runs import ROWS, Case, metrics, resumed
 
 CONSTANT: dict[str, Any] = {"lr_scheduler": "constant", "warmup_steps": 0}
 
@@ -101,3 +102,15 @@ def test_a_resumed_run_needs_its_first_adapter_no_more(case: Case) -> None:
     path.unlink()
     finetune(resumed(output=str(run), epochs=2), Progress("quiet"))
     assert len(metrics(run)) == 12
+
+
+def test_columns_that_are_not_used_are_listed_before_training(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "id": n, "frage": "x"} for n, row in enumerate(ROWS, 1)]
+    case.data.write_text(json.dumps(rows))
+    finetune(case.config(epochs=1, ignore_columns=["frage"]), Progress("auto"))
+    out = "".join(capsys.readouterr())
+    assert out.count("columns not used: id (23 rows); --columns NAME=ROLE uses one") == 1
+    assert "columns ignored as asked: frage (23 rows)" in out
+    assert "no row has a column" in case.fails(InputError, "b", columns=["nofrage=input"])
