@@ -5,7 +5,7 @@
 #
 # Expected by most: F32 in, F32 out, with some 7 digits between.
 # Consequence: GELU models (GPT-2, Phi, Gemma, …) agree with their originals to 3 digits at best;
-# a finite difference over a small step is 0 or far too large; gradients checked that way look wrong.
+# a finite difference over a small step is 0 or far too large, so right gradients look wrong.
 #
 # Seen with the ggml of llama-cpp-python 0.3.36 (ggml-cpu/vec.h, ggml_vec_gelu_f32). Counts the
 # different values of functions at 1000 points between 1 and 1.01, prints

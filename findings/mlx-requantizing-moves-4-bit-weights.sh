@@ -40,7 +40,7 @@ for bits in (2, 3, 4, 5, 6, 8):
     change = mx.abs(second - first).reshape(-1, 64).max(axis=1)
     moved[bits] = mx.mean((change > 1e-4).astype(mx.float32)).item()
     print(
-        f"{bits} bits: error {rms(first - weights):.4f}, after two passes {rms(second - weights):.4f};"
+        f"{bits} bits: error {rms(first - weights):.4f}, then {rms(second - weights):.4f};"
         f" the second moved {moved[bits]:.0%} of the groups, the third by {later[bits]:.0e}"
     )
 sys.exit(0 if moved[2] == 0 and moved[4] > 0.05 and moved[8] > 0.05 and later[4] < 1e-5 else 1)
