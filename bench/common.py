@@ -66,7 +66,8 @@ def whole_rows(ids: Sequence[int], n_steps: int, n_rows: int, n_tokens: int) -> 
 
 def packed_rows(model: Path, data: Path | None, n_steps: int, n_rows: int, n_tokens: int) -> Arrays:
     """Return (steps, B, T) batches of packed examples of which only the second half is trained."""
-    from ggft.data.batches import Batches, TokenStore
+    from ggft.data.batches import Batches
+    from ggft.data.store import TokenStore
 
     ids = text_ids(model, data, 2 * n_steps * n_rows * n_tokens)
     rng, store, at = np.random.default_rng(0), TokenStore(), 0

@@ -27,7 +27,7 @@ from ggft.prompts.messages import Message
 from ggft.prompts.template import Template
 from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig, SettledConfig
-from ggft.setup.course import GENERAL
+from ggft.setup.course import GENERAL, LIKELY_NATS, SHORT_TOKENS
 from ggft.setup.open import choose_settings
 from ggft.system.files import sha256_of
 
@@ -38,8 +38,8 @@ MAX_TOKENS = 48
 ALL = 1000  # rows to ask: as many as there may be
 N_ALPACA, ALPACA_HELD_OUT = 300, 0.2
 CHOSEN = (
-    "epochs", "batch_size", "lr", "lr_scheduler", "rank", "alpha", "dropout", "mix_share", "vary",
-    "val_split", "patience",
+    "epochs", "batch_size", "lr", "lr_scheduler", "rank", "alpha", "dropout", "mix_share",
+    "mix_as_base", "vary", "val_split", "patience",
 )  # fmt: skip
 
 
@@ -167,6 +167,8 @@ def settings_of(settled: SettledConfig) -> dict[str, Any]:
     found = {name: getattr(settled, name) for name in CHOSEN}
     if settled.mix_share:
         found["mixed"] = sha256_of([GENERAL])[:8]
+    if settled.mix_as_base:
+        found["kept"] = f"{SHORT_TOKENS} tokens of {LIKELY_NATS} nats"
     return found
 
 
@@ -281,7 +283,9 @@ def _words(settings: dict[str, Any]) -> str:
     """Return the settings that differ between recipes, in short."""
     x = settings
     words = f"{x['epochs']} epochs, lr {x['lr']:g}, rank {x['rank']}, alpha {x['alpha']:g}"
-    return words + (f", mix {x['mix_share']:.2g}" if x["mix_share"] else "")
+    if x["mix_share"]:
+        words += f", mix {x['mix_share']:.2g}" + (" as the base" if x["mix_as_base"] else "")
+    return words
 
 
 def _median(runs: Sequence[dict[str, Any]], name: str, form: str) -> str:

@@ -7,42 +7,22 @@ Everything follows from (seed, epoch): the same call gives the same batches, and
 from __future__ import annotations
 
 import hashlib
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
+
+from ggft.data.store import Examples, Subset
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-
-import heapq
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict
-
-from ggft.data.store import TokenStore
-
-if TYPE_CHECKING:
-    from ggft.data.store import BoolArray as BoolArray
-    from ggft.data.store import IntArray as IntArray
-
-__all__ = ["Batch", "Batches", "Examples", "TokenStore", "pack"]
+    from ggft.data.store import IntArray
 
 _GENERAL = 1  # of seeds: the order of general rows, beside that of epochs
 ROW_MULTIPLE = 8  # rows are padded to this: coarser, padding shows in the speed of short rows
-
-
-class Examples(Protocol):
-    """A sequence of tokenized examples: a `TokenStore`, or some of its examples."""
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens of each example, (N,)."""
-        ...
-
-    def get(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Return ids and trained mask of an example."""
-        ...
 
 
 class Batch(TypedDict):
@@ -196,12 +176,12 @@ class Batches:
         for b, row in enumerate(rows):
             at = 0
             for s, index in enumerate(row):
-                ids, trained = self.examples.get(index)
+                ids, wanted = self.examples.targets(index)
                 n = len(ids)
                 tokens[b, at : at + n] = ids
                 positions[b, at : at + n] = np.arange(n)
                 segments[b, at : at + n] = s
-                targets[b, at : at + n - 1] = np.where(trained[1:], ids[1:], -1)
+                targets[b, at : at + n] = wanted
                 at += n
         return {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets}
 
@@ -209,42 +189,6 @@ class Batches:
 def steps_per_epoch(n_examples: int, examples_per_step: int) -> int:
     """Return the optimizer steps of one pass; the last, partial one counts."""
     return -(-n_examples // examples_per_step)
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some of the examples, in the order of `indexes`; `lengths` are theirs."""
-
-    examples: Examples
-    indexes: npt.NDArray[np.int64]
-    lengths: IntArray
-
-    def get(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Return ids and trained mask of an example."""
-        return self.examples.get(int(self.indexes[index]))
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Examples of several sources, one after another; `lengths` are theirs."""
-
-    parts: tuple[Examples, ...]
-    lengths: IntArray
-
-    @staticmethod
-    def of(*parts: Examples) -> Chain:
-        """Return the chain of some sources."""
-        import numpy as np
-
-        return Chain(parts, np.concatenate([part.lengths for part in parts]))
-
-    def get(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Return ids and trained mask of an example."""
-        for part in self.parts:
-            if index < len(part.lengths):
-                return part.get(index)
-            index -= len(part.lengths)
-        raise IndexError(index)
 
 
 @dataclass(frozen=True)
@@ -261,6 +205,7 @@ class Course:
         n_wordings: Wordings of each row.
         n_general: General examples of an epoch.
         seed: Seed of the general examples' order.
+        n_copies: How often `examples` has each general one, for each to be told anew.
     """
 
     examples: Examples
@@ -268,6 +213,7 @@ class Course:
     n_wordings: int = 1
     n_general: int = 0
     seed: int = 0
+    n_copies: int = 1
 
     @property
     def n_examples(self) -> int:
@@ -282,12 +228,11 @@ class Course:
         if not self.n_general:
             return rows
         n_worded = self.n_rows * self.n_wordings
-        order = np.random.Generator(np.random.PCG64([self.seed, _GENERAL])).permutation(
-            np.arange(n_worded, len(self.examples.lengths))
-        )
-        first = epoch * self.n_general
-        chosen = np.arange(first, first + self.n_general) % len(order)
-        return np.concatenate([rows, order[chosen]])
+        n = (len(self.examples.lengths) - n_worded) // self.n_copies
+        order = np.random.Generator(np.random.PCG64([self.seed, _GENERAL])).permutation(n)
+        at = np.arange(self.n_general) + epoch * self.n_general
+        copy = at // n % self.n_copies
+        return np.concatenate([rows, n_worded + copy * n + order[at % n]])
 
 
 class Steps:

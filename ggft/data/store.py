@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +19,23 @@ if TYPE_CHECKING:
 
 N_SHOWN = 3  # rows named in a warning
 MEMORY_TOKENS = 1 << 24  # tokens that a store keeps in memory before it writes a file
+
+
+class Examples(Protocol):
+    """A sequence of tokenized examples: a `TokenStore`, or some of its examples."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each example, (N,)."""
+        ...
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        ...
+
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each; −1 where nothing is."""
+        ...
 
 
 class TokenStore:
@@ -103,6 +121,10 @@ class TokenStore:
             trained[first:last] = True
         return ids, trained
 
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each: the next token, or −1."""
+        return next_tokens(*self.get(index))
+
     def _mapped(self) -> IntArray:
         import numpy as np
 
@@ -138,6 +160,96 @@ class StoreView:
         """Return ids and trained mask of an example."""
         ids, trained = self._store.get(int(self._indexes[index]))
         return ids[: self._max_length], trained[: self._max_length]
+
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each: the next token, or −1."""
+        return next_tokens(*self.get(index))
+
+
+def next_tokens(ids: IntArray, trained: BoolArray) -> tuple[IntArray, IntArray]:
+    """Return ids, and at each the token that comes next if that is trained, else −1."""
+    import numpy as np
+
+    targets = np.full(len(ids), -1, np.int32)
+    targets[:-1] = np.where(trained[1:], ids[1:], -1)
+    return ids, targets
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the examples, in the order of `indexes`; `lengths` are theirs."""
+
+    examples: Examples
+    indexes: npt.NDArray[np.int64]
+    lengths: IntArray
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        return self.examples.get(int(self.indexes[index]))
+
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each."""
+        return self.examples.targets(int(self.indexes[index]))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Examples of several sources, one after another; `lengths` are theirs."""
+
+    parts: tuple[Examples, ...]
+    lengths: IntArray
+
+    @staticmethod
+    def of(*parts: Examples) -> Chain:
+        """Return the chain of some sources."""
+        import numpy as np
+
+        return Chain(parts, np.concatenate([part.lengths for part in parts]))
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        part, index = self._find(index)
+        return part.get(index)
+
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each."""
+        part, index = self._find(index)
+        return part.targets(index)
+
+    def _find(self, index: int) -> tuple[Examples, int]:
+        """Return the source of an example, and its number there."""
+        for part in self.parts:
+            if index < len(part.lengths):
+                return part, index
+            index -= len(part.lengths)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class Retold:
+    """Examples some of which are to predict something else than their own next tokens.
+
+    Attributes:
+        examples: The examples.
+        other: What is to be predicted at each token, by the example's index.
+    """
+
+    examples: Examples
+    other: Mapping[int, IntArray]
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each example, (N,)."""
+        return self.examples.lengths
+
+    def get(self, index: int) -> tuple[IntArray, BoolArray]:
+        """Return ids and trained mask of an example."""
+        return self.examples.get(index)
+
+    def targets(self, index: int) -> tuple[IntArray, IntArray]:
+        """Return ids of an example, and what is to be predicted at each."""
+        ids, targets = self.examples.targets(index)
+        return ids, self.other.get(index, targets)
 
 
 class RowTable:

@@ -140,6 +140,11 @@ class FinetuneConfig:
         shown=DATA_RULE,
         help="Share of general rows among an epoch's examples",
     )  # fmt: skip
+    mix_as_base: bool = option(
+        "--mix-as-base", default=False,
+        help="Train general rows on what the base itself would say there, not on their answers:"
+        " other text changes less, reworded questions are found less often",
+    )  # fmt: skip
     vary: str = option(
         "--vary", default="auto", choices=("auto", "none", "questions"),
         help="Ask the rows' questions a little differently in each epoch; `auto`: those of facts",

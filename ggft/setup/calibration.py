@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggft.adapters.calibrate import Calibration, Fitted
-from ggft.data.batches import Batch, Batches, Subset
+from ggft.data.batches import Batch, Batches
 from ggft.data.sources.find import is_here
-from ggft.data.store import StoreView
+from ggft.data.store import StoreView, Subset
 from ggft.engine.engine import Cancelled, Engine, EngineSettings
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.types import GGMLType

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.data.account import Account
-from ggft.data.batches import Course, Examples
+from ggft.data.batches import Course
 from ggft.data.corpus import CorpusOptions, load_corpus
 from ggft.data.encode import EncoderPool
 from ggft.data.examples import RowOptions
-from ggft.data.store import StoreView
+from ggft.data.store import Examples, StoreView
 from ggft.gguf.finite import check_and_hash
 from ggft.gguf.read import GGUFFile, ModelInfo, check_model, read_gguf
 from ggft.gguf.vocabulary import check_special_ids, check_vocabulary

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggft.adapters.adapter import Adapter, read_adapter
-from ggft.data.batches import Batches, Subset
-from ggft.data.store import StoreView
+from ggft.data.batches import Batches
+from ggft.data.store import StoreView, Subset
 from ggft.engine.engine import Engine, mean_nats
 from ggft.engine.memory import Plan
 from ggft.hub.download import find_model

@@ -13,7 +13,7 @@ from typing import Any
 from ggft.adapters.adapter import Adapter, read_adapter
 from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
-from ggft.setup.course import with_course
+from ggft.setup.course import draw_general, with_course
 from ggft.setup.initial import with_initial
 from ggft.setup.inputs import BaseModel, Data
 from ggft.setup.open import (
@@ -23,6 +23,7 @@ from ggft.setup.open import (
     make_shape,
     open_engine,
     plan_run,
+    put_adapter,
 )
 from ggft.system.errors import InputError
 from ggft.system.progress import Progress
@@ -144,6 +145,10 @@ def run_training(
         check_free(output, checkpoint.n_bytes(plan.n_trained), config.keep_checkpoints)
         stop.check()
         with open_engine(plan, stop) as engine:
+            if data.course.n_general and settled.mix_as_base:
+                progress.note("asking the base model what it would say to general rows")
+                put_adapter(engine, None, 1.0)
+                steps.examples = draw_general(engine, data.course, settled.epochs, stop.check)
             trainer = Trainer(
                 settled, model, data, steps, plan, run, engine, progress, stop, tell, initial
             )

@@ -6,7 +6,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from ggft.data.batches import Chain, Course, Steps, TokenStore
+from ggft.data.batches import Course, Steps
+from ggft.data.store import Chain, TokenStore
 
 
 def store(lengths: list[int]) -> TokenStore:

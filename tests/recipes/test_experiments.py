@@ -11,7 +11,14 @@ import bench.recipes as experiments
 from bench.recipes import Asker, Experiment, append, find, ratio, read_results, run_missing, table
 from ggft.data.advice import recipes
 
-SETTINGS = {"epochs": 12, "lr": 1e-3, "rank": 8, "alpha": 32.0, "mix_share": 0.25}
+SETTINGS = {
+    "epochs": 12,
+    "lr": 1e-3,
+    "rank": 8,
+    "alpha": 32.0,
+    "mix_share": 0.25,
+    "mix_as_base": False,
+}
 
 
 class FakeBench:

@@ -113,6 +113,9 @@ class FakeEngine:
             nats[row, kept] = -log_p[np.arange(kept.sum()), labels[kept]]
         return nats
 
+    def logits(self, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        return np.stack([self._logits(row, None)[0] for row in tokens]).astype(np.float32)
+
     def optimizer_step(self, lr: float, n_targets: int) -> float:
         s = self.settings
         squares = sum(

@@ -100,6 +100,22 @@ def test_a_varied_run_is_resumed_to_the_bit(case: Case) -> None:
     assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
 
 
+def test_general_rows_as_the_base_has_them_are_resumed_to_the_bit(case: Case) -> None:
+    given = {"epochs": 3, "mix": "auto", "mix_as_base": True}
+    whole, parts = case.train("whole", **given), case.train("parts", **given)
+    own = metrics(case.train("own", **{**given, "mix_as_base": False}))
+    assert [line["trained_tokens"] for line in own] == [
+        line["trained_tokens"] for line in metrics(whole)
+    ]
+    assert own[-1]["loss"] != metrics(whole)[-1]["loss"]
+    shutil.rmtree(max((parts / "checkpoints").iterdir()))
+    case.train("parts", **given, resume=True)
+    assert metrics(parts) == metrics(whole)
+    assert (parts / "adapter.gguf").read_bytes() == (whole / "adapter.gguf").read_bytes()
+    message = case.fails(InputError, "parts", **{**given, "mix_as_base": False, "resume": True})
+    assert "mix_as_base" in message
+
+
 def test_facts_that_were_held_out_leave_both_adapters(case: Case) -> None:
     rng = random.Random(1)
     rows = [
