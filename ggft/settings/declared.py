@@ -48,7 +48,7 @@ def columns_option() -> Any:
         "--columns", default=(), metavar="NAME=ROLE", split_commas=True,
         help="What columns of other names are, comma separated: "
         "question=instruction,answer=output; roles are instruction, input, context, output, system,"
-        " history, messages, text, ignore",
+        " history, messages, text, reasoning, tools, documents, ignore",
     )  # fmt: skip
 
 

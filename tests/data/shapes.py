@@ -114,6 +114,26 @@ READ: dict[str, dict[str, Any]] = {
     "c4": {"text": "body 49", "timestamp": "2019", "url": "u"},
     "tinystories": {"text": "story 50"},
     "quotes": {"input": "x51", "output": "o51", "id": 3},
+    "thoughts, a column": {"question": "q53", "reasoning": "r53", "answer": "a53"},
+    "thoughts, medical": {"Question": "q54", "Complex_CoT": "r54", "Response": "a54"},
+    "thoughts, a field": {"messages": [
+        {"role": "user", "content": "q55"},
+        {"role": "assistant", "reasoning_content": "r55", "content": "a55"},
+    ]},
+    "tools, openai": {"tools": [{"type": "function", "function": {"name": "look"}}], "messages": [
+        {"role": "user", "content": "q56"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c56", "function": {"name": "look", "arguments": '{"where": "x56"}'}}]},
+        {"role": "tool", "tool_call_id": "c56", "content": "t56"},
+        {"role": "assistant", "content": "a56"},
+    ], "parallel_tool_calls": False},
+    "tools, sharegpt": {"tools": '[{"name": "find", "description": "d57"}]', "conversations": [
+        {"from": "human", "value": "q57"},
+        {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "w57"}}'},
+        {"from": "observation", "value": "o57"}, {"from": "gpt", "value": "a57"},
+    ]},
+    "rag, documents": {"documents": [{"title": "t58", "text": "d58"}],
+                       "messages": turns("role", "content", "user", "assistant")},
     "aya": {"inputs_language": "en", "instruction": "i52", "response": "r52", "user_id": "u"},
 }  # fmt: skip
 

@@ -24,6 +24,8 @@ def first(row: Row, format_name: str = "auto") -> Example:
     return next(iter(RowReader(RowOptions(format_name)).examples(row)))
 
 
+# What this model's template does not write is refused.
+RENDERED = [name for name in READ if name.startswith(("thoughts", "tools", "rag, documents"))]
 ROLES = ("role", "from", "type")
 
 
@@ -32,7 +34,10 @@ def read(row: dict[str, Any], **options: Any) -> tuple[str, list[str]]:
     reader = RowReader(RowOptions(**options))
     example = next(iter(reader.examples(Row(row, Path("x"), 1))))
     texts = [example.text] if example.text is not None else []
-    texts += [f"{m['content']}\n{m.get('input', '')}" for m in example.messages]
+    for message in example.messages:
+        texts.append(f"{message['content']}\n{message.get('input', '')}")
+        more = ("reasoning", "tools", "tool_calls", "documents", "name", "tool_call_id")
+        texts += [str(message[key]) for key in more if key in message]  # type: ignore[literal-required]
     return "\n".join(texts), reader.notes()
 
 
@@ -45,6 +50,8 @@ def leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for inner in value:
             yield from leaves(inner, name)
+    elif isinstance(value, str) and value[:1] in ("[", "{"):
+        yield from leaves(json.loads(value), name)
     elif value not in (None, "", True, False):
         yield str(value), name
 
@@ -76,7 +83,7 @@ def test_prepare_lists_what_it_does_not_use(
 ) -> None:
     model = write_model(tmp_path / "tiny.gguf", Spec()).path
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(READ[name]) + "\n" for name in READ))
+    data.write_text("".join(json.dumps(READ[name]) + "\n" for name in READ if name not in RENDERED))
     arguments = ["prepare", "-m", str(model), "-d", str(data), "--val-split", "0", "--json"]
     assert run(cli, arguments) == 0
     out = capsys.readouterr().out

@@ -73,6 +73,7 @@ _ROLE_OF = {name: role for role, names in NAMES.items() for name in names}
 # What `--columns` may say of a column.
 GIVEN_ROLES = (
     "instruction", "input", "context", "output", "system", "history", "messages", "text",
+    "reasoning", "tools", "documents",
 )  # fmt: skip
 # Of these a row may have one more that is not used: it is another spelling of what is.
 _REPLACEABLE = {

@@ -87,6 +87,8 @@ def _texts(example: Example) -> Iterator[str]:
     for message in example.messages:
         yield message["content"]
         yield message.get("input", "")
+        yield message.get("reasoning", "")
+        yield from (str(call["arguments"]) for call in message.get("tool_calls", ()))
 
 
 def _is_card(text: str) -> bool:
