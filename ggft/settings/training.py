@@ -171,6 +171,7 @@ class FinetuneConfig:
     )  # fmt: skip
     init_adapter: str | None = option(
         "--init-adapter", "--resume-adapter-file", default=None, metavar="FILE",
+        shown="none",
         help="Begin with this adapter instead of a new one, to train it on",
     )  # fmt: skip
     overwrite: bool = overwrite_option(
