@@ -105,6 +105,8 @@ class AnswerFinder:
         """
         if whole.startswith(core):
             return len(core)
+        if last_mark_end(core) < len(core.rstrip()) and whole.startswith(core.rstrip()):
+            return len(core.rstrip())  # but for blanks, which only prompts end with
         places = [whole.find(mark(N_SLOTS * i + n)) for n in (0, 2)]
         own = min((place for place in places if place >= 0), default=len(whole))
         start = last_mark_end(whole[:own])

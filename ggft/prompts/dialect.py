@@ -42,6 +42,7 @@ class Dialect:
         thoughts: Where it takes thoughts from.
         text_arguments: Whether a call's arguments are to be a text.
         null_content: Whether a turn that only calls tools is to have no content.
+        typed_content: Whether contents are to be lists of parts, as of models that see.
         last_tail: What it writes behind a last answer.
         later_tail: What it writes between an answer and the next question; "" where unknown.
         mark: What opens a thought.
@@ -51,6 +52,7 @@ class Dialect:
     thoughts: Thoughts
     text_arguments: bool
     null_content: bool
+    typed_content: bool = False
     last_tail: str = ""
     later_tail: str = ""
     mark: str = "<think>\n"
@@ -58,12 +60,14 @@ class Dialect:
 
     def write(self, messages: Sequence[Message]) -> Sequence[Any]:
         """Return messages as the template wants them."""
-        if not any(m.keys() & _EXTRA for m in messages):
+        if not self.typed_content and not any(m.keys() & _EXTRA for m in messages):
             return messages
         written: list[dict[str, Any]] = []
         ids = _Ids()
         for message in messages:
             plain: dict[str, Any] = {k: v for k, v in message.items() if k not in _EXTRA}
+            if self.typed_content:
+                plain["content"] = [{"type": "text", "text": message["content"]}]
             if message.get("reasoning"):
                 self._add_thought(plain, message["reasoning"])
             if calls := message.get("tool_calls"):
@@ -88,9 +92,15 @@ class Dialect:
                 {"type": "text", "text": plain["content"]},
             ]
         elif self.thoughts is Thoughts.TEXT:
-            plain["content"] = f"<think>\n{thought}\n</think>\n\n{plain['content']}"
+            self._put_in_text(plain, f"<think>\n{thought}\n</think>\n\n")
         else:
             plain.update(dict.fromkeys(THOUGHT_FIELDS, thought))
+
+    def _put_in_text(self, plain: dict[str, Any], text: str) -> None:
+        if self.typed_content:
+            plain["content"].insert(0, {"type": "text", "text": text})
+        else:
+            plain["content"] = text + plain["content"]
 
     def _call(self, call: Any, identity: str) -> dict[str, Any]:
         arguments = call["arguments"]
@@ -143,8 +153,12 @@ def learn_dialect(render: RenderAll, source: str) -> Dialect:
     Raises:
         InputError: It cannot render a question and its answer.
     """
-    question: dict[str, Any] = {"role": "user", "content": _Q}
-    answer: dict[str, Any] = {"role": "assistant", "content": _A}
+    (first,) = render([([_say("user", _Q)], True)])
+    typed = isinstance(first, InputError) or _Q not in first
+    if typed:
+        (other,) = render([([_say("user", _Q, typed=True)], True)])
+        typed = isinstance(other, str) and _Q in other
+    question, answer = _say("user", _Q, typed=typed), _say("assistant", _A, typed=typed)
     fields = {**answer, **dict.fromkeys(THOUGHT_FIELDS, _R)}
     parts = [{"type": "thinking", "thinking": _R}, {"type": "text", "text": _A}]
     calls = [_calls(content, text) for content in ("", None) for text in (False, True)]
@@ -168,11 +182,16 @@ def learn_dialect(render: RenderAll, source: str) -> Dialect:
         _where_thoughts(prompt, whole, with_field, with_parts, source),
         text_arguments,
         null_content,
+        typed,
         last_tail=whole.rpartition(_A)[2],
         later_tail=after[1].partition(_Q)[0] if len(after) == 3 else "",
         mark=mark_in(source) or Dialect.mark,
-        switch=_switch(render, source) if closed(prompt) else "",
+        switch=_switch(render, question, source) if closed(prompt) else "",
     )
+
+
+def _say(role: str, text: str, *, typed: bool = False) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}] if typed else text}
 
 
 _SWITCHES = (
@@ -181,10 +200,9 @@ _SWITCHES = (
 )  # fmt: skip
 
 
-def _switch(render: RenderAll, source: str) -> str:
+def _switch(render: RenderAll, question: dict[str, Any], source: str) -> str:
     """Return the argument with which the template's prompt does not close the thought."""
     known = [(name, value) for name, value in _SWITCHES if name in source]
-    question = {"role": "user", "content": _Q}
     prompts = render([([{**question, VARIABLES: {name: value}}], True) for name, value in known])
     for (name, value), prompt in zip(known, prompts, strict=True):
         if isinstance(prompt, str) and not closed(prompt):

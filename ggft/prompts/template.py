@@ -48,6 +48,7 @@ class Template:
 
     Attributes:
         choice: As given.
+        dialect: How the template is spoken to.
         source_hash: SHA-256 of the source, written into adapters.
         stop_ids: Tokens that end a generated answer.
         end_id: The token that an answer is trained to end with.
@@ -77,8 +78,8 @@ class Template:
         self._encoder = Encoder(words.encode_all)
         self._knows_input = source in KNOW_INPUT
         self._units = Units(tokenizer)
-        self._dialect = learn_dialect(render, source)
-        ends = Endings(self._units, tokenizer, self._dialect)
+        self.dialect = learn_dialect(render, source)
+        ends = Endings(self._units, tokenizer, self.dialect)
         self.end_id, self.added_end = ends.end_id, ends.added
         if self.added_end is not None:
             self.notes.append(
@@ -87,7 +88,7 @@ class Template:
             )
         known = (tokenizer.eos_id, tokenizer.eot_id, self.end_id)
         self.stop_ids = frozenset(i for i in known if i is not None)
-        self._mask = AssistantMask(render, self._dialect, ends.end_of, ends.implied)
+        self._mask = AssistantMask(render, self.dialect, ends.end_of, ends.implied)
         self._probe()
 
     def _probe(self) -> None:
@@ -203,7 +204,7 @@ class Template:
         body = text.lstrip()
         opening, closing = (mark.strip() for mark in self._around_thought)
         answer: Message = {"role": "assistant", "content": ""}
-        if self._dialect.thoughts is Thoughts.TEXT:
+        if self.dialect.thoughts is Thoughts.TEXT:
             body = text
         elif closing and closing in body and body.startswith(opening):
             thought, _, body = body.removeprefix(opening).partition(closing)
@@ -228,7 +229,7 @@ class Template:
         thinking = self.choice.thinking
         if thinking != "keep":
             messages = dropped(messages, empty=thinking == "empty")
-        elif self._dialect.thoughts is not Thoughts.TEXT:
+        elif self.dialect.thoughts is not Thoughts.TEXT:
             messages = [split_thought(m) if m["role"] == "assistant" else m for m in messages]
         if any(m.keys() & _OF_TOOLS for m in messages):
             self._check_tools(messages)

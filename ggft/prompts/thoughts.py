@@ -15,6 +15,9 @@ from ggft.prompts.messages import Message
 _PAIRS = (
     (r"<((?:[\w-]+:)?(?:think|thinking|thought|reasoning|reason)(?::[\w-]+)?)>", r"</\1>"),
     (r"\[(THINK)\]", r"[/\1]"),
+    (r"<(judge)>", r"</\1>"),
+    (r"<start_(working_out)>", r"<end_\1>"),
+    (r"<\|start_(think)\|>", r"<|end_\1|>"),
     (r"<\|START_(THINKING)\|>", r"<|END_\1|>"),
     (r"<\|begin_of_(thought)\|>", r"<|end_of_\1|>"),
     (r"<\|channel>(thought)", r"<channel|>"),
@@ -25,7 +28,7 @@ _OPEN = "|".join(re.sub(r"(?<!\\)\((?!\?)", "(?:", opened) for opened, _ in _PAI
 _CLOSE = (
     r"</(?:[\w-]+:)?(?:think|thinking|thought|reasoning|reason)(?::[\w-]+)?>|\[/THINK\]"
     r"|<\|END_THINKING\|>|<\|end_of_thought\|>|<channel\|>|<\|close\|>think<\|sep\|>"
-    r"|\[BEGIN FINAL RESPONSE\]"
+    r"|\[BEGIN FINAL RESPONSE\]|</judge>|<end_working_out>|<\|end_think\|>"
 )
 _OPEN_AT_END = re.compile(rf"(?:{_OPEN})\s*\Z", re.IGNORECASE)
 _CLOSED_AT_END = re.compile(rf"(?:(?:{_OPEN})\s*)?(?:{_CLOSE})\s*\Z", re.IGNORECASE)

