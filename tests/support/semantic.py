@@ -300,6 +300,7 @@ def warm_up(folder: Path) -> None:
 
     Those of one thread: a fork does not inherit OpenMP's others.
     """
+    remove(folder / "out")
     words = io.StringIO()
     with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         codes = [
