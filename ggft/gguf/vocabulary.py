@@ -14,6 +14,7 @@ _TOKENIZERS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "hybri
 _SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "cls", "mask")
 _TURN_ENDS = ("bos", "eot", "eom")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_ESCAPE = re.compile(rb"\\(x..|[^x])", re.DOTALL)
 TOKEN_BYTE = 6
 
 
@@ -51,6 +52,8 @@ def check_vocabulary(file: GGUFFile) -> int:
     _check_list(file, "token_type", (ValueType.INT32,), n_vocab)
     if tokenizer == "gpt2":
         _check_list(file, "merges", (ValueType.STRING,), 0, required=True)
+    if tokenizer == "rwkv":
+        _check_first_bytes(file, tokens)
     _check_byte_tokens(file, tokens)
     duplicate = tokens.first_duplicate()
     if duplicate is not None:
@@ -93,6 +96,33 @@ def _check_list(
         found=found,
         expected=f"a list of {' or '.join(t.name for t in types)}, at least {least} long",
     )
+
+
+def _check_first_bytes(file: GGUFFile, tokens: StringArray) -> None:
+    """Check that each token begins with a token of one byte.
+
+    Without it llama.cpp, at a text that begins as the token and goes on otherwise, never ends.
+    """
+    texts = [_ESCAPE.sub(_unescaped, text.encode("utf-8", "surrogateescape")) for text in tokens]
+    single = {text for text in texts if len(text) == 1}
+    for i, text in enumerate(texts):
+        if text and text[:1] not in single:
+            raise InputError(
+                "a token begins with a byte that is no token, so this is no rwkv tokenizer",
+                path=file.path,
+                offset=file.value_offsets["tokenizer.ggml.tokens"],
+                found=f"token {i}, {ascii(tokens[i])[:40]}",
+                expected=f"a token {text[:1]!r}",
+            )
+
+
+def _unescaped(escape: re.Match[bytes]) -> bytes:
+    """Return the bytes that an escape in a token stands for, as llama.cpp reads them."""
+    name = escape[1]
+    if len(name) == 3:
+        high, low = (c - 87 if 97 <= c < 128 else c - 48 for c in name[1:])
+        return bytes([(high * 16 + low) & 255])
+    return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(name, name)
 
 
 def _check_byte_tokens(file: GGUFFile, tokens: StringArray) -> None:

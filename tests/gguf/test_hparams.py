@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ggft.gguf.read import check_decoder, read_gguf
-from tests.support.models import Spec, write_model
+from ggft.gguf.read import check_decoder, check_model, read_gguf
+from ggft.system.errors import InputError
+from tests.support.models import Spec, model_metadata, write_model
 from tests.support.raw_gguf import f32, model, numbers, refused, strings, text, u32
 
 MODEL_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -176,3 +177,20 @@ def test_tiny_models(tmp_path: Path, spec: Spec) -> None:
 def test_the_default_model(smollm2: Path) -> None:
     info = check_decoder(read_gguf(smollm2))
     assert (info.n_layer, info.n_embd, info.n_head_kv, info.n_vocab) == (30, 576, 3, 49152)
+
+
+def test_an_rwkv_tokenizer_has_the_bytes_that_its_tokens_begin_with(tmp_path: Path) -> None:
+    def write(tokens: list[str]) -> Path:
+        extra = {
+            "tokenizer.ggml.model": "rwkv",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [1] * len(tokens),
+        }
+        return write_model(tmp_path / "m.gguf", Spec(extra=extra)).path
+
+    n_vocab = len(model_metadata(Spec())["tokenizer.ggml.tokens"])
+    texts = [f"\\x{i:02x}" for i in range(256)] + ["é"] + [f"a{i}" for i in range(n_vocab - 257)]
+    assert check_model(read_gguf(write(texts))).n_vocab == n_vocab
+    texts[0xC3] = "ab"
+    with pytest.raises(InputError, match="begins with a byte that is no token"):
+        check_model(read_gguf(write(texts)))
