@@ -25,10 +25,10 @@ BIN := $(VENV)/bin
 GGFT := $(BIN)/ggft
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)",$$/\1/p' pyproject.toml)
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\), "llama-cpp.*/\1/p' pyproject.toml | tr -d ',')
-NATIVE := native/CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt)
 comma := ,
 STUBGEN := $(BIN)/python -m nanobind.stubgen -q -m ggft._native -o
-CPP := $(filter-out %.txt,$(NATIVE))
+CPP := $(filter %.cpp %.h,$(NATIVE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 # Against the llama.cpp in this environment, in a build folder that only this environment uses.

@@ -131,6 +131,18 @@ def native_errors(native: Any) -> Iterator[None]:
         raise ResourceError("out of memory", hint=_MEMORY_HINT) from None
 
 
+def kernel_set() -> dict[str, Any]:
+    """Return the CPU kernels' instruction set, what it multiplies fastest, and all that run here.
+
+    Raises:
+        InputError: GGFT_ISA names no instruction set.
+        ResourceError: this processor lacks the one that it names.
+    """
+    native = load_native()
+    with native_errors(native):
+        return dict(native.kernels())
+
+
 def for_native(settings: EngineSettings) -> dict[str, Any]:
     """Return the settings as the native module takes them."""
     values = asdict(settings)

@@ -193,7 +193,8 @@ def print_table(result: dict[str, Any]) -> None:
     engine, plan = result["engine"], result["plan"]
     print(f"model        {result['model']}, {result['n_params_matmul'] / 1e6:.1f} M in products")
     print(f"engine       {engine['precision']}: products of {engine['products']}, ", end="")
-    print(f"{engine['kernels']} kernels, {engine['device']}")
+    isa = f" for {engine['isa']}" if engine["isa"] else ""
+    print(f"{engine['kernels']} kernels{isa}, {engine['device']}")
     print(f"             {engine['threads']} threads, ggml {engine['ggml_version']}")
     print(f"step         {result['rows']} x {result['row_tokens']} tokens, in micro-batches of")
     print(

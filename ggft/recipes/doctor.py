@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ggft import __version__
-from ggft.engine.engine import Engine, find_device, load_native
+from ggft.engine.engine import Engine, find_device, kernel_set, load_native
 from ggft.engine.metal import metal_rules
 from ggft.gguf.read import check_decoder, check_model, read_gguf
 from ggft.hub.download import find_model
@@ -67,6 +67,7 @@ def examine() -> Findings:
     found.facts["compiler"] = _compiler()
     found.check("llama_cpp", library_info)
     found.check("native", _native_info)
+    found.check("kernels", kernel_set)
     devices = found.check("devices", _devices) or []
     _judge(found, devices)
     return found
@@ -206,6 +207,11 @@ def _lines(found: Findings) -> list[str]:
         f"engine      ggml {native.get('ggml_loaded', '-')} loaded, "
         f"built with {native.get('ggml_built', '-')}",
     ]
+    if facts["kernels"]:
+        lines.append(
+            f"kernels     {facts['kernels']['isa']}: products of {facts['kernels']['products']} "
+            f"(GGFT_ISA: {', '.join(facts['kernels']['runnable'])})"
+        )
     for device in facts["devices"] or ():
         lines.append(
             f"device      {device['name']}: {device['description']}, {device['type']}, "

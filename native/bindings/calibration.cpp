@@ -111,7 +111,7 @@ static nb::object targets(Moments & m, FloatMatrix w) {
 
 static nb::tuple quantize_rows(Moments & m, int type, FloatMatrix w, int sweeps) {
     check_matrix(w, -1, m.n(), "the weights");
-    const Format * format = find_format((ggml_type)type);
+    const BlockFormat * format = find_format((ggml_type)type);
     require(format != nullptr, ErrorKind::input, "this type cannot be calibrated");
     const size_t n_rows = w.shape(0), row_bytes = ggml_row_size(format->type, m.n());
     auto * data = new uint8_t[n_rows * row_bytes]();

@@ -6,7 +6,7 @@
 #include "bindings/config.h"
 #include "bindings/tools.h"
 #include "engine/traced.h"
-#include "kernels/gemm/gemm.h"
+#include "kernels/isa/dispatch.h"
 
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
@@ -144,9 +144,9 @@ template <class E> nb::dict info(E & e) {
     d["kernels"] = e.kernels();
     const bool fast = e.config().mode == Mode::fast;
     d["precision"] = fast ? "fast" : "f32";
-    d["products"] = std::string(e.kernels()) != "fused" ? "ggml's types"
-                    : fast                              ? fast_format()
-                                                        : "F32";
+    const KernelSet * set = e.kernel_set();
+    d["isa"] = set ? nb::cast(set->name) : nb::none();
+    d["products"] = !set ? "ggml's types" : format_name(fast ? set->fast : Format::f32);
     d["threads"] = e.config().threads;
     d["ggml_version"] = ggml_version();
     d["architecture"] = e.architecture();

@@ -6,6 +6,7 @@
 #include "engine/memory.h"
 #include "engine/rule_trial.h"
 #include "engine/traced.h"
+#include "kernels/isa/dispatch.h"
 #include "rules/table.h"
 
 #include <nanobind/stl/string.h>
@@ -50,6 +51,19 @@ static nb::dict build_info() {
 template <class F>
 nb::dict buffers(const F & f, int64_t n_rows, int64_t n_tokens, bool keep, size_t prepacked_bytes) {
     return as_dict(f.buffers(n_rows, n_tokens, keep, prepacked_bytes));
+}
+
+static nb::dict kernels() {
+    const KernelSet & set = find_kernels();
+    nb::dict d;
+    d["isa"] = set.name;
+    d["products"] = format_name(set.fast);
+    nb::list runnable;
+    for (const std::string & name : runnable_isas()) {
+        runnable.append(name);
+    }
+    d["runnable"] = runnable;
+    return d;
 }
 
 template <class F> nb::class_<F> bind_forecast(nb::module_ & m, const char * name) {
@@ -101,6 +115,7 @@ static nb::tuple try_rule_on(const std::string & op, const std::vector<AnyArray>
 void bind_tools(nb::module_ & m) {
     m.def("devices", &devices);
     m.def("build_info", &build_info);
+    m.def("kernels", &kernels);
     m.def("deny_family", &deny_family, "family"_a);
     m.def("rule_names", &rule_names);
     m.def("try_rule", &try_rule_on, "op"_a, "sources"_a, "frozen"_a, "params"_a, "dy"_a);

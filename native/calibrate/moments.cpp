@@ -1,8 +1,9 @@
 #include "calibrate/moments.h"
 
-#include "calibrate/lanes.h"
 #include "calibrate/threads.h"
+#include "kernels/isa/dispatch.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace ggft {
@@ -34,8 +35,9 @@ void pack(const float * x, const float * minus, int64_t n, int64_t n_tokens, int
 } // namespace
 
 Moments::Moments(int64_t n, int n_threads)
-    : n_(n), stride_(padded(n)), n_threads_(n_threads), second_((size_t)(n * stride_)),
-      cross_((size_t)(n * stride_)), pivots_((size_t)n), diagonal_((size_t)n) {
+    : kernels_(find_kernels().calibrate), n_(n), stride_(padded(n)), n_threads_(n_threads),
+      second_((size_t)(n * stride_)), cross_((size_t)(n * stride_)), pivots_((size_t)n),
+      diagonal_((size_t)n) {
     require(n > 0 && n % PANEL == 0, ErrorKind::input,
             "a stage of " + std::to_string(n) + " inputs is not whole panels of 32");
     require(n_threads > 0, ErrorKind::input, "threads must be at least 1");
@@ -49,30 +51,25 @@ void Moments::add(const float * x, const float * y, int64_t n_tokens) {
 }
 
 void Moments::add_block(const float * x, const float * y, int64_t n_tokens) {
-    const int64_t strips = (n_ + TILE_LANES - 1) / TILE_LANES, tiles = n_ / TILE_COLUMNS;
-    const int64_t strip_size = n_tokens * TILE_LANES, tile_size = n_tokens * TILE_COLUMNS;
+    const int64_t width = kernels_.tile_columns, lanes = kernels_.tile_lanes; // of a tile
+    const int64_t strips = (n_ + lanes - 1) / lanes, tiles = n_ / width;
+    const int64_t strip_size = n_tokens * lanes, tile_size = n_tokens * width;
     std::vector<float> columns((size_t)(tiles * tile_size));
     for_pieces(n_threads_, tiles, cancelled_, [&](int64_t i) {
-        pack(y, nullptr, n_, n_tokens, i * TILE_COLUMNS, TILE_COLUMNS,
-             columns.data() + i * tile_size);
+        pack(y, nullptr, n_, n_tokens, i * width, width, columns.data() + i * tile_size);
     });
     for_pieces(n_threads_, strips, cancelled_, [&](int64_t s) {
-        const int64_t first = s * TILE_LANES;
+        const int64_t first = s * lanes;
         std::vector<float> same((size_t)strip_size), other((size_t)strip_size);
-        pack(y, nullptr, n_, n_tokens, first, TILE_LANES, same.data());
-        pack(x, y, n_, n_tokens, first, TILE_LANES, other.data());
-        for (int64_t j = 0; j < n_; j += TILE_COLUMNS) {
+        pack(y, nullptr, n_, n_tokens, first, lanes, same.data());
+        pack(x, y, n_, n_tokens, first, lanes, other.data());
+        for (int64_t j = 0; j < n_; j += width) {
             const float * b = columns.data() + j * n_tokens;
-            auto add_to = [&](std::vector<float> & sums) {
-                return [&, to = sums.data() + j * stride_ + first](int column, int v, V sum) {
-                    float * at = to + column * stride_ + v * LANES;
-                    store(at, load(at) + sum);
-                };
-            };
-            tile(other.data(), TILE_LANES, b, {1, TILE_COLUMNS}, n_tokens, add_to(cross_));
+            const int64_t at = j * stride_ + first;
+            kernels_.add_tile(cross_.data() + at, stride_, other.data(), b, n_tokens);
             // The lower half; finish() mirrors it.
-            if (j + TILE_COLUMNS > first)
-                tile(same.data(), TILE_LANES, b, {1, TILE_COLUMNS}, n_tokens, add_to(second_));
+            if (j + width > first)
+                kernels_.add_tile(second_.data() + at, stride_, same.data(), b, n_tokens);
         }
     });
 }
@@ -140,8 +137,8 @@ bool Moments::try_factor() {
             for (int64_t j = 0; j < PANEL; j++)
                 std::copy_n(second_.data() + (first + j) * stride_ + i, CHUNK, rows + j * stride_);
             const float * below = unit_.data() + end * stride_;
-            add_products(rows, stride_, below + i, stride_, below + first, {1, stride_}, PANEL,
-                         n_ - end, -1.0f);
+            kernels_.add_products(rows, stride_, below + i, stride_, below + first, {1, stride_},
+                                  PANEL, n_ - end, -1.0f);
         });
         if (!factor_corner(first))
             return false;

@@ -4,8 +4,9 @@
 // that it gets when all that comes before is written already; both are rows of n numbers.
 #pragma once
 
+#include "kernels/calibrate/calibrate.h"
+
 #include <atomic>
-#include <cstdint>
 #include <vector>
 
 namespace ggft {
@@ -23,18 +24,17 @@ public:
     /// Throws Error(numeric) when no damping helps.
     float factor(float damping);
 
-    bool factored() const { return damping_ > 0; }
+    /// Of the factor; 0 before.
+    float damping() const { return damping_; }
+    Factored factored() const {
+        return {n_, stride_, second_.data(), unit_.data(), pivots_.data()};
+    }
+    const CalibrateKernels & kernels() const { return kernels_; }
 
     int64_t n() const { return n_; }
     int64_t n_tokens() const { return n_tokens_; }
-    /// Mean of yᵢ yⱼ over the tokens, rows `stride()` apart; the diagonal damped by factor().
-    const float * second() const { return second_.data(); }
     /// Mean of y_j (x - y)_i: row j.
     const float * cross() const { return cross_.data(); }
-    /// R[j, k] / R[k, k] at [k][j], j < k.
-    const float * unit() const { return unit_.data(); }
-    /// R[k, k] squared.
-    const std::vector<float> & pivots() const { return pivots_; }
     int64_t stride() const { return stride_; }
     double mean_square() const;
 
@@ -50,6 +50,7 @@ private:
     void factor_columns(int64_t first, int64_t i);
     bool factor_corner(int64_t first);
 
+    const CalibrateKernels & kernels_;
     int64_t n_, stride_, n_tokens_ = 0;
     int n_threads_;
     bool finished_ = false;

@@ -142,7 +142,7 @@ void pack_q8_0(const Block & b, uint8_t * out) {
 
 } // namespace
 
-void pack_block(const Format & f, const Block & b, uint8_t * out) {
+void pack_block(const BlockFormat & f, const Block & b, uint8_t * out) {
     switch (f.type) {
     case GGML_TYPE_Q4_0:
     case GGML_TYPE_IQ4_NL:

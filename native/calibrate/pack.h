@@ -13,6 +13,6 @@ struct Block {
 };
 
 /// Writes the bytes of a block.
-void pack_block(const Format & f, const Block & block, uint8_t * out);
+void pack_block(const BlockFormat & f, const Block & block, uint8_t * out);
 
 } // namespace ggft

@@ -25,7 +25,7 @@ struct OutputError {
 /// Writes the blocks of targets (n_rows, n) in a type, n a multiple of its block: column by column,
 /// what an earlier one got wrong made up for by the later ones; then `sweeps` times over the codes,
 /// each the best while all others stay, and over the scales.
-OutputError quantize(const Moments & moments, const Format & format, const float * targets,
+OutputError quantize(const Moments & moments, const BlockFormat & format, const float * targets,
                      int64_t n_rows, int sweeps, uint8_t * blocks);
 
 } // namespace ggft

@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>

@@ -2,7 +2,7 @@
 
 #include "base/devices.h"
 #include "base/error.h"
-#include "kernels/gemm/gemm.h"
+#include "kernels/isa/dispatch.h"
 
 #include <algorithm>
 #include <chrono>
@@ -112,6 +112,9 @@ void Engine::run(Graph & g) {
 }
 
 void Engine::run_profiled(Graph & g) {
+    const auto panel_seconds = [this] {
+        return kernel_set() ? kernel_set()->gemm.panel_seconds() : 0.0;
+    };
     for (int i = 0; i < ggml_graph_n_nodes(g.graph()); i++) {
         Tensor node = ggml_graph_node(g.graph(), i);
         Graph one(4);
@@ -129,7 +132,9 @@ void Engine::run_profiled(Graph & g) {
 
 void Engine::set_profiling(bool on) {
     profiling_ = on;
-    time_panels(on);
+    if (kernel_set()) {
+        kernel_set()->gemm.time_panels(on);
+    }
     profile_.clear();
 }
 

@@ -117,6 +117,8 @@ public:
     const EngineConfig & config() const { return config_; }
     ggml_backend_dev_t device() const { return device_; }
     const char * kernels() const { return ops_->name(); }
+    // Of the fused kernels; null without them.
+    const KernelSet * kernel_set() const { return ops_->kernel_set(); }
 
     int64_t step = 0; // optimizer steps done
 

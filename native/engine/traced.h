@@ -41,6 +41,7 @@ public:
     const EngineConfig & config() const { return config_; }
     ggml_backend_dev_t device() const { return device_; }
     const char * kernels() const { return ops_->name(); }
+    const KernelSet * kernel_set() const { return ops_->kernel_set(); } // of the fused kernels
 
     int64_t step = 0; // optimizer steps done
 

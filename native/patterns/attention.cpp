@@ -14,9 +14,9 @@ Tensor FusedOps::attention(Graph & g, const Inputs & in, const Qkv & x, float sc
     const AttentionShape shape = attention_shape(in, x, scale);
     Tensor starts = in.fused.starts;
     const int64_t size = ggml_nelements(x.q);
-    auto kernel = [=, precision = precision_](Tensor y, int ith, int nth) {
-        ggft::attention(precision, shape, floats(x.q), floats(x.k), floats(x.v),
-                        (const int32_t *)starts->data, floats(y), floats(y) + size, ith, nth);
+    auto kernel = [=, &k = kernels_.attention, format = format_](Tensor y, int ith, int nth) {
+        k.forward(format, shape, floats(x.q), floats(x.k), floats(x.v),
+                  (const int32_t *)starts->data, floats(y), floats(y) + size, ith, nth);
     };
     return g.custom("attention", GGML_TYPE_F32, {size + shape.n_head * in.N()},
                     {x.q, x.k, x.v, starts}, kernel);
@@ -32,10 +32,10 @@ Qkv FusedOps::attention_back(Graph & g, const Inputs & in, const Qkv & x, Tensor
     const AttentionShape shape = attention_shape(in, x, scale);
     Tensor starts = in.fused.starts;
     const int64_t nq = ggml_nelements(x.q), nk = ggml_nelements(x.k);
-    auto kernel = [=, precision = precision_](Tensor d, int ith, int nth) {
-        attention_backward(precision, shape, floats(x.q), floats(x.k), floats(x.v),
-                           (const int32_t *)starts->data, floats(attn), floats(attn) + nq,
-                           floats(dout), floats(d), floats(d) + nq, floats(d) + nq + nk, ith, nth);
+    auto kernel = [=, &k = kernels_.attention, format = format_](Tensor d, int ith, int nth) {
+        k.backward(format, shape, floats(x.q), floats(x.k), floats(x.v),
+                   (const int32_t *)starts->data, floats(attn), floats(attn) + nq, floats(dout),
+                   floats(d), floats(d) + nq, floats(d) + nq + nk, ith, nth);
     };
     Tensor d = g.custom("attention_back", GGML_TYPE_F32, {nq + 2 * nk},
                         {x.q, x.k, x.v, starts, attn, dout}, kernel);

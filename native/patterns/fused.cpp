@@ -1,11 +1,9 @@
 #include "patterns/fused.h"
 
-#include "kernels/attention/attention.h"
-#include "kernels/gemm/product.h"
-
 namespace ggft {
 
-Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x, Tensor done) {
+Tensor packed(Graph & g, const GemmKernels & gemm, const char * name, const RowPacking & packing,
+              Tensor x, Tensor done) {
     if (!packing) {
         return x;
     }
@@ -15,8 +13,8 @@ Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x
     }
     const int64_t n = x->ne[1];
     return g.custom(name, GGML_TYPE_I32, {(int64_t)packing.words(n)}, args,
-                    [=](Tensor rows, int ith, int nth) {
-                        pack_tokens(packing, rows_of(x), n, rows->data, ith, nth);
+                    [=, &gemm](Tensor rows, int ith, int nth) {
+                        gemm.pack_tokens(packing, rows_of(x), n, rows->data, ith, nth);
                     });
 }
 
@@ -26,13 +24,6 @@ std::string fused_lack(const Model & model) {
                                  : "attention heads of " + std::to_string(size) +
                                        " are larger than the CPU's fused kernels compute, " +
                                        std::to_string(MAX_HEAD_SIZE) + " at most";
-}
-
-size_t FusedOps::prepacked_bytes_of(Tensor w, bool forward) const {
-    const Weight weight = weight_of(w);
-    const size_t bytes = 4 * Prepacked::words_of(forward ? Product::forward(precision_, weight)
-                                                         : Product::backward(precision_, weight));
-    return bytes <= PREPACKED_MOST ? bytes : 0;
 }
 
 std::unique_ptr<Ops> make_fused_ops(Mode mode, float dropout, int n_threads,

@@ -3,8 +3,8 @@
 // hashed, not stored. A file per family defines the methods.
 #pragma once
 
-#include "kernels/gemm/gemm.h"
 #include "kernels/gemm/prepacked.h"
+#include "kernels/isa/dispatch.h"
 #include "kernels/isa/work_stealing.h"
 #include "rules/ops.h"
 
@@ -28,20 +28,24 @@ inline Weight weight_of(Tensor w) {
 }
 
 // x as the products read it: itself, or packed after `done` has been computed.
-Tensor packed(Graph & g, const char * name, const RowPacking & packing, Tensor x,
-              Tensor done = nullptr);
+Tensor packed(Graph & g, const GemmKernels & gemm, const char * name, const RowPacking & packing,
+              Tensor x, Tensor done = nullptr);
 
 class FusedOps : public Ops {
 public:
     FusedOps(Mode mode, float dropout, int n_threads, size_t prepacked_bytes)
-        : precision_(mode == Mode::fast ? Precision::fast : Precision::f32), dropout_(dropout),
-          turns_(n_threads), prepacked_(prepacked_bytes) {}
+        : kernels_(find_kernels()), format_(mode == Mode::fast ? kernels_.fast : Format::f32),
+          dropout_(dropout), n_threads_(n_threads), prepacked_(kernels_, format_, prepacked_bytes) {
+    }
 
     const char * name() const override { return "fused"; }
+    const KernelSet * kernel_set() const override { return &kernels_; }
 
     void prepack(Tensor w, bool forward) override { with_panels(w, forward); }
     size_t prepacked_bytes() const override { return prepacked_.bytes(); }
-    size_t prepacked_bytes_of(Tensor w, bool forward) const override;
+    size_t prepacked_bytes_of(Tensor w, bool forward) const override {
+        return ggft::prepacked_bytes(kernels_, format_, weight_of(w), forward);
+    }
 
     Tensor rms_norm(Graph & g, Tensor x, Tensor w, float eps, bool for_linear) override;
     Tensor rms_norm_back(Graph & g, Tensor x, Tensor w, float eps, Tensor dn,
@@ -72,16 +76,22 @@ public:
 private:
     // What the inputs of linears are stored as: what the matrix products read.
     ggml_type linear_type() const {
-        return precision_ == Precision::fast && has_bf16_dot() ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+        return format_ == Format::bf16 ? GGML_TYPE_BF16 : GGML_TYPE_F32;
     }
 
     Weight with_panels(Tensor w, bool forward) {
-        return prepacked_.with_panels(precision_, weight_of(w), forward);
+        return prepacked_.with_panels(weight_of(w), forward);
     }
 
-    Precision precision_;
+    // Of one node.
+    std::shared_ptr<WorkStealing> stealing() const {
+        return std::make_shared<WorkStealing>(n_threads_);
+    }
+
+    const KernelSet & kernels_;
+    Format format_;
     float dropout_;
-    Turns turns_; // nodes are computed one after the other
+    int n_threads_;
     PrepackedWeights prepacked_;
 };
 

@@ -6,9 +6,9 @@ namespace ggft {
 
 Tensor FusedOps::swiglu(Graph & g, Tensor gate, Tensor up) {
     return g.custom("swiglu", linear_type(), {gate->ne[0], gate->ne[1]}, {gate, up},
-                    [=](Tensor h, int ith, int nth) {
-                        ggft::swiglu(floats(gate), floats(up), ggml_nelements(gate), as_f32(h),
-                                     as_bf16(h), ith, nth);
+                    [=, &k = kernels_.rowwise](Tensor h, int ith, int nth) {
+                        k.swiglu(floats(gate), floats(up), ggml_nelements(gate), as_f32(h),
+                                 as_bf16(h), ith, nth);
                     });
 }
 
@@ -16,9 +16,9 @@ Tensor FusedOps::swiglu(Graph & g, Tensor gate, Tensor up) {
 Ops::SwigluBack FusedOps::swiglu_back(Graph & g, Tensor gate, Tensor up, Tensor dh) {
     Tensor dgate =
         g.custom("swiglu_back", GGML_TYPE_F32, {gate->ne[0], gate->ne[1]}, {gate, up, dh},
-                 [=](Tensor d, int ith, int nth) {
-                     swiglu_backward(floats(dh), floats(gate), floats(up), ggml_nelements(gate),
-                                     floats(d), floats(dh), ith, nth);
+                 [=, &k = kernels_.rowwise](Tensor d, int ith, int nth) {
+                     k.swiglu_backward(floats(dh), floats(gate), floats(up), ggml_nelements(gate),
+                                       floats(d), floats(dh), ith, nth);
                  });
     return {g.expand(dgate), dh};
 }

@@ -18,24 +18,27 @@ static int64_t row_of(const LinearInput & in, const LoraPair & lora) {
 }
 
 // du = scale Bᵀ dy; adds dA = du dropout(x)ᵀ and dB = scale dy uᵀ.
-static Tensor lora_gradients(Graph & g, const LoraPair & lora, const LinearInput & in, Tensor dy) {
+static Tensor lora_gradients(Graph & g, const LoraKernels & k, const LoraPair & lora,
+                             const LinearInput & in, Tensor dy) {
     Tensor x = in.x, u = in.fused.u;
     const LoraPair pair = lora;
     const int64_t at = row_of(in, lora), C = x->ne[0], N = x->ne[1];
     const int R = (int)lora.b->ne[0];
     Tensor du = g.custom("lora_up_t", GGML_TYPE_F32, {R, N}, {dy, lora.b},
-                         [=](Tensor du, int ith, int nth) {
-                             lora_up_t(rows_of(dy), floats(pair.b), R, pair.scale, dy->ne[0], N,
-                                       floats(du), R, ith, nth);
+                         [=, &k](Tensor du, int ith, int nth) {
+                             k.up_t(rows_of(dy), floats(pair.b), R, pair.scale, dy->ne[0], N,
+                                    floats(du), R, ith, nth);
                          });
-    g.expand(g.custom_inplace("lora_grad_b", lora.db, {dy, u}, [=](Tensor db, int ith, int nth) {
-        lora_grad_b(rows_of(dy), floats(u) + at, u->ne[0], R, pair.scale, dy->ne[0], N, floats(db),
-                    ith, nth);
-    }));
+    g.expand(
+        g.custom_inplace("lora_grad_b", lora.db, {dy, u}, [=, &k](Tensor db, int ith, int nth) {
+            k.grad_b(rows_of(dy), floats(u) + at, u->ne[0], R, pair.scale, dy->ne[0], N, floats(db),
+                     ith, nth);
+        }));
     const Dropout dropout{in.fused.dropout, in.fused.seed};
-    g.expand(g.custom_inplace("lora_grad_a", lora.da, {x, du}, [=](Tensor da, int ith, int nth) {
-        lora_grad_a(rows_of(x), dropout, floats(du), R, R, 1.0f, C, N, floats(da), ith, nth);
-    }));
+    g.expand(
+        g.custom_inplace("lora_grad_a", lora.da, {x, du}, [=, &k](Tensor da, int ith, int nth) {
+            k.grad_a(rows_of(x), dropout, floats(du), R, R, 1.0f, C, N, floats(da), ith, nth);
+        }));
     return du;
 }
 
@@ -44,7 +47,8 @@ LinearInput FusedOps::linear_input(Graph & g, const Inputs & in, Tensor x, int i
                                    std::vector<const LoraPair *> adapters) {
     LinearInput r;
     r.x = x;
-    r.fused.packed = packed(g, "matmul_rows", packing_nt(precision_, x->ne[0]), x);
+    r.fused.packed =
+        packed(g, kernels_.gemm, "matmul_rows", kernels_.gemm.packing_nt(format_, x->ne[0]), x);
     r.adapters = std::move(adapters);
     if (dropout && in.seed != 0) {
         r.fused.dropout = dropout_;
@@ -59,15 +63,15 @@ LinearInput FusedOps::linear_input(Graph & g, const Inputs & in, Tensor x, int i
         args.push_back(p->a);
         R += p->a->ne[1];
     }
-    auto kernel = [=, a = args](Tensor u, int ith, int nth) {
+    auto kernel = [=, &k = kernels_.lora, a = args](Tensor u, int ith, int nth) {
         LoraDown down[N_SITES];
         int64_t at = 0;
         for (size_t i = 1; i < a.size(); i++) {
             down[i - 1] = {floats(a[i]), (int)a[i]->ne[1], floats(u) + at, u->ne[0]};
             at += a[i]->ne[1];
         }
-        lora_down(rows_of(x), {r.fused.dropout, r.fused.seed}, x->ne[0], x->ne[1], down,
-                  (int)a.size() - 1, ith, nth);
+        k.down(rows_of(x), {r.fused.dropout, r.fused.seed}, x->ne[0], x->ne[1], down,
+               (int)a.size() - 1, ith, nth);
     };
     r.fused.u = g.custom("lora_down", GGML_TYPE_F32, {R, x->ne[1]}, args, kernel);
     return r;
@@ -94,24 +98,24 @@ Tensor FusedOps::linear(Graph & g, const Linear & w, const LoraPair & lora, cons
                         Tensor residual) {
     Tensor W = w.weight, u = lora ? in.fused.u : nullptr;
     const Weight weight = with_panels(W, true);
-    const Precision precision = precision_;
     const LoraPair pair = lora;
     const int64_t at = lora ? row_of(in, lora) : 0;
-    Turns * turns = &turns_;
     Tensor x = in.fused.packed;
     std::vector<Tensor> args = {W, x};
     if (u != nullptr) {
         args.push_back(u);
     }
-    Tensor y = g.custom(
-        "matmul", GGML_TYPE_F32, {W->ne[1], in.x->ne[1]}, args, [=](Tensor y, int ith, int nth) {
-            LowRank low{};
-            if (u != nullptr) {
-                low = {floats(u) + at, u->ne[0], floats(pair.b), (int)pair.b->ne[0], pair.scale};
-            }
-            matmul_nt(precision, weight, rows_of(x), u ? &low : nullptr, {floats(y), y->ne[0]},
-                      y->ne[1], turns, ith, nth);
-        });
+    Tensor y = g.custom("matmul", GGML_TYPE_F32, {W->ne[1], in.x->ne[1]}, args,
+                        [=, &k = kernels_.gemm, format = format_,
+                         stealing = stealing()](Tensor y, int ith, int nth) {
+                            LowRank low{};
+                            if (u != nullptr) {
+                                low = {floats(u) + at, u->ne[0], floats(pair.b), (int)pair.b->ne[0],
+                                       pair.scale};
+                            }
+                            k.nt(format, weight, rows_of(x), u ? &low : nullptr,
+                                 {floats(y), y->ne[0]}, y->ne[1], stealing.get(), ith, nth);
+                        });
     if (w.bias != nullptr) {
         y = ggml_add(g.ctx(), y, w.bias);
     }
@@ -120,26 +124,26 @@ Tensor FusedOps::linear(Graph & g, const Linear & w, const LoraPair & lora, cons
 
 Tensor FusedOps::linear_back(Graph & g, const Linear & w, const LoraPair & lora,
                              const LinearInput & in, Tensor dy, Tensor acc, bool need_dx) {
-    Tensor W = w.weight, du = lora ? lora_gradients(g, lora, in, dy) : nullptr;
+    Tensor W = w.weight, du = lora ? lora_gradients(g, kernels_.lora, lora, in, dy) : nullptr;
     const LoraPair pair = lora;
     if (!need_dx) {
         return acc;
     }
     const int64_t N = dy->ne[1];
     const Weight weight = with_panels(W, false);
-    dy = packed(g, "matmul_rows", packing_nn(precision_, weight), dy);
+    dy = packed(g, kernels_.gemm, "matmul_rows", kernels_.gemm.packing_nn(format_, weight), dy);
     std::vector<Tensor> args = {W, dy};
     if (du != nullptr) {
         args.push_back(du);
     }
-    auto kernel = [=, turns = &turns_, precision = precision_, p = in.fused.dropout,
-                   seed = in.fused.seed](Tensor dx, int ith, int nth) {
+    auto kernel = [=, &k = kernels_.gemm, format = format_, stealing = stealing(),
+                   p = in.fused.dropout, seed = in.fused.seed](Tensor dx, int ith, int nth) {
         LowRank low{};
         if (du != nullptr) {
             low = {floats(du), du->ne[0], floats(pair.a), (int)du->ne[0], 1.0f, p, seed};
         }
-        matmul_nn(precision, weight, rows_of(dy), du ? &low : nullptr,
-                  {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], turns, ith, nth);
+        k.nn(format, weight, rows_of(dy), du ? &low : nullptr,
+             {floats(dx), dx->ne[0], acc != nullptr}, dx->ne[1], stealing.get(), ith, nth);
     };
     return acc != nullptr ? g.custom_inplace("matmul_back", acc, args, kernel)
                           : g.custom("matmul_back", GGML_TYPE_F32, {W->ne[0], N}, args, kernel);

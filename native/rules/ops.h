@@ -81,6 +81,8 @@ struct Qkv {
     Tensor q, k, v;
 };
 
+struct KernelSet; // kernels/isa/dispatch.h
+
 class Ops {
 public:
     virtual ~Ops() = default;
@@ -134,6 +136,8 @@ public:
                       bool need_dn) = 0;
 
     virtual const char * name() const = 0;
+    // Those of the CPU's instruction set, or null.
+    virtual const KernelSet * kernel_set() const { return nullptr; }
 
     // Keeps a weight as the products of a direction read it, if there is room left.
     virtual void prepack(Tensor, bool /*forward*/) {}

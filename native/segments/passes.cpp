@@ -1,6 +1,6 @@
 #include "segments/passes.h"
 
-#include "kernels/rowwise/cross_entropy.h"
+#include "kernels/isa/dispatch.h"
 
 namespace ggft {
 
@@ -109,9 +109,10 @@ Graph Passes::head(int64_t first, int64_t n, bool training) {
     Builder builder(g, context);
     builder.back.need(x);
     Tensor z = add_head(builder, context, x);
-    Tensor dz = g.custom_inplace("cross_entropy", z, {labels}, [=](Tensor z, int ith, int nth) {
-        cross_entropy((float *)z->data, z->ne[0], (const int32_t *)labels->data, z->ne[0], n,
-                      {training}, (double *)nats->data, ith, nth);
+    const LossKernels & k = context_.ops.kernel_set()->loss; // traced engines have fused kernels
+    Tensor dz = g.custom_inplace("cross_entropy", z, {labels}, [=, &k](Tensor z, int ith, int nth) {
+        k.cross_entropy((float *)z->data, z->ne[0], (const int32_t *)labels->data, z->ne[0], n,
+                        {training}, (double *)nats->data, ith, nth);
     });
     if (!training) {
         g.expand(dz);

@@ -20,6 +20,7 @@ from ggft.system.errors import InputError
 from tests.support.blocks import TYPES
 from tests.support.engines import (
     PACKED,
+    PATHS,
     T,
     as_batch,
     gradient_errors,
@@ -85,15 +86,14 @@ def check_gradient(
     assert max(errors.values()) <= 1.5 * bar, errors
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("model", MODELS)
-def test_whole_gradient(make: Make, model: str, precision: str, kernels: str) -> None:
-    check_gradient(make(MODELS[model]), BARS[precision], precision=precision, kernels=kernels)
+def test_whole_gradient(make: Make, model: str, path: str) -> None:
+    settings = PATHS[path]
+    check_gradient(make(MODELS[model]), BARS[settings["precision"]], **settings)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("lengths", "changes"),
     [
@@ -108,14 +108,15 @@ def test_long_rows(
     make: Make,
     lengths: tuple[tuple[int, ...], ...],
     changes: dict[str, Any],
-    precision: str,
-    kernels: str,
+    path: str,
 ) -> None:
     """Examples that begin and end at, before and after the borders of 32- and 64-token blocks."""
-    tiny = make(Spec(**changes))
-    threads = 2 if kernels == "fused" else 1
-    settings = {"precision": precision, "kernels": kernels, "n_tokens": 200, "threads": threads}
-    check_gradient(tiny, BARS[precision], lengths, **settings)
+    settings = PATHS[path]
+    threads = 2 if settings["kernels"] == "fused" else 1
+    check_gradient(
+        make(Spec(**changes)), BARS[settings["precision"]], lengths, n_tokens=200,
+        threads=threads, **settings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

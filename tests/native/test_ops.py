@@ -15,7 +15,7 @@ import pytest
 
 from ggft.engine.engine import Engine
 from tests.support import reference as ref
-from tests.support.engines import make_batch, open_engine, relative, set_random_lora
+from tests.support.engines import PATHS, make_batch, open_engine, relative, set_random_lora
 from tests.support.models import Spec, Tiny, matrix_shapes, write_model
 from tests.support.reference import LINEARS, Array
 
@@ -63,19 +63,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(
     params=[
-        "f32-fused", "fast-fused", "f32-ggml", "fast-ggml",
-        pytest.param("f32-gpu", marks=pytest.mark.gpu),
-        pytest.param("fast-gpu", marks=pytest.mark.gpu),
+        *PATHS,
+        pytest.param("gpu-f32", marks=pytest.mark.gpu),
+        pytest.param("gpu-fast", marks=pytest.mark.gpu),
     ]
-)  # fmt: skip
+)
 def opened(request: pytest.FixtureRequest, tiny: Tiny) -> Any:
     """Return an engine with random LoRA on every linear, its bar, and the LoRA."""
-    precision, kernels = request.param.split("-")
-    where: dict[str, Any] = {"kernels": kernels}
-    if kernels == "gpu":
-        where = {"device": request.getfixturevalue("gpu")}
-    bar = GPU_BAR if kernels == "gpu" else BARS[precision]
-    with open_engine(tiny, precision=precision, n_tokens=T, **where) as engine:
+    if request.param in PATHS:
+        settings = PATHS[request.param]
+        bar = BARS[settings["precision"]]
+    else:
+        precision = request.param.removeprefix("gpu-")
+        settings = {"device": request.getfixturevalue("gpu"), "precision": precision}
+        bar = GPU_BAR
+    with open_engine(tiny, n_tokens=T, **settings) as engine:
         yield engine, bar, set_random_lora(engine)
 
 

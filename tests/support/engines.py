@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine, EngineSettings, kernel_set
 from tests.support.models import Tiny
 from tests.support.reference import LINEARS, Array, Batch, Lora
 
@@ -15,8 +16,35 @@ PACKED = ((9, 6, 5), (16,))
 T = 24
 
 
+ISAS: list[str] = kernel_set()["runnable"]
+"""The instruction sets that this machine runs, best first, emulated number formats among them."""
+
+
+def _paths() -> dict[str, dict[str, Any]]:
+    """Return every way that this machine can compute: kernels, instruction set and precision.
+
+    In F32 the generic kernels are the same whichever format their fast products emulate, and by
+    themselves they have no other.
+    """
+    ways: list[tuple[str, str]] = []
+    for isa in ISAS:
+        if isa in ("generic", *(i for i in ISAS if not i.startswith("generic"))):
+            ways.append((isa, "f32"))
+        if isa != "generic":
+            ways.append((isa, "fast"))
+    fused = {f"{isa}-{p}": {"kernels": "fused", "isa": isa, "precision": p} for isa, p in ways}
+    return fused | {f"ggml-{p}": {"kernels": "ggml", "precision": p} for p in ("f32", "fast")}
+
+
+PATHS = _paths()
+"""Settings of `open_engine` for every numeric path of this machine, by a name for tests."""
+
+
 def open_engine(tiny: Tiny, **changes: Any) -> Engine:
-    """Open the engine on all linears of a tiny model: F32 path, one thread, rank 4."""
+    """Open the engine on all linears of a tiny model: F32 path, one thread, rank 4.
+
+    The change `isa` forces an instruction set; else it is what GGFT_ISA says, or the best.
+    """
     defaults: dict[str, Any] = {
         "paths": [str(tiny.path)],
         "targets": list(LINEARS),
@@ -29,7 +57,10 @@ def open_engine(tiny: Tiny, **changes: Any) -> Engine:
         "n_rows": 2,
         "n_tokens": T,
     }
-    return Engine(EngineSettings(**{**defaults, **changes}))
+    forced = {"GGFT_ISA": changes.pop("isa")} if "isa" in changes else {}
+    settings = EngineSettings(**{**defaults, **changes})
+    with mock.patch.dict("os.environ", forced):
+        return Engine(settings)
 
 
 def make_batch(

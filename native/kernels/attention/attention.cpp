@@ -1,54 +1,56 @@
 #include "kernels/attention/attention.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "kernels/attention/tiles.h"
 #include "kernels/isa/memory.h"
 
-namespace ggft {
-
-using namespace attention_detail;
-
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
 constexpr float NO_SCORE = -1e30f; // finite, so that differences of two of them are 0
 
 /// Where a thread's working memory holds what, in words.
-struct Layout {
+template <class F> struct Layout {
     int64_t keys, values, queries, query_scales, scores, probabilities, probability_scales, result,
         end;
-    Layout(Format format, const AttentionShape & s) {
+    explicit Layout(const AttentionShape & s) {
         keys = 0;
-        values = keys + round_up(s.n_tokens, NR) * panel_steps(format, s.head_size);
+        values = keys + round_up(s.n_tokens, NR) * panel_steps<F>(s.head_size);
         queries = round_up(
-            values + head_columns(s.head_size) * panel_steps(format, round_up(s.n_tokens, 2)), 16);
-        query_scales = queries + ROWS * STRIDE;
-        scores = query_scales + ROWS * I16_BLOCKS;
-        probabilities = scores + MR * KEYS;
-        probability_scales = probabilities + round_up(MR * STRIDE, 16);
+            values + head_columns(s.head_size) * panel_steps<F>(round_up(s.n_tokens, 2)), 16);
+        query_scales = queries + QUERY_ROWS * ROW_WORDS;
+        scores = query_scales + QUERY_ROWS * I16_BLOCKS;
+        probabilities = scores + MR * KEY_BLOCK;
+        probability_scales = probabilities + round_up(MR * ROW_WORDS, 16);
         result = probability_scales + round_up(MR * I16_BLOCKS, 16);
-        end = result + ROWS * head_columns(s.head_size);
+        end = result + QUERY_ROWS * head_columns(s.head_size);
     }
 };
 
-struct Forward {
-    Format format;
+template <class F> struct Forward {
     const AttentionShape & s;
     const float *q, *k, *v;
     const int32_t * start;
     float *o, *lse;
+    Layout<F> at;
+    uint32_t * memory;
+
+    uint32_t * words(int64_t offset) const { return memory + offset; }
+    float * floats(int64_t offset) const { return (float *)(memory + offset); }
 };
 
-/// Scores of keys [k0, k0+n), a whole number of panels, for one row tile: [rows][KEYS].
-void score_tile(const Forward & f, const uint32_t * rows, const float * row_scales, int n_rows,
-                const uint32_t * panels, int64_t k0, int64_t n, float * scores) {
-    const int64_t steps = panel_steps(f.format, f.s.head_size);
+/// Scores of keys [k0, k0+n), a whole number of panels, for the row tile at row r of the query
+/// block: [rows][KEY_BLOCK].
+template <class F>
+void score_tile(const Forward<F> & f, int64_t r, int n_rows, int64_t k0, int64_t n,
+                float * scores) {
+    const int64_t steps = panel_steps<F>(f.s.head_size);
     TileArgs g = {};
-    g.ldy = KEYS;
-    const TileFunction tile = tile_of_format<Format::i16_even, STRIDE>(f.format, n_rows);
+    g.ldy = KEY_BLOCK;
+    const TileFunction tile = attention_tile<F>(n_rows);
     for (int64_t c = 0; c < n; c += NR) {
-        reduce_over(f.format, g, rows, row_scales, panels + (k0 + c) * steps, 0, f.s.head_size);
+        reduce_over<F>(g, f.words(f.at.queries) + r * ROW_WORDS,
+                       f.floats(f.at.query_scales) + r * I16_BLOCKS,
+                       f.words(f.at.keys) + (k0 + c) * steps, 0, f.s.head_size);
         g.y = scores + c;
         tile(g);
     }
@@ -61,25 +63,21 @@ struct Running {
 /// One row's softmax over scores [from, n) (multiples of LANES), of which [first, last) are seen:
 /// p = e^(scale*z - max), 0 where unseen, as tile row. 16-bit integers take whole blocks from z,
 /// which is overwritten. Returns the factor by which what was summed before must shrink.
-template <Format FORMAT>
+template <class F>
 float softmax_row(float * z, int64_t from, int64_t n, int64_t first, int64_t last, float scale,
                   Running & run, uint32_t * p, [[maybe_unused]] float * p_scales) {
-    VI lane;
-    for (int i = 0; i < LANES; i++)
-        lane[i] = i;
-    first = std::max(first, from);
-    last = std::min(last, n);
+    first = max(first, from);
+    last = min(last, n);
     const auto at_edge = [&](int64_t c) { return c < first || c + LANES > last; };
     const auto seen = [&](int64_t c) {
-        const VI index = lane + (int32_t)c;
+        const VI index = lane_numbers((int32_t)c);
         return (index >= (int32_t)first) & (index < (int32_t)last);
     };
     const auto put = [&](int64_t c, V e) {
-        if (FORMAT == Format::bf16) {
+        if constexpr (F::IS_BF16)
             store_bf16((uint16_t *)p + c, e);
-        } else {
-            store(FORMAT == Format::i16_even ? z + c : (float *)p + c, e);
-        }
+        else
+            store(F::BLOCKED ? z + c : (float *)p + c, e);
     };
     V best = splat(NO_SCORE);
     const int64_t begin = first / LANES * LANES;
@@ -87,7 +85,7 @@ float softmax_row(float * z, int64_t from, int64_t n, int64_t first, int64_t las
         const V s = load(z + c);
         best = vmax(at_edge(c) ? select(seen(c), s, splat(NO_SCORE)) : s, best);
     }
-    const float new_max = std::max(run.max, max_lanes(best) * scale);
+    const float new_max = max(run.max, max_lanes(best) * scale);
     V total = {};
     int64_t c = from;
     for (; c < begin; c += LANES)
@@ -101,54 +99,38 @@ float softmax_row(float * z, int64_t from, int64_t n, int64_t first, int64_t las
     }
     for (; c < n; c += LANES)
         put(c, V{});
-#if defined(GGFT_I16)
-    if (FORMAT == Format::i16_even) {
-        quantize_row_i16<Format::i16_even>(z + from, n - from, I16_LIMIT, (int16_t *)p + from,
-                                           p_scales + from / I16_DEPTH);
+    if constexpr (F::BLOCKED) {
+        quantize_row_i16<F>(z + from, n - from, F::ROW_LIMIT, (int16_t *)p + from,
+                            p_scales + from / F::DEPTH);
     }
-#endif
     const float shrink = run.max == new_max ? 1.0f : vexp(splat(run.max - new_max))[0];
     run.sum = run.sum * shrink + sum_lanes(total);
     run.max = new_max;
     return shrink;
 }
 
-using SoftmaxRow = float (*)(float *, int64_t, int64_t, int64_t, int64_t, float, Running &,
-                             uint32_t *, float *);
-SoftmaxRow softmax_of(Format format) {
-    switch (format) {
-    case Format::bf16:
-        return softmax_row<Format::bf16>;
-    case Format::i16_even:
-        return softmax_row<Format::i16_even>;
-    default:
-        return softmax_row<Format::f32>;
-    }
-}
-
 /// Add one key block to the result of one row tile: rows [r0, r0+n_rows) of the query block. Scores
 /// and probabilities are indexed from the first key of the block on.
-void forward_tile(const Forward & f, uint32_t * memory, const Layout & at, int64_t depth,
-                  const Range * seen, int64_t r0, int n_rows, int64_t block_k0, Running * running) {
-    const int64_t first = std::max<int64_t>(0, seen[r0].first / NR * NR - block_k0);
-    const int64_t last = std::min(KEYS, seen[r0 + n_rows - 1].last - block_k0);
+template <class F>
+void forward_tile(const Forward<F> & f, int64_t depth, const Range * seen, int64_t r0, int n_rows,
+                  int64_t block_k0, Running * running) {
+    const int64_t first = max<int64_t>(0, seen[r0].first / NR * NR - block_k0);
+    const int64_t last = min(KEY_BLOCK, seen[r0 + n_rows - 1].last - block_k0);
     if (first >= last)
         return;
-    const int64_t unit = f.format == Format::i16_even ? I16_DEPTH : NR;
+    constexpr int64_t unit = F::BLOCKED ? I16_DEPTH : NR;
     const int64_t width = head_columns(f.s.head_size);
-    float * scores = (float *)(memory + at.scores);
-    uint32_t * p = memory + at.probabilities;
-    float * p_scales = (float *)(memory + at.probability_scales);
-    float * result = (float *)(memory + at.result) + r0 * width;
-    score_tile(f, memory + at.queries + r0 * STRIDE,
-               (float *)(memory + at.query_scales) + r0 * I16_BLOCKS, n_rows, memory + at.keys,
-               block_k0 + first, round_up(last - first, NR), scores + first);
-    const SoftmaxRow softmax = softmax_of(f.format);
+    float * scores = f.floats(f.at.scores);
+    uint32_t * p = f.words(f.at.probabilities);
+    float * p_scales = f.floats(f.at.probability_scales);
+    float * result = f.floats(f.at.result) + r0 * width;
+    score_tile(f, r0, n_rows, block_k0 + first, round_up(last - first, NR), scores + first);
     for (int i = 0; i < n_rows; i++) {
         const Range row = seen[r0 + i];
-        const float shrink = softmax(scores + i * KEYS, first / unit * unit, round_up(last, unit),
-                                     row.first - block_k0, row.last - block_k0, f.s.scale,
-                                     running[r0 + i], p + i * STRIDE, p_scales + i * I16_BLOCKS);
+        const float shrink =
+            softmax_row<F>(scores + i * KEY_BLOCK, first / unit * unit, round_up(last, unit),
+                           row.first - block_k0, row.last - block_k0, f.s.scale, running[r0 + i],
+                           p + i * ROW_WORDS, p_scales + i * I16_BLOCKS);
         if (shrink == 1.0f)
             continue;
         for (int64_t c = 0; c < width; c += LANES) {
@@ -158,32 +140,31 @@ void forward_tile(const Forward & f, uint32_t * memory, const Layout & at, int64
     TileArgs g = {};
     g.ldy = width;
     g.add = true;
-    const uint32_t * values = memory + at.values + panel_steps(f.format, block_k0) * NR;
+    const uint32_t * values = f.words(f.at.values) + panel_steps<F>(block_k0) * NR;
     for (int64_t c = 0; c < width; c += NR) {
-        reduce_over(f.format, g, p, p_scales, values + c * depth, first, last);
+        reduce_over<F>(g, p, p_scales, values + c * depth, first, last);
         g.y = result + c;
-        tile_of_format<Format::i16_even, STRIDE>(f.format, n_rows)(g);
+        attention_tile<F>(n_rows)(g);
     }
 }
 
-void forward_block(const Forward & f, const Unit & unit, const QueryBlock & block,
-                   uint32_t * memory, const Layout & at) {
+template <class F>
+void forward_block(const Forward<F> & f, const ExampleSpan & span, const QueryBlock & block) {
     const AttentionShape & s = f.s;
     const int64_t rows = block.rows(), width = head_columns(s.head_size);
     const int64_t row = (block.first * s.n_head + block.head) * s.head_size;
-    const int64_t depth = panel_steps(f.format, unit.last - unit.first);
-    Running running[ROWS];
-    Range seen[ROWS];
-    seen_keys(block, f.start, unit.first, seen);
-    pack_tile_rows(f.format, {f.q + row, s.n_head * s.head_size, block.heads, s.head_size}, rows,
-                   memory + at.queries, (float *)(memory + at.query_scales));
-    float * result = (float *)(memory + at.result);
-    std::fill(result, result + rows * width, 0.0f);
-    for (int64_t k0 = seen[0].first / I16_DEPTH * I16_DEPTH; k0 < seen[rows - 1].last; k0 += KEYS) {
-        for (int64_t r = 0; r < rows; r += MR) {
-            forward_tile(f, memory, at, depth, seen, r, (int)std::min<int64_t>(MR, rows - r), k0,
-                         running);
-        }
+    const int64_t depth = panel_steps<F>(span.last - span.first);
+    Running running[QUERY_ROWS];
+    Range seen[QUERY_ROWS];
+    seen_keys(block, f.start, span.first, seen);
+    pack_tile_rows<F>({f.q + row, s.n_head * s.head_size, block.heads, s.head_size}, rows,
+                      f.words(f.at.queries), f.floats(f.at.query_scales));
+    float * result = f.floats(f.at.result);
+    fill(result, result + rows * width, 0.0f);
+    for (int64_t k0 = seen[0].first / I16_DEPTH * I16_DEPTH; k0 < seen[rows - 1].last;
+         k0 += KEY_BLOCK) {
+        for (int64_t r = 0; r < rows; r += MR)
+            forward_tile(f, depth, seen, r, (int)min<int64_t>(MR, rows - r), k0, running);
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = block.first + r / block.heads, head = block.head + r % block.heads;
@@ -192,35 +173,47 @@ void forward_block(const Forward & f, const Unit & unit, const QueryBlock & bloc
         const float inv = 1.0f / running[r].sum;
         for (int d = 0; d < s.head_size; d++)
             to[d] = from[d] * inv;
-        f.lse[token * s.n_head + head] = running[r].max + std::log(running[r].sum);
+        f.lse[token * s.n_head + head] = running[r].max + __builtin_logf(running[r].sum);
     }
 }
 
-} // namespace
-
-void attention(Precision precision, const AttentionShape & s, const float * q, const float * k,
-               const float * v, const int32_t * start, float * o, float * lse, int ith, int nth) {
-    const Format format = attention_format(precision);
-    const Forward f = {format, s, q, k, v, start, o, lse};
-    const Layout at(format, s);
-    uint32_t * memory = thread_words((size_t)at.end);
+template <class F> void forward_spans(const Forward<F> & f, int ith, int nth) {
+    const AttentionShape & s = f.s;
     const int64_t token = s.n_head_kv * s.head_size;
-    for (const Unit & unit : plan_units(s, start, ith, nth)) {
-        const int64_t n = unit.last - unit.first;
-        const int64_t row = unit.first * token + unit.head_kv * s.head_size;
-        pack_columns(format, {k + row, token, 1, s.head_size}, n, memory + at.keys);
-        pack_depth(format, {v + row, token, 1, s.head_size}, n, memory + at.values);
-        const std::vector<QueryBlock> blocks = query_blocks(s, unit);
-        for (size_t b = 0; b < blocks.size(); b++) {
-            if (unit.shared && (int)(b % (size_t)nth) != ith)
-                continue;
-            forward_block(f, unit, blocks[b], memory, at);
+    for (const ExampleSpan & span : Spans(s, f.start, ith, nth)) {
+        const int64_t n = span.last - span.first;
+        const int64_t row = span.first * token + span.head_kv * s.head_size;
+        pack_columns<F>({f.k + row, token, 1, s.head_size}, n, f.words(f.at.keys));
+        pack_depth<F>({f.v + row, token, 1, s.head_size}, n, f.words(f.at.values));
+        const QueryBlocks blocks(s, span);
+        for (int64_t b = 0; b < blocks.size(); b++) {
+            if (!span.shared || b % nth == ith)
+                forward_block(f, span, blocks[b]);
         }
     }
 }
 
-size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape) {
-    return (size_t)Layout(attention_format(precision), shape).end * 4;
+void attention_forward(Format format, const AttentionShape & s, const float * q, const float * k,
+                       const float * v, const int32_t * start, float * o, float * lse, int ith,
+                       int nth) {
+    with_attention_format(format, [&](auto f) {
+        using F = decltype(f);
+        const Layout<F> at(s);
+        uint32_t * memory = thread_words((size_t)at.end);
+        forward_spans(Forward<F>{s, q, k, v, start, o, lse, at, memory}, ith, nth);
+    });
 }
 
-} // namespace ggft
+size_t attention_scratch_bytes(Format format, const AttentionShape & s) {
+    return with_attention_format(format,
+                                 [&](auto f) { return (size_t)Layout<decltype(f)>(s).end * 4; });
+}
+
+} // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {attention_forward, attention_backward,
+                                            attention_scratch_bytes,
+                                            attention_backward_scratch_bytes};
+
+} // namespace ggft::GGFT_ISA_NAMESPACE

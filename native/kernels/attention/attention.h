@@ -7,8 +7,7 @@
 // start[i] is the first token that token i sees: its example's first token; i itself for padding.
 // It never decreases with i.
 // Tiles wholly outside an example or above the diagonal are skipped, so packed rows cost what their
-// examples cost. Products run in what Precision::fast is on this machine (kernels/gemm/gemm.h) or
-// in F32; exponentials and all sums of products are F32.
+// examples cost. Exponentials and all sums of products are F32.
 //
 // Called by all nth threads, without waiting inside; bit-identical for a given nth. Working
 // memory is the thread's (kernels/isa/memory.h).
@@ -29,19 +28,21 @@ struct AttentionShape {
     int64_t row_tokens; // of a row of the batch: what is in one never depends on another
 };
 
-/// Write o and lse.
-void attention(Precision precision, const AttentionShape & shape, const float * q, const float * k,
-               const float * v, const int32_t * start, float * o, float * lse, int ith, int nth);
+struct AttentionKernels {
+    /// Write o and lse.
+    void (*forward)(Format format, const AttentionShape & shape, const float * q, const float * k,
+                    const float * v, const int32_t * start, float * o, float * lse, int ith,
+                    int nth);
 
-/// Write dq, dk, dv from d_o; saved: q, k, v, o, lse.
-///   dS = p * (d_o.v - delta) * scale, delta = d_o.o;  dq = dS k, dk = dS' q, dv = p' d_o
-void attention_backward(Precision precision, const AttentionShape & shape, const float * q,
-                        const float * k, const float * v, const int32_t * start, const float * o,
-                        const float * lse, const float * d_o, float * dq, float * dk, float * dv,
-                        int ith, int nth);
+    /// Write dq, dk, dv from d_o; saved: q, k, v, o, lse.
+    ///   dS = p * (d_o.v - delta) * scale, delta = d_o.o;  dq = dS k, dk = dS' q, dv = p' d_o
+    void (*backward)(Format format, const AttentionShape & shape, const float * q, const float * k,
+                     const float * v, const int32_t * start, const float * o, const float * lse,
+                     const float * d_o, float * dq, float * dk, float * dv, int ith, int nth);
 
-/// Bytes of working memory of one thread.
-size_t attention_scratch_bytes(Precision precision, const AttentionShape & shape);
-size_t attention_backward_scratch_bytes(Precision precision, const AttentionShape & shape);
+    /// Bytes of working memory of one thread.
+    size_t (*scratch_bytes)(Format format, const AttentionShape & shape);
+    size_t (*backward_scratch_bytes)(Format format, const AttentionShape & shape);
+};
 
 } // namespace ggft

@@ -2,20 +2,15 @@
 // panels in F32 or 16-bit integers they are a visible part of a product's time. Block layouts:
 // ggml's quantized formats, as documented by its reference dequantizers.
 #include "kernels/dequant/dequant.h"
-#include "kernels/isa/vector.h"
 
-namespace ggft {
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
 GGFT_INLINE float half(const uint8_t * p) {
-#if defined(__F16C__)
-    return _cvtsh_ss(load_as<uint16_t>(p));
-#else
-    return ggml_fp16_to_fp32(load_as<ggml_fp16_t>(p));
-#endif
+    return from_f16(load_as<uint16_t>(p));
 }
 
 GGFT_INLINE Bytes bytes(const uint8_t * p) {
@@ -27,13 +22,6 @@ GGFT_INLINE VI integers(Bytes b) {
 GGFT_INLINE V floats(VI x) {
     return __builtin_convertvector(x, V);
 }
-GGFT_INLINE VI lanes() {
-    VI lane;
-    for (int i = 0; i < LANES; i++)
-        lane[i] = i;
-    return lane;
-}
-
 /// out = q * scale + offset for LANES codes.
 GGFT_INLINE void put(float * out, VI q, float scale, float offset) {
     store(out, fma(floats(q), splat(scale), splat(offset)));
@@ -50,7 +38,7 @@ template <bool MIN, bool FIVE> void dequant_nibbles(const void * blocks, int64_t
             const Bytes pair = bytes(codes + j);
             VI low = integers(pair & 15), high = integers(pair >> 4);
             if (FIVE) {
-                const VU bits = load_as<uint32_t>(b + AT) - VU{}, at = (VU)(lanes() + j);
+                const VU bits = load_as<uint32_t>(b + AT) - VU{}, at = (VU)lane_numbers(j);
                 low |= (VI)((bits >> at) << 4 & 16);
                 high |= (VI)((bits >> (at + 12)) & 16);
             }
@@ -118,25 +106,16 @@ void dequant_q6_k(const void * blocks, int64_t n, float * out) { // ql 128, qh 6
     }
 }
 
-#if defined(__F16C__)
 void dequant_f16(const void * blocks, int64_t n, float * out) {
-    const uint16_t * x = (const uint16_t *)blocks;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
-    for (; i < n; i++)
-        out[i] = _cvtsh_ss(x[i]);
+    f16_to_f32((const uint16_t *)blocks, n, out);
 }
-#endif
 
 } // namespace
 
 DequantF32 fast_dequant_f32(ggml_type type) {
     switch (type) {
-#if defined(__F16C__)
     case GGML_TYPE_F16:
         return dequant_f16;
-#endif
     case GGML_TYPE_Q4_0:
         return dequant_nibbles<false, false>;
     case GGML_TYPE_Q4_1:
@@ -158,4 +137,4 @@ DequantF32 fast_dequant_f32(ggml_type type) {
     }
 }
 
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

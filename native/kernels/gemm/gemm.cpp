@@ -1,23 +1,22 @@
 #include "kernels/gemm/gemm.h"
 
-#include <algorithm>
+#include <time.h>
+
 #include <atomic>
-#include <chrono>
 
 #include "kernels/gemm/prepacked.h"
 #include "kernels/gemm/product.h"
-#include "kernels/gemm/tile.h"
 #include "kernels/isa/memory.h"
 #include "kernels/isa/work_stealing.h"
-#include "kernels/rowwise/dropout.h"
+#include "kernels/rowwise/dropout_lanes.h"
 
-namespace ggft {
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
 /// Words of a group's low-rank panels, at most.
-int64_t low_panel_words(const Product & p, int rank) {
-    const int64_t most = GROUP_WORDS / panel_steps(p.format, p.chunk());
-    return round_up(round_up(std::min(p.n_cols, most), NR) * rank, 16);
+template <class F> int64_t low_panel_words(const Product<F> & p, int rank) {
+    const int64_t most = GROUP_WORDS / panel_steps<F>(p.chunk());
+    return round_up(round_up(min(p.n_cols, most), NR) * rank, 16);
 }
 
 /// What a thread's working memory holds.
@@ -30,7 +29,7 @@ struct Scratch {
     float * work;       // [PANEL_WORK]
     float * low_panels; // [low_panel_words]
 
-    static int64_t words(const Product & p, int rank) {
+    template <class F> static int64_t words(const Product<F> & p, int rank) {
         return GROUP_WORDS + MR * TILE_STRIDE + 2 * TILE_WORDS + PANEL_WORK +
                low_panel_words(p, rank);
     }
@@ -39,33 +38,48 @@ struct Scratch {
           keep(spill + TILE_WORDS), work(keep + TILE_WORDS), low_panels(work + PANEL_WORK) {}
 };
 
+// ---- profiling ----
+
 std::atomic<bool> timing = false;
 std::atomic<double> panels_took = 0.0; // written by one thread at a time
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 /// Adds the time that it lives to panels_took.
 class PanelTimer {
 public:
-    explicit PanelTimer(bool on) : on_(on && timing) {
-        if (on_)
-            start_ = std::chrono::steady_clock::now();
-    }
+    explicit PanelTimer(bool on) : on_(on && timing), start_(on_ ? now() : 0.0) {}
     ~PanelTimer() {
-        if (on_) {
-            const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start_;
-            panels_took = panels_took + took.count();
-        }
+        if (on_)
+            panels_took = panels_took + (now() - start_);
     }
 
 private:
     bool on_;
-    std::chrono::steady_clock::time_point start_;
+    double start_;
 };
 
+void time_panels(bool on) {
+    timing = on;
+    if (on)
+        panels_took = 0.0;
+}
+
+double panel_seconds() {
+    return panels_took;
+}
+
+// ---- pieces of a product ----
+
 /// scale * right for columns [c0, c0+nc) as panels [nc/NR][rank][NR].
-void pack_low_rank(const Product & p, int64_t c0, int64_t nc, float * out) {
+template <class F> void pack_low_rank(const Product<F> & p, int64_t c0, int64_t nc, float * out) {
     const LowRank & low = *p.low;
-    std::fill(out, out + round_up(nc, NR) * low.rank, 0.0f);
-    for (int64_t c = 0; c < std::min(nc, p.n_cols - c0); c++) {
+    fill(out, out + round_up(nc, NR) * low.rank, 0.0f);
+    for (int64_t c = 0; c < min(nc, p.n_cols - c0); c++) {
         float * panel = out + c / NR * low.rank * NR + c % NR;
         const float * right = p.nt ? low.right + (c0 + c) * low.rank : low.right + c0 + c;
         const int64_t step = p.nt ? 1 : p.n_cols;
@@ -123,10 +137,11 @@ struct TileJob {
 };
 
 /// One row tile past one panel: columns [c, c+NR) of the group that begins at c0.
-void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t c,
+template <class F>
+void run_tile(const Product<F> & p, Scratch & s, TileJob & job, int64_t c0, int64_t c,
               const uint32_t * panel) {
     TileArgs & g = job.args;
-    const int64_t t0 = job.tokens.first, width = std::min<int64_t>(NR, p.n_cols - c0 - c);
+    const int64_t t0 = job.tokens.first, width = min<int64_t>(NR, p.n_cols - c0 - c);
     const int rows = (int)(job.tokens.last - t0);
     const bool add = g.add;
     float * y = p.y.data + t0 * p.y.stride + c0 + c;
@@ -157,18 +172,18 @@ void run_tile(const Product & p, Scratch & s, TileJob & job, int64_t c0, int64_t
 }
 
 /// A thread's share of a product: a range of columns for a range of tokens.
-struct Part {
-    const Product & p;
+template <class F> struct Part {
+    const Product<F> & p;
     Scratch & s;
     Range tokens, columns;
     int64_t kc_full;
     bool is_first; // whether the first thread computes it
 
     int64_t tiles() const {
-        const int64_t mr = tile_rows(p.format);
+        const int64_t mr = TILE_ROWS<F>;
         return (tokens.last - tokens.first + mr - 1) / mr;
     }
-    int64_t depth_at(int64_t k0) const { return std::min(kc_full, p.depth - k0); }
+    int64_t depth_at(int64_t k0) const { return min(kc_full, p.depth - k0); }
     /// Tiles are as even as can be.
     Range tokens_of(int64_t tile) const {
         const Range part = split_range(tokens.last - tokens.first, 1, (int)tile, (int)tiles());
@@ -179,9 +194,9 @@ struct Part {
     TileJob job(int64_t tile, int64_t k0) const {
         const Range now = tokens_of(tile);
         const int rows = (int)(now.last - now.first);
-        TileJob job = {now, nullptr, {}, {}};
+        TileJob job = {now, tile_function<F, TILE_STRIDE>(rows), {}, {}};
         TileArgs & g = job.args;
-        g.steps = (int)tile_steps(p.format, depth_at(k0));
+        g.steps = (int)tile_steps<F>(depth_at(k0));
         g.ldy = p.y.stride;
         g.add = p.y.add || k0 > 0;
         if (p.low && k0 == 0) {
@@ -189,19 +204,17 @@ struct Part {
             g.low_stride = p.low->left_stride;
             g.low_steps = p.low->rank;
         }
-        if (p.packed()) {
-            const PackedRows x = {{kc_full, p.depth}, (uint32_t *)p.x.data, p.n_tokens};
-            job.tile = x.packing.stride() == HALF_STRIDE
-                           ? tile_of_format<Format::i16, HALF_STRIDE>(p.format, rows)
-                           : tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows);
+        if constexpr (F::BLOCKED) {
+            const PackedRows x = {row_packing(kc_full, p.depth), (uint32_t *)p.x.data, p.n_tokens};
+            if (x.packing.stride == HALF_STRIDE)
+                job.tile = tile_function<F, HALF_STRIDE>(rows);
             g.rows = x.words(now.first, k0);
             g.row_scales = x.scales(now.first, k0);
             g.row_pairs = x.pairs(now.first, k0);
         } else {
-            job.tile = tile_of_format<Format::i16, TILE_STRIDE>(p.format, rows);
             g.rows = s.rows;
             job.next = source(tile + 1, k0);
-            pack_rows(p.format, p.x, now.first, rows, k0, depth_at(k0), s.rows);
+            pack_rows(F::FORMAT, p.x, now.first, rows, k0, depth_at(k0), s.rows);
         }
         return job;
     }
@@ -218,36 +231,44 @@ struct Part {
 
     /// The panels of columns [c0, c0+nc) for a chunk of the reduction: those that are kept, or new.
     const uint32_t * panels_of(int64_t c0, int64_t nc, int64_t k0) const {
-        Prepacked * kept = p.w.prepacked;
+        const Prepacked * kept = p.w.prepacked;
+        char * made = kept ? kept->made + p.panel_index(c0, k0) : nullptr;
         uint32_t * panels = s.panels;
-        if (kept && kept->made(p, c0, nc, k0))
-            return kept->panels(p, c0, k0);
+        if (kept && all_made(made, nc))
+            return kept->words + p.panel_offset(c0, k0);
         // Where tokens are split, too, other threads need the same panels at the same time.
         const bool keep = kept && tokens.last - tokens.first == p.n_tokens;
         if (keep)
-            panels = kept->panels(p, c0, k0);
+            panels = kept->words + p.panel_offset(c0, k0);
         const PanelTimer timer(is_first);
         if (p.nt)
-            pack_panels_nt(p.format, p.w, c0, nc, k0, depth_at(k0), panels);
+            pack_panels_nt(F::FORMAT, p.w, c0, nc, k0, depth_at(k0), panels);
         else
-            pack_panels_nn(p.format, p.w, c0, nc, k0, depth_at(k0), s.work, panels);
+            pack_panels_nn(F::FORMAT, p.w, c0, nc, k0, depth_at(k0), s.work, panels);
         if (keep)
-            kept->set_made(p, c0, nc, k0);
+            std::memset(made, 1, (size_t)((nc + NR - 1) / NR));
         return panels;
+    }
+    static bool all_made(const char * made, int64_t nc) {
+        for (int64_t i = 0; i * NR < nc; i++) {
+            if (!made[i])
+                return false;
+        }
+        return true;
     }
 
     /// Columns [c0, c0+nc), a group, for a chunk of the reduction.
     void run_group(int64_t c0, int64_t nc, int64_t k0) const {
         const int64_t n_panels = (nc + NR - 1) / NR;
-        const int64_t panel_words = panel_steps(p.format, depth_at(k0)) * NR;
+        const int64_t panel_words = panel_steps<F>(depth_at(k0)) * NR;
         if (p.low && k0 == 0)
             pack_low_rank(p, c0, nc, s.low_panels);
         const uint32_t * panels = panels_of(c0, nc, k0);
         // Packed rows stay in the L2 cache, panel by panel; others are made, and stay in the L1.
-        const int64_t together = p.packed() ? PACKED_TILES : 1;
-        TileJob jobs[PACKED_TILES];
+        constexpr int64_t together = F::BLOCKED ? PACKED_TILES : 1;
+        TileJob jobs[together];
         for (int64_t first = 0; first < tiles(); first += together) {
-            const int64_t n = std::min(together, tiles() - first);
+            const int64_t n = min(together, tiles() - first);
             for (int64_t i = 0; i < n; i++)
                 jobs[i] = job(first + i, k0);
             for (int64_t c = 0; c < nc; c += NR) {
@@ -268,9 +289,9 @@ struct Part {
     /// than a group.
     int64_t piece_width(int64_t left) const {
         const int64_t unit = p.column_unit();
-        const int64_t most = GROUP_WORDS / panel_steps(p.format, kc_full) / unit * unit;
+        const int64_t most = GROUP_WORDS / panel_steps<F>(kc_full) / unit * unit;
         const int64_t half = left < 2 * SMALLEST_PIECE ? left : round_up((left + 1) / 2, unit);
-        return std::min({left, most, half});
+        return min(left, min(most, half));
     }
     int64_t pieces() const {
         int64_t n = 0;
@@ -288,75 +309,59 @@ struct Part {
     }
 };
 
-void run_product(const Product & p, Turns * turns, int ith, int nth) {
+template <class F>
+void run_product(const Product<F> & p, WorkStealing * stealing, int ith, int nth) {
     Scratch scratch(thread_words((size_t)Scratch::words(p, p.low ? p.low->rank : 0)));
-    const bool help = turns && nth <= turns->n_threads();
+    const bool help = stealing && nth <= stealing->n_threads();
     for (int i = 0; i < (help ? nth : 1); i++) {
         const int owner = (ith + i) % nth;
         Range tokens, columns;
         choose_part(p, owner, nth, tokens, columns);
-        const Part part = {p, scratch, tokens, columns, p.chunk(), ith == 0};
+        const Part<F> part = {p, scratch, tokens, columns, p.chunk(), ith == 0};
         const int64_t n = part.pieces();
         const auto after = [&](int64_t piece) {
-            return help ? turns->take(owner, n, nth) : piece + 1 < n ? piece + 1 : -1;
+            return help ? stealing->take(owner, n, nth) : piece + 1 < n ? piece + 1 : -1;
         };
         for (int64_t piece = after(-1); piece >= 0; piece = after(piece))
             part.run_piece(piece);
     }
 }
 
+template <bool NT>
+void matmul(Format format, const Weight & w, Rows x, const LowRank * low, Output y,
+            int64_t n_tokens, WorkStealing * stealing, int ith, int nth) {
+    with_format(format, [&](auto f) {
+        run_product(Product<decltype(f)>(NT, w, x, low, y, n_tokens), stealing, ith, nth);
+    });
+}
+
+// ---- sizes ----
+
+RowPacking packing_nt(Format format, int64_t n_inputs) {
+    const Weight w = {GGML_TYPE_F32, 0, n_inputs, nullptr, 0};
+    return with_format(format, [&](auto f) { return Product<decltype(f)>(true, w).packing(); });
+}
+
+RowPacking packing_nn(Format format, const Weight & w) {
+    return with_format(format, [&](auto f) { return Product<decltype(f)>(false, w).packing(); });
+}
+
+PanelSize panel_size(Format format, const Weight & w, bool nt) {
+    return with_format(format, [&](auto f) { return Product<decltype(f)>(nt, w).panel_size(); });
+}
+
+size_t scratch_bytes(Format format, const Weight & w, int rank) {
+    return with_format(format, [&](auto f) {
+        using P = Product<decltype(f)>;
+        return 4 * (size_t)max(Scratch::words(P(true, w), rank), Scratch::words(P(false, w), rank));
+    });
+}
+
 } // namespace
 
-bool has_bf16_dot() {
-    return HAS_BF16;
-}
+extern const GemmKernels gemm_kernels;
+const GemmKernels gemm_kernels = {matmul<true>,  matmul<false>, packing_nt,
+                                  packing_nn,    pack_tokens,   panel_size,
+                                  scratch_bytes, time_panels,   panel_seconds};
 
-void time_panels(bool on) {
-    timing = on;
-    if (on)
-        panels_took = 0.0;
-}
-
-double panel_seconds() {
-    return panels_took;
-}
-
-const char * fast_format() {
-    switch (format_of(Precision::fast)) {
-    case Format::bf16:
-        return "BF16";
-    case Format::i16:
-        return "16-bit integers";
-    default:
-        return "F32";
-    }
-}
-
-size_t product_scratch_bytes(Precision precision, const Weight & w, int rank) {
-    return 4 * (size_t)std::max(Scratch::words(Product::forward(precision, w), rank),
-                                Scratch::words(Product::backward(precision, w), rank));
-}
-
-RowPacking packing_nt(Precision precision, int64_t n_inputs) {
-    return Product::forward(precision, {GGML_TYPE_F32, 0, n_inputs, nullptr, 0}).packing();
-}
-
-RowPacking packing_nn(Precision precision, const Weight & w) {
-    return Product::backward(precision, w).packing();
-}
-
-void matmul_nt(Precision precision, const Weight & w, Rows x, const LowRank * low_rank, Output y,
-               int64_t n_tokens, Turns * turns, int ith, int nth) {
-    Product p = Product::forward(precision, w);
-    p.x = x, p.low = low_rank, p.y = y, p.n_tokens = n_tokens;
-    run_product(p, turns, ith, nth);
-}
-
-void matmul_nn(Precision precision, const Weight & w, Rows dy, const LowRank * low_rank, Output dx,
-               int64_t n_tokens, Turns * turns, int ith, int nth) {
-    Product p = Product::backward(precision, w);
-    p.x = dy, p.low = low_rank, p.y = dx, p.n_tokens = n_tokens;
-    run_product(p, turns, ith, nth);
-}
-
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

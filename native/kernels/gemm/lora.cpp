@@ -1,20 +1,12 @@
 #include "kernels/gemm/lora.h"
 
-#include <algorithm>
-#include <utility>
-
 #include "kernels/isa/memory.h"
-#include "kernels/isa/vector.h"
-#include "kernels/rowwise/dropout.h"
+#include "kernels/rowwise/dropout_lanes.h"
 
-namespace ggft {
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
-#if defined(__AVX__) && !defined(GGFT_AVX512) // 16 registers; the others have 32
-constexpr int RANKS = 4, TOKENS = 3, VECTORS = 3;
-#else
-constexpr int RANKS = 8, TOKENS = 3, VECTORS = 3;
-#endif
+constexpr int RANKS = LORA_RANKS, TOKENS = 3, VECTORS = 3;
 constexpr int64_t WIDTH = 192; // columns of a gradient block
 constexpr int64_t DEPTH = 64;  // tokens of a gradient block: 48 KB of x
 
@@ -37,24 +29,18 @@ float * thread_floats(int64_t n) {
 /// n columns of one row from `column` on as F32, times the dropout factors; zeros up to `padded`.
 void copy_row(const Rows & x, Dropout dropout, int64_t t, int64_t column, int64_t n, int64_t padded,
               float * out) {
-    const float * f = (const float *)x.data + t * x.stride + column;
-    const uint16_t * h = (const uint16_t *)x.data + t * x.stride + column;
-    int64_t c = 0;
-    if (x.is_bf16) {
-        for (; c + LANES <= n; c += LANES)
-            store(out + c, load_bf16(h + c));
-        for (; c < n; c++)
-            out[c] = from_bf16(h[c]);
-    } else {
-        std::memcpy(out, f, (size_t)n * 4);
-    }
-    std::fill(out + n, out + padded, 0.0f);
+    const int64_t at = t * x.stride + column;
+    if (x.is_bf16)
+        bf16_to_f32((const uint16_t *)x.data + at, n, out);
+    else
+        std::memcpy(out, (const float *)x.data + at, (size_t)n * 4);
+    fill(out + n, out + padded, 0.0f);
     if (dropout.p <= 0.0f)
         return;
     const uint32_t key = dropout_row_key(dropout.seed, t);
     const int32_t threshold = dropout_threshold(dropout.p);
     const V kept = splat(1.0f / (1.0f - dropout.p));
-    for (c = 0; c < padded; c += LANES) {
+    for (int64_t c = 0; c < padded; c += LANES) {
         store(out + c, load(out + c) * dropout_factors(key, column + c, threshold, kept));
     }
 }
@@ -70,31 +56,6 @@ GGFT_INLINE float value(float x) {
 }
 GGFT_INLINE float value(uint16_t x) {
     return from_bf16(x);
-}
-
-/// out[r] = sum of the lanes of v[r].
-template <int R> GGFT_INLINE void sum_rows(const V (&v)[R], float * out) {
-#if defined(GGFT_AVX512)
-    if constexpr (R == 8) { // a tree that folds lanes and merges rows at once
-        __m512 pair[4], quad[2];
-        GGFT_UNROLL for (int i = 0; i < 4; i++) {
-            const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-            pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        }
-        GGFT_UNROLL for (int i = 0; i < 2; i++) {
-            const __m512d a = (__m512d)pair[2 * i], b = (__m512d)pair[2 * i + 1];
-            quad[i] =
-                _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-        }
-        const __m512 half = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
-                                          _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-        const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(half, half, 0x08),
-                                         _mm512_shuffle_f32x4(half, half, 0x0d));
-        _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
-        return;
-    }
-#endif
-    GGFT_UNROLL for (int r = 0; r < R; r++) out[r] = sum_lanes(v[r]);
 }
 
 /// out[t][r] = scale * sum_c x[t][c] * a[r][c] for T rows of x (F32 or BF16) and R rows of a.
@@ -160,7 +121,7 @@ void dot_tokens(const Rows & x, Dropout dropout, int64_t n, int64_t n_tokens,
     float * buffer = dropout.p > 0.0f ? thread_floats(dropped_words(n)) : nullptr;
     const Range part = split_range(n_tokens, TOKENS, ith, nth);
     for (int64_t t = part.first; t < part.last; t += TOKENS) {
-        const int64_t tokens = std::min<int64_t>(TOKENS, part.last - t);
+        const int64_t tokens = min<int64_t>(TOKENS, part.last - t);
         if (dropout.p > 0.0f) {
             for (int64_t i = 0; i < tokens; i++) {
                 copy_row(x, dropout, t + i, 0, n, padded, buffer + i * padded);
@@ -227,11 +188,11 @@ void outer_sum(const Rows & x, Dropout dropout, const float * left, int64_t left
     float *const sums = thread_floats(outer_words(rank)), *const block = sums + rank * WIDTH;
     const Range part = split_range(n_cols, VECTORS * LANES, ith, nth);
     for (int64_t c0 = part.first; c0 < part.last; c0 += WIDTH) {
-        const int64_t n = std::min(WIDTH, part.last - c0);
+        const int64_t n = min(WIDTH, part.last - c0);
         const int64_t width = round_up(n, LANES);
-        std::fill(sums, sums + rank * WIDTH, 0.0f);
+        fill(sums, sums + rank * WIDTH, 0.0f);
         for (int64_t t0 = 0; t0 < n_tokens; t0 += DEPTH) {
-            const int64_t depth = std::min(DEPTH, n_tokens - t0), at = t0 * x.stride + c0;
+            const int64_t depth = min(DEPTH, n_tokens - t0), at = t0 * x.stride + c0;
             const float * l = left + t0 * left_stride;
             if (dropout.p > 0.0f || n < width) {
                 for (int64_t t = 0; t < depth; t++) {
@@ -254,20 +215,18 @@ void outer_sum(const Rows & x, Dropout dropout, const float * left, int64_t left
     }
 }
 
-} // namespace
-
-size_t lora_scratch_bytes(int64_t n_inputs, int64_t n_outputs, int rank) {
-    return 4 * (size_t)std::max(
-                   {dropped_words(n_inputs), outer_words(rank), transposed_words(n_outputs, rank)});
+size_t scratch_bytes(int64_t n_inputs, int64_t n_outputs, int rank) {
+    const int64_t gradients = max(outer_words(rank), transposed_words(n_outputs, rank));
+    return 4 * (size_t)max(dropped_words(n_inputs), gradients);
 }
 
-void lora_down(Rows x, Dropout dropout, int64_t n_cols, int64_t n_tokens, const LoraDown * adapters,
-               int n_adapters, int ith, int nth) {
+void down(Rows x, Dropout dropout, int64_t n_cols, int64_t n_tokens, const LoraDown * adapters,
+          int n_adapters, int ith, int nth) {
     dot_tokens(x, dropout, n_cols, n_tokens, adapters, n_adapters, 1.0f, ith, nth);
 }
 
-void lora_up_t(Rows dy, const float * b, int rank, float scale, int64_t n_rows, int64_t n_tokens,
-               float * du, int64_t du_stride, int ith, int nth) {
+void up_t(Rows dy, const float * b, int rank, float scale, int64_t n_rows, int64_t n_tokens,
+          float * du, int64_t du_stride, int ith, int nth) {
     // b transposed, by every thread for itself: N*R copies against the N*R*T/nth products it
     // serves.
     float * transposed = thread_floats(transposed_words(n_rows, rank));
@@ -279,14 +238,19 @@ void lora_up_t(Rows dy, const float * b, int rank, float scale, int64_t n_rows, 
     dot_tokens(dy, {}, n_rows, n_tokens, &l, 1, scale, ith, nth);
 }
 
-void lora_grad_a(Rows x, Dropout dropout, const float * du, int64_t du_stride, int rank,
-                 float scale, int64_t n_cols, int64_t n_tokens, float * da, int ith, int nth) {
+void grad_a(Rows x, Dropout dropout, const float * du, int64_t du_stride, int rank, float scale,
+            int64_t n_cols, int64_t n_tokens, float * da, int ith, int nth) {
     outer_sum(x, dropout, du, du_stride, rank, scale, n_cols, n_tokens, da, n_cols, 1, ith, nth);
 }
 
-void lora_grad_b(Rows dy, const float * u, int64_t u_stride, int rank, float scale, int64_t n_rows,
-                 int64_t n_tokens, float * db, int ith, int nth) {
+void grad_b(Rows dy, const float * u, int64_t u_stride, int rank, float scale, int64_t n_rows,
+            int64_t n_tokens, float * db, int ith, int nth) {
     outer_sum(dy, {}, u, u_stride, rank, scale, n_rows, n_tokens, db, 1, rank, ith, nth);
 }
 
-} // namespace ggft
+} // namespace
+
+extern const LoraKernels lora_kernels;
+const LoraKernels lora_kernels = {down, up_t, grad_a, grad_b, scratch_bytes};
+
+} // namespace ggft::GGFT_ISA_NAMESPACE

@@ -3,8 +3,6 @@
 // They take about two bytes an element and direction, four in F32.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <map>
 #include <optional>
 #include <utility>
@@ -15,24 +13,13 @@
 
 namespace ggft {
 
-struct Product;
+struct KernelSet;
 
 /// The panels of a weight in one direction: made by the first product, read by all that follow. The
 /// threads of a product make and read different ones.
-class Prepacked {
-public:
-    /// `words`: room for words_of(p).
-    Prepacked(const Product & p, uint32_t * words);
-    static size_t words_of(const Product & p);
-
-    /// The panels of columns [c0, c0+nc) for the reduction's chunk at k0.
-    uint32_t * panels(const Product & p, int64_t c0, int64_t k0) const;
-    bool made(const Product & p, int64_t c0, int64_t nc, int64_t k0) const;
-    void set_made(const Product & p, int64_t c0, int64_t nc, int64_t k0);
-
-private:
-    uint32_t * words_;
-    std::vector<char> made_; // by chunk of the reduction and panel
+struct Prepacked {
+    uint32_t * words;
+    char * made; // flags, by chunk of the reduction and panel
 };
 
 /// Larger ones are not kept, so that an output matrix takes no more memory in large vocabularies.
@@ -40,22 +27,28 @@ inline constexpr size_t PREPACKED_MOST = 128u << 20;
 
 /// Bytes of w's panels in one direction; 0 if it is too large to keep them. Of w only type and
 /// shape are read.
-size_t prepacked_bytes(Precision precision, const Weight & w, bool nt);
+size_t prepacked_bytes(const KernelSet & kernels, Format format, const Weight & w, bool nt);
 
 /// Those of as many weights as `limit` bytes hold, first come, first served; of none where there is
 /// no memory.
 class PrepackedWeights {
 public:
-    explicit PrepackedWeights(size_t limit);
+    PrepackedWeights(const KernelSet & kernels, Format format, size_t limit);
 
     /// W as the products read it: with its panels, if it is among those that have some. One thread.
-    Weight with_panels(Precision precision, Weight w, bool nt);
+    Weight with_panels(Weight w, bool nt);
     size_t bytes() const { return used_ * 4; }
 
 private:
+    struct Kept {
+        std::vector<char> made;
+        Prepacked panels;
+    };
+    const KernelSet & kernels_;
+    Format format_;
     Words memory_;
     size_t words_ = 0, used_ = 0;
-    std::map<std::pair<const void *, bool>, std::optional<Prepacked>> weights_;
+    std::map<std::pair<const void *, bool>, std::optional<Kept>> weights_;
 };
 
 } // namespace ggft

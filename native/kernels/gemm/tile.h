@@ -8,25 +8,9 @@
 // its own.
 #pragma once
 
-#include <utility>
+#include "kernels/gemm/format.h"
 
-#include "kernels/isa/vector.h"
-
-namespace ggft {
-
-#if defined(GGFT_AVX512)
-inline constexpr int MR = 14, NV = 2; // 28 accumulators, 2 panel vectors, 2 for broadcasts
-#elif defined(__AVX__)
-inline constexpr int MR = 6, NV = 2;
-#elif defined(__aarch64__)
-inline constexpr int MR = 8, NV = 2; // compilers load all rows' words early: 16 + 2 + 8 registers
-#else
-inline constexpr int MR = 4, NV = 2;
-#endif
-inline constexpr int NR = NV * LANES;
-inline constexpr int MAX_STEPS = 512; // words of a tile row
-// Of tile rows, and of those of up to half as many words; rows fall into different cache sets.
-inline constexpr int TILE_STRIDE = MAX_STEPS + 16, HALF_STRIDE = MAX_STEPS / 2 + 16;
+namespace ggft::GGFT_ISA_NAMESPACE {
 
 struct TileArgs {
     const uint32_t * rows;  // [M] rows, STRIDE words apart
@@ -47,15 +31,6 @@ struct TileArgs {
     bool add;
 };
 
-GGFT_INLINE V dot_bf16(V acc, V a, V b) {
-#if defined(GGFT_BF16_DOT)
-    return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-    acc = fma((V)((VU)a & 0xffff0000u), (V)((VU)b & 0xffff0000u), acc);
-    return fma((V)((VU)a << 16), (V)((VU)b << 16), acc);
-#endif
-}
-
 template <int M> GGFT_INLINE void clear(V (&acc)[M][NV]) {
     GGFT_UNROLL for (int i = 0; i < M; i++) {
         GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = V{};
@@ -63,7 +38,7 @@ template <int M> GGFT_INLINE void clear(V (&acc)[M][NV]) {
 }
 
 /// acc += sum over steps of rows[i][s] * panel[s][j]; `stride` words between rows.
-template <int M, bool BF16>
+template <class F, int M>
 GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t * rows, int64_t stride,
                             const uint32_t * panel, int steps) {
     for (int s = 0; s < steps; s++, rows++, panel += NR) {
@@ -72,7 +47,7 @@ GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t * rows, int64_t stri
         GGFT_UNROLL for (int i = 0; i < M; i++) {
             const V x = splat(load_as<float>(rows + i * stride));
             GGFT_UNROLL for (int j = 0; j < NV; j++) {
-                acc[i][j] = BF16 ? dot_bf16(acc[i][j], x, w[j]) : fma(x, w[j], acc[i][j]);
+                acc[i][j] = F::IS_BF16 ? dot_bf16(acc[i][j], x, w[j]) : fma(x, w[j], acc[i][j]);
             }
         }
     }
@@ -80,8 +55,8 @@ GGFT_INLINE void accumulate(V (&acc)[M][NV], const uint32_t * rows, int64_t stri
 
 /// acc += keep * sum_r u[i][r] * B[r][j].
 template <int M> GGFT_INLINE void accumulate_low_rank(V (&acc)[M][NV], const TileArgs & g) {
-    accumulate<M, false>(acc, (const uint32_t *)g.low_rows, g.low_stride,
-                         (const uint32_t *)g.low_panel, g.low_steps);
+    accumulate<F32, M>(acc, (const uint32_t *)g.low_rows, g.low_stride,
+                       (const uint32_t *)g.low_panel, g.low_steps);
     if (g.keep) {
         GGFT_UNROLL for (int i = 0; i < M; i++) {
             GGFT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] *= load(g.keep + i * NR + j * LANES);
@@ -98,35 +73,13 @@ template <int M> GGFT_INLINE void store_tile(const V (&acc)[M][NV], const TileAr
     }
 }
 
-template <int M, bool BF16, int STRIDE = TILE_STRIDE> void tile_product(const TileArgs & g) {
+template <class F, int M, int STRIDE> void tile_product(const TileArgs & g) {
     V acc[M][NV];
     clear(acc);
     if (g.low_steps)
         accumulate_low_rank(acc, g);
-    accumulate<M, BF16>(acc, g.rows, STRIDE, g.panel, g.steps);
+    accumulate<F, M>(acc, g.rows, STRIDE, g.panel, g.steps);
     store_tile(acc, g);
 }
 
-/// Machines without a BF16 dot product never call the BF16 tiles: they are not compiled there.
-#if defined(GGFT_BF16_DOT)
-inline constexpr bool HAS_BF16 = true;
-#else
-inline constexpr bool HAS_BF16 = false;
-#endif
-
-/// The tile for `rows` in 1..MR.
-using TileFunction = void (*)(const TileArgs &);
-template <bool BF16, int STRIDE, size_t... I>
-TileFunction tile_of(int rows, std::index_sequence<I...>) {
-    static constexpr TileFunction table[] = {tile_product<(int)I + 1, BF16, STRIDE>...};
-    return table[rows - 1];
-}
-template <int STRIDE = TILE_STRIDE> TileFunction tile_function(bool bf16, int rows) {
-    if constexpr (HAS_BF16) {
-        if (bf16)
-            return tile_of<true, STRIDE>(rows, std::make_index_sequence<MR>());
-    }
-    return tile_of<false, STRIDE>(rows, std::make_index_sequence<MR>());
-}
-
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

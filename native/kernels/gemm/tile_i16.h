@@ -4,75 +4,13 @@
 //
 // Both factors are cut into blocks of reduction indices, for each row of x and each column of the
 // panel. A block is its largest magnitude over the limit as F32 scale, and integers up to the limit
-// (blocks_of in kernels/gemm/format.h). A block with a NaN or an infinity has that scale, so that
-// it shows in y.
+// (I16 and I16Even in kernels/gemm/format.h). A block with a NaN or an infinity has that scale, so
+// that it shows in y.
 #pragma once
 
-#include <algorithm>
+#include "kernels/gemm/tile.h"
 
-#include "kernels/gemm/format.h"
-
-namespace ggft {
-
-/// Of a tile row, at most; attention's rows are shorter.
-inline constexpr int I16_BLOCKS = MAX_STEPS / (int)blocks_of(Format::i16).steps();
-
-#if defined(GGFT_I16)
-
-#if defined(GGFT_AVX512)
-GGFT_INLINE VI to_integers(V x) {
-    return (VI)_mm512_cvtps_epi32((__m512)x);
-}
-GGFT_INLINE V to_floats(VI x) {
-    return (V)_mm512_cvtepi32_ps((__m512i)x);
-}
-GGFT_INLINE VI larger(VI a, VI b) {
-    return (VI)_mm512_max_epi32((__m512i)a, (__m512i)b);
-}
-GGFT_INLINE int32_t largest_lane(VI x) {
-    return _mm512_reduce_max_epi32((__m512i)x);
-}
-GGFT_INLINE void store_i16(int16_t * p, VI x) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16((__m512i)x));
-}
-#else
-GGFT_INLINE VI to_integers(V x) {
-    return (VI)_mm256_cvtps_epi32((__m256)x);
-}
-GGFT_INLINE V to_floats(VI x) {
-    return (V)_mm256_cvtepi32_ps((__m256i)x);
-}
-GGFT_INLINE VI larger(VI a, VI b) {
-    return (VI)_mm256_max_epi32((__m256i)a, (__m256i)b);
-}
-GGFT_INLINE int32_t largest_lane(VI x) {
-    __m128i m =
-        _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-    return _mm_cvtsi128_si32(m);
-}
-GGFT_INLINE void store_i16(int16_t * p, VI x) {
-    const __m128i low = _mm256_castsi256_si128((__m256i)x);
-    _mm_storeu_si128((__m128i *)p, _mm_packs_epi32(low, _mm256_extracti128_si256((__m256i)x, 1)));
-}
-#endif
-
-/// acc + a.even * b.even + a.odd * b.odd, in each 32-bit lane, modulo 2^32.
-GGFT_INLINE VI dot_i16(VI acc, VI a, VI b) {
-#if defined(GGFT_AVX512) && defined(__AVX512VNNI__)
-    acc = (VI)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#elif defined(GGFT_AVX512)
-    acc = (VI)((VU)acc + (VU)_mm512_madd_epi16((__m512i)a, (__m512i)b));
-#elif defined(__AVXVNNI__)
-    acc = (VI)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
-#else
-    acc = (VI)((VU)acc + (VU)_mm256_madd_epi16((__m256i)a, (__m256i)b));
-#endif
-    // Sums stay where they are: moved ahead of them, the products would not fit into registers.
-    asm("" : "+v"(acc));
-    return acc;
-}
+namespace ggft::GGFT_ISA_NAMESPACE {
 
 /// Magnitudes as integers: these order as floats do, with infinities and NaN above all.
 GGFT_INLINE VI magnitude(V x) {
@@ -86,13 +24,12 @@ GGFT_INLINE V inverse_scale(V largest, float limit) {
 
 /// n floats, one block or less, as integers up to `limit`, padded with zeros to a multiple of
 /// I16_PADDING. Returns the scale.
-template <Format FORMAT>
-float quantize_i16(const float * x, int64_t n, float limit, int16_t * out) {
-    alignas(64) float padded[blocks_of(FORMAT).depth];
+template <class F> float quantize_i16(const float * x, int64_t n, float limit, int16_t * out) {
+    alignas(64) float padded[F::DEPTH];
     const int64_t end = round_up(n, I16_PADDING);
     if (n < end) {
         std::memcpy(padded, x, (size_t)n * 4);
-        std::fill(padded + n, padded + end, 0.0f);
+        fill(padded + n, padded + end, 0.0f);
         x = padded;
     }
     VI most = {};
@@ -112,20 +49,20 @@ float quantize_i16(const float * x, int64_t n, float limit, int16_t * out) {
 
 /// n floats as blocks of integers, the last one padded with zeros, and the blocks' scales. `out`
 /// may be the memory of x.
-template <Format FORMAT>
+template <class F>
 void quantize_row_i16(const float * x, int64_t n, float limit, int16_t * out, float * scales) {
-    constexpr int64_t depth = blocks_of(FORMAT).depth;
+    constexpr int64_t depth = F::DEPTH;
     for (int64_t k = 0; k < n; k += depth)
-        scales[k / depth] = quantize_i16<FORMAT>(x + k, std::min(depth, n - k), limit, out + k);
+        scales[k / depth] = quantize_i16<F>(x + k, min(depth, n - k), limit, out + k);
 }
 
 /// n rows (a multiple of I16_PADDING, one block or less) of `width` floats (a multiple of NR),
 /// `stride` apart, as one block of each panel; most[i]: the largest magnitudes of columns i * LANES
 /// and on.
-template <Format FORMAT>
+template <class F>
 void quantize_panels_i16(const float * rows, int64_t stride, int64_t n, const VI * most,
                          int64_t width, int64_t panel_words, uint32_t * out) {
-    const float limit = blocks_of(FORMAT).panel_limit;
+    const float limit = F::PANEL_LIMIT;
     for (int64_t j = 0; j < width; j += NR, out += panel_words) {
         V inverse[NV];
         GGFT_UNROLL for (int v = 0; v < NV; v++) {
@@ -133,7 +70,7 @@ void quantize_panels_i16(const float * rows, int64_t stride, int64_t n, const VI
             inverse[v] = inverse_scale(largest, limit);
             store((float *)out + v * LANES, largest * splat(1 / limit));
         }
-        uint32_t * step = out + header_steps(FORMAT) * NR;
+        uint32_t * step = out + F::HEADER * NR;
         const float * even = rows + j;
         VI pairs[NV] = {};
         for (int64_t i = 0; i < n; i += 4) {
@@ -146,12 +83,12 @@ void quantize_panels_i16(const float * rows, int64_t stride, int64_t n, const VI
                     std::memcpy(step + v * LANES, &words[s][v], sizeof(VI));
                 }
             }
-            if (header_steps(FORMAT) == 2) {
+            if constexpr (F::PAIR_SUMS) {
                 GGFT_UNROLL for (int v = 0; v < NV; v++) pairs[v] =
                     dot_i16(pairs[v], words[0][v], words[1][v]);
             }
         }
-        if (header_steps(FORMAT) == 2) {
+        if constexpr (F::PAIR_SUMS) {
             GGFT_UNROLL for (int v = 0; v < NV; v++) pairs[v] = (VI) - (VU)pairs[v];
             std::memcpy(out + NR, pairs, sizeof pairs);
         }
@@ -192,15 +129,15 @@ GGFT_INLINE void end_block_i16(const VI (&acc)[M][NV], const float * row_scales,
     }
 }
 
-template <int M, int STRIDE, Format FORMAT> void tile_product_i16(const TileArgs & g) {
-    constexpr int STEPS = (int)blocks_of(FORMAT).steps(), HEADER = (int)header_steps(FORMAT);
+template <class F, int M, int STRIDE> void tile_product_i16(const TileArgs & g) {
+    constexpr int STEPS = (int)BLOCK_STEPS<F>, HEADER = (int)F::HEADER;
     // Copies: y might be anywhere, also in g.
     const TileArgs t = g;
     bool add = begin_tile_i16<M>(g);
     const uint32_t * header = t.panel;
     for (int block = 0; block * STEPS < t.steps; block++, header += (HEADER + STEPS) * NR) {
         const int from = block == 0 ? t.first_step : 0;
-        const int to = std::min(STEPS, t.steps - block * STEPS);
+        const int to = min(STEPS, t.steps - block * STEPS);
         const uint32_t * rows = t.rows + block * STEPS + from;
         const uint32_t * panel = header + (HEADER + from) * NR;
         VI acc[M][NV];
@@ -220,6 +157,4 @@ template <int M, int STRIDE, Format FORMAT> void tile_product_i16(const TileArgs
     }
 }
 
-#endif
-
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

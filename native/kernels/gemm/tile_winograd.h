@@ -15,9 +15,7 @@
 
 #include "kernels/gemm/tile_i16.h"
 
-namespace ggft {
-
-#if defined(GGFT_WINOGRAD)
+namespace ggft::GGFT_ISA_NAMESPACE {
 
 /// Rows of a tile. Its sums, two steps of a panel and their sums with x fill 16 registers.
 inline constexpr int WINOGRAD_ROWS = 4;
@@ -26,12 +24,6 @@ inline constexpr int WINOGRAD_ROWS = 4;
 GGFT_INLINE VI add_i16(VI a, VI b) {
     typedef uint16_t Halves __attribute__((vector_size(LANES * 4)));
     return (VI)((Halves)a + (Halves)b);
-}
-
-/// x, loaded once: compilers would load it again for every row of a tile.
-GGFT_INLINE VI in_register(VI x) {
-    asm("" : "+x"(x));
-    return x;
 }
 
 /// Minus the sum of x0 x1 over a row's block of `words`, a multiple of LANES.
@@ -49,9 +41,8 @@ GGFT_INLINE int32_t pair_sum(const uint32_t * words, int64_t n_words) {
 }
 
 /// Whole blocks only: first_step must be 0.
-template <int M, int STRIDE> void tile_product_winograd(const TileArgs & g) {
-    constexpr int STEPS = (int)blocks_of(Format::i16).steps();
-    constexpr int HEADER = (int)header_steps(Format::i16);
+template <class F, int M, int STRIDE> void tile_product_winograd(const TileArgs & g) {
+    constexpr int STEPS = (int)BLOCK_STEPS<F>, HEADER = (int)F::HEADER;
     // Copies: y might be anywhere, also in g.
     const TileArgs t = g;
     bool add = begin_tile_i16<M>(g);
@@ -59,7 +50,7 @@ template <int M, int STRIDE> void tile_product_winograd(const TileArgs & g) {
     for (int block = 0; block * STEPS < t.steps; block++, header += (HEADER + STEPS) * NR) {
         const uint32_t * rows = t.rows + block * STEPS;
         const uint32_t * panel = header + HEADER * NR;
-        const int steps = std::min(STEPS, t.steps - block * STEPS);
+        const int steps = min(STEPS, t.steps - block * STEPS);
         VI acc[M][NV];
         GGFT_UNROLL for (int i = 0; i < M; i++) {
             const VU pairs = (uint32_t)t.row_pairs[i * I16_BLOCKS + block] - VU{};
@@ -84,22 +75,17 @@ template <int M, int STRIDE> void tile_product_winograd(const TileArgs & g) {
     }
 }
 
-#endif
-
-/// n floats as blocks of 16-bit integers up to `limit`, their scales, and their pair sums where
-/// there are any. Only for machines that have the format.
-inline void quantize_with_pairs([[maybe_unused]] const float * x, [[maybe_unused]] int64_t n,
-                                [[maybe_unused]] float limit, [[maybe_unused]] uint32_t * out,
-                                [[maybe_unused]] float * scales, [[maybe_unused]] int32_t * pairs) {
-#if defined(GGFT_I16)
-    quantize_row_i16<Format::i16>(x, n, limit, (int16_t *)out, scales);
-#endif
-#if defined(GGFT_WINOGRAD)
-    constexpr int64_t steps = blocks_of(Format::i16).steps();
-    const int64_t end = tile_steps(Format::i16, n);
-    for (int64_t s = 0; s < end; s += steps)
-        pairs[s / steps] = pair_sum(out + s, std::min(steps, end - s));
-#endif
+/// n floats as blocks of 16-bit integers up to `limit`, their scales, and their pair sums where the
+/// format has them.
+template <class F>
+void quantize_with_pairs(const float * x, int64_t n, float limit, uint32_t * out, float * scales,
+                         [[maybe_unused]] int32_t * pairs) {
+    quantize_row_i16<F>(x, n, limit, (int16_t *)out, scales);
+    if constexpr (F::PAIR_SUMS) {
+        const int64_t end = tile_steps<F>(n);
+        for (int64_t s = 0; s < end; s += BLOCK_STEPS<F>)
+            pairs[s / BLOCK_STEPS<F>] = pair_sum(out + s, min(BLOCK_STEPS<F>, end - s));
+    }
 }
 
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

@@ -22,8 +22,8 @@ inline Words try_words(size_t n, size_t alignment = CACHE_LINE) {
     return Words((uint32_t *)std::aligned_alloc(alignment, bytes));
 }
 
-/// This thread's working memory, grown to `n` words and kept until the thread ends. Kernels of one
-/// thread run one after the other and share it: each finds in it what the one before left.
+/// This thread's working memory, grown to `n` words and kept until the thread ends. Kernels of
+/// one thread run one after the other and share it: each finds in it what the one before left.
 /// Throws std::bad_alloc.
 uint32_t * thread_words(size_t n);
 

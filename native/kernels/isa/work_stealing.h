@@ -5,21 +5,24 @@
 
 #include <atomic>
 #include <cstdint>
-#include <vector>
+#include <memory>
+
+#include "kernels/isa/inline.h"
 
 namespace ggft {
 
 /// Which pieces are taken, for one node at a time.
-class Turns {
+class WorkStealing {
 public:
-    explicit Turns(int n_threads) : next_((size_t)n_threads) {}
+    explicit WorkStealing(int n_threads)
+        : n_threads_(n_threads), next_(new Counter[(size_t)n_threads]) {}
 
-    int n_threads() const { return (int)next_.size(); }
+    GGFT_INLINE int n_threads() const { return n_threads_; }
 
     /// The number of the next of `owner`'s `n` pieces, or -1 if all are taken. Each of nth threads
     /// asks for each owner's until it gets -1; the last that does makes all ready for another node.
-    int64_t take(int owner, int64_t n, int nth) {
-        std::atomic<int64_t> & next = next_[(size_t)owner].piece;
+    GGFT_INLINE int64_t take(int owner, int64_t n, int nth) {
+        std::atomic<int64_t> & next = counters_[owner].piece;
         const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
         if (piece < n)
             return piece;
@@ -32,7 +35,9 @@ private:
     struct alignas(64) Counter {
         std::atomic<int64_t> piece = 0;
     };
-    std::vector<Counter> next_;
+    int n_threads_;
+    std::unique_ptr<Counter[]> next_;
+    Counter * counters_ = next_.get();
 };
 
 } // namespace ggft

@@ -1,10 +1,8 @@
 #include "kernels/rowwise/cross_entropy.h"
 
-#include <cmath>
-
 #include "kernels/isa/vector.h"
 
-namespace ggft {
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t BLOCK = 4096; // elements summed in F32 lanes before double takes over
@@ -74,8 +72,6 @@ void write_gradient(float * z, int64_t n, float scale, int32_t label, uint16_t *
     }
 }
 
-} // namespace
-
 void cross_entropy(float * logits, int64_t stride, const int32_t * labels, int64_t n_vocab,
                    int64_t n_rows, LogitGradient gradient, double * nats, int ith, int nth) {
     const Range part = split_range(n_rows, 1, ith, nth);
@@ -98,10 +94,15 @@ void cross_entropy(float * logits, int64_t stride, const int32_t * labels, int64
         const double at_label = (double)z[label] - max;
         const double sum =
             gradient.wanted ? exp_sum<true>(z, n_vocab, max) : exp_sum<false>(z, n_vocab, max);
-        nats[t] = std::log(sum) - at_label;
+        nats[t] = __builtin_log(sum) - at_label;
         if (gradient.wanted)
             write_gradient(z, n_vocab, (float)(1.0 / sum), label, bf16);
     }
 }
 
-} // namespace ggft
+} // namespace
+
+extern const LossKernels loss_kernels;
+const LossKernels loss_kernels = {cross_entropy};
+
+} // namespace ggft::GGFT_ISA_NAMESPACE

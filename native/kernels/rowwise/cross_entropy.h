@@ -18,10 +18,12 @@ struct LogitGradient {
     int64_t bf16_stride = 0; // elements; bf16 may be the logits' own memory with twice their stride
 };
 
-/// logits: n_rows of n_vocab floats, `stride` apart. A label of -1 means: not trained; nats and dz
-/// are 0. Rows are split between the nth threads. nats: one per row. Non-finite logits give
-/// non-finite nats.
-void cross_entropy(float * logits, int64_t stride, const int32_t * labels, int64_t n_vocab,
-                   int64_t n_rows, LogitGradient gradient, double * nats, int ith, int nth);
+struct LossKernels {
+    /// logits: n_rows of n_vocab floats, `stride` apart. A label of -1 means: not trained; nats and
+    /// dz are 0. Rows are split between the nth threads. nats: one per row. Non-finite logits give
+    /// non-finite nats.
+    void (*cross_entropy)(float * logits, int64_t stride, const int32_t * labels, int64_t n_vocab,
+                          int64_t n_rows, LogitGradient gradient, double * nats, int ith, int nth);
+};
 
 } // namespace ggft

@@ -7,7 +7,7 @@
 // of column * odd + row key; the row key mixes seed and row in 64 bits (splitmix64).
 #pragma once
 
-#include "kernels/isa/vector.h"
+#include "kernels/isa/inline.h"
 
 namespace ggft {
 
@@ -34,15 +34,6 @@ template <class U> GGFT_INLINE U dropout_hash(U x) {
 /// Smallest 24-bit hash that is kept: P(hash24 < threshold) = p to 2^-24.
 GGFT_INLINE int32_t dropout_threshold(float p) {
     return (int32_t)(p * 16777216.0f);
-}
-
-/// The factors of LANES columns from `column` on.
-GGFT_INLINE V dropout_factors(uint32_t row_key, int64_t column, int32_t threshold, V kept) {
-    VU lane;
-    for (int i = 0; i < LANES; i++)
-        lane[i] = (uint32_t)i;
-    const VU hash = dropout_hash((lane + (uint32_t)column) * 0x9e3779b1u + row_key) >> 8;
-    return select((VI)hash >= threshold, kept, V{});
 }
 
 /// The factor of one element: the definition that the tests compare with.

@@ -1,11 +1,8 @@
 #include "kernels/rowwise/rowwise.h"
 
-#include <cmath>
-
 #include "kernels/isa/vector.h"
-#include "kernels/rowwise/dropout.h"
 
-namespace ggft {
+namespace ggft::GGFT_ISA_NAMESPACE {
 namespace {
 
 /// Call f(c, n) for [first, last) in pieces of n = LANES, then once for the rest.
@@ -47,8 +44,6 @@ GGFT_INLINE Range flat_part(int64_t n, int ith, int nth) {
     return split_range(n, 64, ith, nth);
 }
 
-} // namespace
-
 void rms_norm(const float * x, const float * w, float eps, int64_t n_cols, int64_t n_tokens,
               float * y, uint16_t * y_bf16, float * r, int ith, int nth) {
     const Range part = split_range(n_tokens, 1, ith, nth);
@@ -59,7 +54,7 @@ void rms_norm(const float * x, const float * w, float eps, int64_t n_cols, int64
             const V v = load_n(row + c, n);
             sums = fma(v, v, sums);
         });
-        const float inv = 1.0f / std::sqrt(sum_lanes(sums) / (float)n_cols + eps);
+        const float inv = 1.0f / __builtin_sqrtf(sum_lanes(sums) / (float)n_cols + eps);
         if (r)
             r[t] = inv;
         for_lanes(0, n_cols, [&](int64_t c, int n) {
@@ -116,8 +111,6 @@ void swiglu_backward(const float * dh, const float * gate, const float * up, int
     });
 }
 
-namespace {
-
 typedef uint32_t VUHalf __attribute__((vector_size(LANES * 2)));
 typedef uint64_t VPair __attribute__((vector_size(LANES * 4)));
 
@@ -163,8 +156,6 @@ void rotate_neox(const float * x, const float * c, const float * s, int pairs, f
     }
 }
 
-} // namespace
-
 void rope(const float * x, int64_t x_stride, const float * cos, const float * sin, RopeMode mode,
           int n_rot, int head_size, int n_head, int64_t n_tokens, bool backward, float * y,
           int64_t y_stride, int ith, int nth) {
@@ -184,48 +175,9 @@ void rope(const float * x, int64_t x_stride, const float * cos, const float * si
     }
 }
 
-void dropout(const float * x, Dropout dropout, int64_t n_cols, int64_t n_tokens, float * y, int ith,
-             int nth) {
-    const int32_t threshold = dropout_threshold(dropout.p);
-    const V kept = splat(1.0f / (1.0f - dropout.p));
-    const Range part = split_range(n_tokens, 1, ith, nth);
-    for (int64_t t = part.first; t < part.last; t++) {
-        const uint32_t key = dropout_row_key(dropout.seed, t);
-        for_lanes(0, n_cols, [&](int64_t c, int n) {
-            const V v = load_n(x + t * n_cols + c, n);
-            store_n(y + t * n_cols + c, v * dropout_factors(key, c, threshold, kept), n);
-        });
-    }
-}
+} // namespace
 
-void add(const float * a, const float * b, int64_t n, float * y, int ith, int nth) {
-    const Range part = flat_part(n, ith, nth);
-    for_lanes(part.first, part.last,
-              [&](int64_t i, int k) { store_n(y + i, load_n(a + i, k) + load_n(b + i, k), k); });
-}
+extern const RowwiseKernels rowwise_kernels;
+const RowwiseKernels rowwise_kernels = {rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope};
 
-double square_sum(const float * x, int64_t n, int ith, int nth) {
-    const Range part = flat_part(n, ith, nth);
-    double sum[8] = {}; // independent sums, so that additions overlap
-    for (int64_t i = part.first; i < part.last; i++)
-        sum[i % 8] += (double)x[i] * x[i];
-    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-}
-
-void adamw(const AdamW & config, float grad_scale, const float * g, int64_t n, float * p, float * m,
-           float * v, int ith, int nth) {
-    const double t = (double)config.step;
-    const float m_scale = (float)(1.0 / (1.0 - std::pow((double)config.beta1, t)));
-    const float v_scale = (float)(1.0 / (1.0 - std::pow((double)config.beta2, t)));
-    const float decay = 1.0f - config.lr * config.weight_decay;
-    const Range part = flat_part(n, ith, nth);
-    for (int64_t i = part.first; i < part.last; i++) {
-        const float d = g[i] * grad_scale;
-        m[i] = config.beta1 * m[i] + (1.0f - config.beta1) * d;
-        v[i] = config.beta2 * v[i] + (1.0f - config.beta2) * d * d;
-        const float update = m[i] * m_scale / (std::sqrt(v[i] * v_scale) + config.eps);
-        p[i] = decay * p[i] - config.lr * update;
-    }
-}
-
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE

@@ -1,9 +1,7 @@
 // Attention against the textbook loops in double: packing, padding, grouping, head sizes; speed.
-#include "kernels/attention/attention.h"
-
 #include <algorithm>
 
-#include "kernels_test.h"
+#include "support.h"
 
 namespace ggft_test {
 namespace {
@@ -81,16 +79,15 @@ std::vector<int32_t> starts_of(const std::vector<int> & lengths) {
     return start;
 }
 
-void run(Precision precision, const AttentionShape & s, Tensors & x, const int32_t * start,
-         int nth) {
+void run(Format format, const AttentionShape & s, Tensors & x, const int32_t * start, int nth) {
     parallel(nth, [&](int ith, int n) {
-        attention(precision, s, x.q.data(), x.k.data(), x.v.data(), start, x.o.data(), x.lse.data(),
-                  ith, n);
+        kernels().attention.forward(format, s, x.q.data(), x.k.data(), x.v.data(), start,
+                                    x.o.data(), x.lse.data(), ith, n);
     });
     parallel(nth, [&](int ith, int n) {
-        attention_backward(precision, s, x.q.data(), x.k.data(), x.v.data(), start, x.o.data(),
-                           x.lse.data(), x.d_o.data(), x.dq.data(), x.dk.data(), x.dv.data(), ith,
-                           n);
+        kernels().attention.backward(format, s, x.q.data(), x.k.data(), x.v.data(), start,
+                                     x.o.data(), x.lse.data(), x.d_o.data(), x.dq.data(),
+                                     x.dk.data(), x.dv.data(), ith, n);
     });
 }
 
@@ -115,22 +112,20 @@ void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed)
     }
     char name[64];
     std::snprintf(name, sizeof name, "attention N%d H%d K%d D%d ", (int)s.n_tokens, H, K, D);
-    for (const Precision precision : {Precision::f32, Precision::fast}) {
-        const std::string format = precision == Precision::f32 ? "F32" : fast_format();
+    for (const Format format : {Format::f32, kernels().fast}) {
         // q, k, v, p, dS in BF16: 2^-9 each; in 16-bit integers 2^-13 of a block's largest. Of two
         // keys the gradient can be a small difference of large terms.
-        const double limit = (s.n_tokens > 2 ? 0.01 : 0.1) / (has_bf16_dot() ? 1 : 5);
+        const double limit = (s.n_tokens > 2 ? 0.01 : 0.1) / (format == Format::bf16 ? 1 : 5);
         const auto compare = [&](const std::string & what, const std::vector<float> & got,
                                  const std::vector<double> & expected) {
-            if (format == "F32") {
+            if (format == Format::f32)
                 expect_close(what, got, expected, 3e-5);
-            } else {
-                expect_near(what + " " + format, got, expected, limit);
-            }
+            else
+                expect_near(what + format_name(format), got, expected, limit);
         };
         for (int nth = 1; nth <= 3; nth++) {
             Tensors x = inputs;
-            run(precision, s, x, start.data(), nth);
+            run(format, s, x, start.data(), nth);
             const std::string label = name + std::to_string(nth) + " ";
             compare(label + "o", x.o, want.o);
             compare(label + "lse", x.lse, want.lse);
@@ -138,7 +133,7 @@ void check(int H, int K, int D, const std::vector<int> & lengths, bool windowed)
             compare(label + "dk", x.dk, want.dk);
             compare(label + "dv", x.dv, want.dv);
             Tensors again = inputs;
-            run(precision, s, again, start.data(), nth);
+            run(format, s, again, start.data(), nth);
             expect_same(label + "repeated", x.dk == again.dk && x.dq == again.dq && x.o == again.o,
                         true);
         }
@@ -159,15 +154,15 @@ Tensors part_of(const AttentionShape & s, const Tensors & x, int64_t first, int6
 void test_rows_alone() {
     const std::vector<int> lengths = {70, 20, 10, 30, 70};
     const AttentionShape both = {200, 4, 2, 64, 0.125f, 100}, one = {100, 4, 2, 64, 0.125f, 100};
-    for (const Precision precision : {Precision::f32, Precision::fast}) {
+    for (const Format format : {Format::f32, kernels().fast}) {
         Tensors x = make_tensors(both);
-        run(precision, both, x, starts_of(lengths).data(), 2);
+        run(format, both, x, starts_of(lengths).data(), 2);
         for (const int row : {0, 1}) {
             const std::vector<int> of_row =
                 row == 0 ? std::vector<int>{70, 20, 10} : std::vector<int>{30, 70};
             const Tensors want = part_of(both, x, row * 100, 100);
             Tensors alone = want;
-            run(precision, one, alone, starts_of(of_row).data(), 2);
+            run(format, one, alone, starts_of(of_row).data(), 2);
             expect_same("a row alone",
                         alone.o == want.o && alone.dq == want.dq && alone.dk == want.dk &&
                             alone.dv == want.dv,
@@ -211,20 +206,19 @@ void bench_attention(int nth) {
             pairs += (double)i - start[i] + 1;
         std::printf("H%d K%d D%d, %zu tokens in %zu:", c.H, c.K, c.D, start.size(),
                     c.lengths.size());
-        for (const Precision precision : {Precision::fast, Precision::f32}) {
+        for (const Format format : {kernels().fast, Format::f32}) {
             Tensors x = make_tensors(s);
             const double forward = bench_seconds(nth, [&](int i, int n) {
-                attention(precision, s, x.q.data(), x.k.data(), x.v.data(), start.data(),
-                          x.o.data(), x.lse.data(), i, n);
+                kernels().attention.forward(format, s, x.q.data(), x.k.data(), x.v.data(),
+                                            start.data(), x.o.data(), x.lse.data(), i, n);
             });
             const double backward = bench_seconds(nth, [&](int i, int n) {
-                attention_backward(precision, s, x.q.data(), x.k.data(), x.v.data(), start.data(),
-                                   x.o.data(), x.lse.data(), x.d_o.data(), x.dq.data(), x.dk.data(),
-                                   x.dv.data(), i, n);
+                kernels().attention.backward(format, s, x.q.data(), x.k.data(), x.v.data(),
+                                             start.data(), x.o.data(), x.lse.data(), x.d_o.data(),
+                                             x.dq.data(), x.dk.data(), x.dv.data(), i, n);
             });
             const double flops = 2e-9 * pairs * c.H * c.D;
-            std::printf("  %s %.2f (%.0f) %.2f (%.0f)",
-                        precision == Precision::fast ? "bf16" : "f32", forward * 1e3,
+            std::printf("  %s %.2f (%.0f) %.2f (%.0f)", format_name(format), forward * 1e3,
                         2 * flops / forward, backward * 1e3, 5 * flops / backward);
         }
         std::printf("\n");

@@ -1,11 +1,8 @@
 // Matrix products: every weight type, odd shapes, threads, low-rank term; speed.
-#include <cstring>
-
-#include "kernels/dequant/dequant.h"
 #include "kernels/gemm/prepacked.h"
 #include "kernels/isa/work_stealing.h"
 #include "kernels/rowwise/dropout.h"
-#include "kernels_test.h"
+#include "support.h"
 
 namespace ggft_test {
 namespace {
@@ -60,20 +57,20 @@ std::vector<double> naive(const Case & c, const Inputs & in, bool nt) {
     return y;
 }
 
-/// With `turns`, twice: threads one after the other, so that the first does all the work, and then
-/// at once.
-std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision precision, int nth,
-                       const Weight & w, Rows x, Turns * turns = nullptr) {
+/// With `stealing`, twice: threads one after the other, so that the first does all the work, and
+/// then at once.
+std::vector<float> run(const Case & c, const Inputs & in, bool nt, Format format, int nth,
+                       const Weight & w, Rows x, WorkStealing * stealing = nullptr) {
     const int64_t width = nt ? c.n_rows : c.n_cols;
     std::vector<float> y = in.y0;
     const LowRank * low = c.rank ? &in.low : nullptr;
     std::vector<uint32_t> words;
-    x = rows_for(precision, nt, w, x, c.n_tokens, nth, words);
+    x = rows_for(format, nt, w, x, c.n_tokens, nth, words);
     const auto product = [&](int ith, int n) {
-        (nt ? matmul_nt : matmul_nn)(precision, w, x, low, {y.data(), width, c.add}, c.n_tokens,
-                                     turns, ith, n);
+        (nt ? kernels().gemm.nt : kernels().gemm.nn)(format, w, x, low, {y.data(), width, c.add},
+                                                     c.n_tokens, stealing, ith, n);
     };
-    if (turns) {
+    if (stealing) {
         for (int i = 0; i < nth; i++)
             product(i, nth);
         const std::vector<float> alone = y;
@@ -88,25 +85,23 @@ std::vector<float> run(const Case & c, const Inputs & in, bool nt, Precision pre
 
 /// BF16 rounds both factors by at most 2^-9 each, 16-bit integers by less than 2^-11 of a block's
 /// largest; errors add up like a random walk.
-double fast_limit() {
-    if (has_bf16_dot())
-        return 0.02;
-    return fast_format() == std::string("F32") ? 2e-5 : 0.004;
+double limit_of(Format format) {
+    return format == Format::bf16 ? 0.02 : format == Format::i16 ? 0.004 : 2e-5;
 }
 
 /// Panels that are kept give the same to the bit: those that an earlier call made, and new ones,
 /// which threads make at the same time.
 void check_prepacked(const std::string & label, const Case & c, const Inputs & in, bool nt, int nth,
-                     Precision precision, Rows x, const std::vector<float> & want,
+                     Format format, Rows x, const std::vector<float> & want,
                      PrepackedWeights & kept) {
-    const Weight w = kept.with_panels(precision, in.w.weight, nt);
-    expect_same(label + " prepacked", want, run(c, in, nt, precision, nth, w, x));
-    PrepackedWeights made(64u << 20);
-    Turns turns(nth);
-    const Weight own = made.with_panels(precision, in.w.weight, nt);
+    const Weight w = kept.with_panels(in.w.weight, nt);
+    expect_same(label + " prepacked", want, run(c, in, nt, format, nth, w, x));
+    PrepackedWeights made(kernels(), format, 64u << 20);
+    WorkStealing stealing(nth);
+    const Weight own = made.with_panels(in.w.weight, nt);
     for (int i = 0; i < 2; i++)
         expect_same(label + " prepacked anew", want,
-                    run(c, in, nt, precision, nth, own, x, &turns));
+                    run(c, in, nt, format, nth, own, x, &stealing));
 }
 
 void check(const Case & c, bool nt) {
@@ -117,66 +112,30 @@ void check(const Case & c, bool nt) {
     char name[128];
     std::snprintf(name, sizeof name, "%s %s %dx%d T%d R%d", nt ? "nt" : "nn",
                   ggml_type_name(c.type), (int)c.n_rows, (int)c.n_cols, (int)c.n_tokens, c.rank);
-    PrepackedWeights kept(64u << 20), kept_f32(64u << 20); // made by one thread, read by more
+    // Made by one thread, read by more.
+    PrepackedWeights kept(kernels(), kernels().fast, 64u << 20);
+    PrepackedWeights kept_f32(kernels(), Format::f32, 64u << 20);
     for (int nth = 1; nth <= 3; nth++) {
         const std::string label = std::string(name) + " threads " + std::to_string(nth);
-        const std::vector<float> exact = run(c, in, nt, Precision::f32, nth, in.w.weight, x);
+        const std::vector<float> exact = run(c, in, nt, Format::f32, nth, in.w.weight, x);
         expect_close(label + " f32", exact, want, 2e-5);
-        const std::vector<float> y = run(c, in, nt, Precision::fast, nth, in.w.weight, x);
-        expect_close(label + " fast", y, want, fast_limit());
-        check_prepacked(label, c, in, nt, nth, Precision::fast, x, y, kept);
-        check_prepacked(label + " f32", c, in, nt, nth, Precision::f32, x, exact, kept_f32);
-        for (const int n_turns : {nth, 1}) {
-            Turns turns(n_turns); // for fewer threads than there are: nobody helps
-            expect_same(label + " with turns", y,
-                        run(c, in, nt, Precision::fast, nth, in.w.weight, x, &turns));
+        const std::vector<float> y = run(c, in, nt, kernels().fast, nth, in.w.weight, x);
+        expect_close(label + " fast", y, want, limit_of(kernels().fast));
+        check_prepacked(label, c, in, nt, nth, kernels().fast, x, y, kept);
+        check_prepacked(label + " f32", c, in, nt, nth, Format::f32, x, exact, kept_f32);
+        for (const int n_threads : {nth, 1}) {
+            WorkStealing stealing(n_threads); // for fewer threads than there are: nobody helps
+            expect_same(label + " with stealing", y,
+                        run(c, in, nt, kernels().fast, nth, in.w.weight, x, &stealing));
         }
 
         const std::vector<uint16_t> converted = to_bf16_bits(in.x);
         const Rows x_bf16 = {converted.data(), true, depth};
-        const std::vector<float> y_bf16 = run(c, in, nt, Precision::fast, nth, in.w.weight, x_bf16);
-        if (has_bf16_dot())
+        const std::vector<float> y_bf16 = run(c, in, nt, kernels().fast, nth, in.w.weight, x_bf16);
+        if (kernels().fast == Format::bf16)
             expect_same(label + " converted rows", y, y_bf16);
-        expect_close(label + " BF16 rows", run(c, in, nt, Precision::f32, nth, in.w.weight, x_bf16),
+        expect_close(label + " BF16 rows", run(c, in, nt, Format::f32, nth, in.w.weight, x_bf16),
                      want, 0.02);
-    }
-}
-
-/// Fail unless got is ggml's value within `rounding`; a fused multiply-add may move the last bit.
-void expect_dequantized(const char * what, ggml_type type, const std::vector<float> & got,
-                        const std::vector<float> & want, float rounding) {
-    int differ = 0;
-    for (size_t j = 0; j < got.size(); j++) {
-        if (!(std::fabs(got[j] - want[j]) <= std::fabs(want[j]) * rounding + 1e-9f))
-            differ++;
-    }
-    if (differ) {
-        failures++;
-        std::printf("FAIL dequantizer %s to %s: %d of %zu differ\n", ggml_type_name(type), what,
-                    differ, got.size());
-    }
-}
-
-void test_dequantizers() {
-    const int64_t n = 3 * 512;
-    for (int i = 0; i < GGML_TYPE_COUNT; i++) {
-        const ggml_type type = (ggml_type)i;
-        if (fast_dequant_f32(type)) {
-            const TestWeight w = random_weight(type, 3, 512);
-            std::vector<float> got(n);
-            dequant_f32(type, w.bytes.data(), n, got.data());
-            // Codes near an offset cancel: the error is one of the product's last bits.
-            expect_dequantized("F32", type, got, w.values, 1e-5f);
-        }
-        if (fast_dequant_bf16(type)) {
-            const TestWeight w = random_weight(type, 3, 512);
-            std::vector<uint16_t> bits(n);
-            dequant_bf16(type, w.bytes.data(), n, bits.data());
-            std::vector<float> got(n);
-            for (int64_t j = 0; j < n; j++)
-                got[j] = from_bf16(bits[j]);
-            expect_dequantized("BF16", type, got, w.values, 0.00393f);
-        }
     }
 }
 
@@ -189,7 +148,7 @@ void test_not_finite() {
             const int64_t depth = nt ? c.n_cols : c.n_rows, width = nt ? c.n_rows : c.n_cols;
             in.x[4 * depth + 33] = bad;
             const std::vector<float> y =
-                run(c, in, nt, Precision::fast, 2, in.w.weight, {in.x.data(), false, depth});
+                run(c, in, nt, kernels().fast, 2, in.w.weight, {in.x.data(), false, depth});
             for (int64_t i = 0; i < c.n_tokens * width; i++) {
                 if (std::isfinite(y[i]) == (i / width == 4)) {
                     failures++;
@@ -205,15 +164,8 @@ void test_not_finite() {
 } // namespace
 
 void test_gemm() {
-    test_dequantizers();
     test_not_finite();
-    for (int i = 0; i < GGML_TYPE_COUNT; i++) {
-        const ggml_type type = (ggml_type)i;
-        const ggml_type_traits * traits = ggml_get_type_traits(type);
-        if (type != GGML_TYPE_F32 && (!traits->to_float || traits->blck_size == 0))
-            continue;
-        if (type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K)
-            continue; // activations only
+    for (const ggml_type type : weight_types()) {
         const int64_t block = ggml_blck_size(type);
         for (const bool nt : {true, false}) {
             check({type, 67, std::max<int64_t>(block, 96 / block * block), 17, 8, true, 0.0f}, nt);
@@ -247,7 +199,7 @@ void bench_gemm(int nth) {
     const Shape shapes[] = {{576, 576}, {192, 576}, {1536, 576}, {576, 1536}, {4096, 4096}};
     const int64_t n_tokens = 512;
     std::printf("GFLOP/s, T=%d, %d threads: nt/nn %s | nt/nn F32\n%-8s", (int)n_tokens, nth,
-                fast_format(), "");
+                format_name(kernels().fast), "");
     for (const Shape & s : shapes)
         std::printf(" %21dx%-5d", (int)s.n_rows, (int)s.n_cols);
     std::printf("\n");
@@ -258,21 +210,22 @@ void bench_gemm(int nth) {
                 std::printf(" %27s", "-");
                 continue;
             }
-            Turns turns(nth);
+            WorkStealing stealing(nth);
             const TestWeight w = random_weight(type, s.n_rows, s.n_cols);
             const int64_t wide = std::max(s.n_rows, s.n_cols);
             const std::vector<float> x = random_floats(n_tokens * wide);
             std::vector<float> y((size_t)(n_tokens * wide));
             std::printf("  ");
-            for (const Precision precision : {Precision::fast, Precision::f32}) {
+            for (const Format format : {kernels().fast, Format::f32}) {
                 for (const bool nt : {true, false}) {
                     const int64_t in = nt ? s.n_cols : s.n_rows, out = nt ? s.n_rows : s.n_cols;
                     std::vector<uint32_t> words;
-                    const Rows rows = rows_for(precision, nt, w.weight, {x.data(), false, in},
-                                               n_tokens, nth, words);
+                    const Rows rows =
+                        rows_for(format, nt, w.weight, {x.data(), false, in}, n_tokens, nth, words);
                     const double seconds = bench_seconds(nth, [&](int ith, int n) {
-                        (nt ? matmul_nt : matmul_nn)(precision, w.weight, rows, nullptr,
-                                                     {y.data(), out}, n_tokens, &turns, ith, n);
+                        (nt ? kernels().gemm.nt : kernels().gemm.nn)(format, w.weight, rows,
+                                                                     nullptr, {y.data(), out},
+                                                                     n_tokens, &stealing, ith, n);
                     });
                     std::printf(" %5.0f",
                                 2e-9 * (double)(n_tokens * s.n_rows * s.n_cols) / seconds);

@@ -1,31 +1,16 @@
-// Matrices whose rows stand side by side: column j of a chunk of rows is CHUNK floats, a row a
-// lane. What differs from row to row (codes, scales) is then a vector, and what all rows share
-// (moments, factors) a number that is spread over it.
+// Products of a chunk of rows: register tiles.
 #pragma once
 
+#include "kernels/calibrate/calibrate.h"
 #include "kernels/isa/vector.h"
 
-#include <algorithm>
+namespace ggft::GGFT_ISA_NAMESPACE {
 
-namespace ggft {
-
-inline constexpr int CHUNK = 48; // rows
 inline constexpr int CHUNK_VECTORS = CHUNK / LANES;
-inline constexpr int PANEL = 32; // columns that are worked on together
 
 // Registers hold TILE_COLUMNS x TILE_VECTORS sums.
-#if defined(GGFT_AVX512) || defined(__aarch64__)
-inline constexpr int TILE_COLUMNS = 8;
-#else
-inline constexpr int TILE_COLUMNS = 4;
-#endif
 inline constexpr int TILE_VECTORS = 3, TILE_LANES = TILE_VECTORS * LANES;
 static_assert(CHUNK % TILE_LANES == 0 && PANEL % TILE_COLUMNS == 0);
-
-// How far apart numbers of b are: b(column, k).
-struct Strides {
-    int64_t column, k;
-};
 
 // sum_k b(j, k) * a[k][lane], j < TILE_COLUMNS, of TILE_LANES lanes; rows of a are `stride` apart.
 // `put(j, v, sum)` takes the sums of column j and vector v.
@@ -61,7 +46,7 @@ inline void add_products(float * c, int64_t c_stride, const float * a, int64_t a
                          float sign) {
     const int64_t step = 256; // of the depth: what of a and b is in the L1 cache together
     for (int64_t k = 0; k < depth; k += step) {
-        const int64_t n = std::min(step, depth - k);
+        const int64_t n = min(step, depth - k);
         for (int64_t j = 0; j < n_columns; j += TILE_COLUMNS) {
             for (int first = 0; first < CHUNK; first += TILE_LANES) {
                 tile(a + k * a_stride + first, a_stride, b + j * at.column + k * at.k, at, n,
@@ -74,4 +59,4 @@ inline void add_products(float * c, int64_t c_stride, const float * a, int64_t a
     }
 }
 
-} // namespace ggft
+} // namespace ggft::GGFT_ISA_NAMESPACE
