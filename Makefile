@@ -16,6 +16,7 @@ PYTEST_ARGS =
 # How many damaged files make fuzz tries.
 MUTANTS = 100000
 SANITIZED = build/sanitized
+NEON := build/neon
 
 SHELL := /bin/bash
 VENV := .venv
@@ -38,7 +39,7 @@ IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test test-gpu fuzz fuzz-asan check format stub docs bench recipes bench-setup clean help
+.PHONY: setup dev model finetune chat test test-gpu test-neon fuzz fuzz-asan check format stub docs bench recipes bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -85,6 +86,25 @@ test-gpu: ## run the GPU's tests in .venv-gpu: on Vulkan, without a GPU by softw
 	    GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} GGFT_TEST_DEVICE=Vulkan0 \
 	    MESA_SHADER_CACHE_DIR="$(CURDIR)/build/shaders" \
 	    $(GPU)/bin/python -m pytest -m gpu $(PYTEST_ARGS); fi
+
+# Cross-compiled with the ggml whose source llama-cpp-python carries.
+test-neon: dev ## run the tests of the kernels for ARM's NEON, on x86 Linux in an emulator
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || $(call fail,test-neon is for x86 Linux; on ARM make test runs these tests)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	    command -v $$tool >/dev/null || $(call fail,$$tool is needed. Install it with: \
+	    $$($(call install,g++-aarch64-linux-gnu qemu-user,gcc-c++-aarch64-linux-gnu qemu-user,aarch64-linux-gnu-gcc \
+	    qemu-user,g++-aarch64 qemu-aarch64,))); done
+	@mkdir -p $(NEON) && cd $(NEON) && { [ -d ggml ] || { \
+	    $(abspath $(BIN))/python -m pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
+	        --no-binary llama-cpp-python "$(LLAMA)" && tar -xzf llama_cpp_python-*.tar.gz --strip-components=3 \
+	    --wildcards '*/vendor/llama.cpp/ggml'; }; }
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native/tests -B $(NEON)/build -G Ninja -DGGFT_WERROR=ON \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	    -DGGFT_GGML_SOURCE="$(abspath $(NEON))/ggml" >/dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(NEON)/build --target kernels_test
+	@for isa in $$(qemu-aarch64 $(NEON)/build/kernels_test list); do \
+	    GGFT_ISA=$$isa qemu-aarch64 $(NEON)/build/kernels_test || exit 1; done
 
 fuzz-asan: dev ## the same with the native module under ASan and UBSan (nightly, Linux: MUTANTS=1000000)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B $(SANITIZED) -G Ninja -DGGFT_SANITIZE=ON \

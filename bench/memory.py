@@ -1,6 +1,6 @@
 """Predicted and measured peak memory of short runs, in as many ways as memory differs.
 
-    python bench/memory.py --data rows.json [--model FILE.gguf] [--only TEXT]
+    python bench/memory.py --data rows.json [--model FILE.gguf] [--only TEXT] [--isa NAME ...]
 
 Each run is a process of its own. The plan should never be more than 5% below the peak and within
 10% of it; the parts that the engine allocates are equal by construction (tests/engine/test_memory).
@@ -9,7 +9,9 @@ Each run is a process of its own. The plan should never be more than 5% below th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,28 +47,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=SMOLLM2)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--isa", nargs="+", default=[""], help="instruction sets to force")
     args = parser.parse_args()
-    print("| configuration | planned MiB | peak MiB | planned / peak |")
-    print("|---|---|---|---|")
-    for name, options in CONFIGURATIONS.items():
+    print("| configuration | instruction set | planned MiB | peak MiB | planned / peak |")
+    print("|---|---|---|---|---|")
+    for isa, (name, options) in itertools.product(args.isa, CONFIGURATIONS.items()):
         if args.only in name:
-            planned, peak = measure(args.model, args.data, options.split())
+            planned, peak = measure(args.model, args.data, options.split(), isa)
             ratio = planned / peak
             verdict = "" if 0.95 <= ratio <= 1.10 else " **out of bounds**"
             print(
-                f"| {name} | {planned / 2**20:.0f} | {peak / 2**20:.0f} | {ratio:.3f}{verdict} |",
+                f"| {name} | {isa or 'best'} | {planned / 2**20:.0f} | {peak / 2**20:.0f} |"
+                f" {ratio:.3f}{verdict} |",
                 flush=True,
             )
 
 
-def measure(model: Path, data: Path, options: list[str]) -> tuple[int, int]:
+def measure(model: Path, data: Path, options: list[str], isa: str) -> tuple[int, int]:
     """Return the planned and the measured peak of a run of one step."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "ggft", "finetune", "-m", str(model), "-d", str(data)]
         subprocess.run(
-            [*command, "-o", str(run), *SHORT.split(), *options], check=True, capture_output=True
-        )
+            [*command, "-o", str(run), *SHORT.split(), *options], check=True, capture_output=True,
+            env={**os.environ, "GGFT_ISA": isa},
+        )  # fmt: skip
         report: dict[str, Any] = json.loads((run / "report.json").read_text())
     return int(report["plan"]["total_bytes"]), int(report["peak_bytes"])
 

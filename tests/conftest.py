@@ -57,6 +57,13 @@ def _isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force an instruction set: see `EACH_ISA` in tests/support/engines.py."""
+    monkeypatch.setenv("GGFT_ISA", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Return a tiny model, data and a place for runs, on the fake engine."""
     from tests.support.fakes import native_module

@@ -141,3 +141,15 @@ def test_losses_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     board.on_evaluation(2, 0.5, 10)
     board.on_end()
     assert points == [("held-out/loss", 0.5, 2)]
+
+
+def test_an_unknown_instruction_set_is_an_input_error(
+    model: ggft.BaseModel, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ggft.load_data(model, rows)
+    monkeypatch.setenv("GGFT_ISA", "mmx")
+    with pytest.raises(ggft.InputError, match="GGFT_ISA is 'mmx'"):
+        ggft.train(model, data, output=tmp_path / "run")
+    with pytest.raises(ggft.InputError, match="GGFT_ISA is 'mmx'"):
+        ggft.evaluate(model, data)
+    assert not (tmp_path / "run").exists()

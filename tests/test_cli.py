@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from ggft.cli import cli
 from ggft.command import CommandGroup, command, run
 from ggft.system.errors import GgftError, InputError, Interrupted, NetworkError, NumericError
+from tests.support.engines import ISAS
 from tests.support.models import CHATML, Spec, write_model
 
 GGFT = [sys.executable, "-c", "from ggft.__main__ import main; main()"]
@@ -106,6 +108,51 @@ def test_wrong_input_is_told_in_one_message(
     assert "Traceback" not in err
     assert "internal error" not in err
     assert sorted(folder.iterdir()) == before
+
+
+COMPUTING = [
+    "plan -m {model}",
+    "plan -m {model} -d {data}",
+    "plan -m {model} --kernels ggml",
+    "finetune -m {model} -d {data} -o {folder}/run",
+    "eval -m {model} -d {data}",
+    "bench -m {model}",
+    "doctor",
+    "doctor --json --graph -m {model}",
+]
+
+
+@pytest.mark.parametrize("args", COMPUTING)
+@pytest.mark.parametrize(
+    ("isa", "says"),
+    [("mmx", "no instruction set of ggft"), ("avx512-bf16", "this processor lacks")],
+)
+def test_an_instruction_set_that_cannot_be_used_is_told_in_one_message(
+    args: str,
+    isa: str,
+    says: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if isa in ISAS or (isa != "mmx" and platform.machine() != "x86_64"):
+        pytest.skip(f"this machine runs {isa}, or no x86")
+    data = tmp_path / "rows.json"
+    data.write_text(
+        '[{"instruction": "one", "output": "1"}, {"instruction": "two", "output": "2"}]'
+    )
+    monkeypatch.setenv("GGFT_ISA", isa)
+    filled = args.format(model=tiny, data=data, folder=tmp_path)
+    assert run(cli, filled.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    messages = [line for line in err.splitlines() if line.startswith("ggft: ")]
+    assert len(messages) == 1
+    assert f"GGFT_ISA is '{isa}'" in messages[0]
+    assert says in messages[0]
+    assert all(name in messages[0] for name in ISAS)
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ def load_native() -> Any:
 
     Raises:
         ResourceError: it was not built, or it does not fit the installed llama-cpp-python.
+        InputError: GGFT_ISA names no instruction set that this machine runs.
     """
     try:
         from ggft import _native
@@ -79,6 +80,8 @@ def load_native() -> Any:
             f"the native engine cannot be loaded: {error}",
             hint="build it for the installed llama-cpp-python with `make setup`",
         ) from None
+    with native_errors(_native):
+        _native.kernels()
     return _native
 
 
@@ -132,15 +135,8 @@ def native_errors(native: Any) -> Iterator[None]:
 
 
 def kernel_set() -> dict[str, Any]:
-    """Return the CPU kernels' instruction set, what it multiplies fastest, and all that run here.
-
-    Raises:
-        InputError: GGFT_ISA names no instruction set.
-        ResourceError: this processor lacks the one that it names.
-    """
-    native = load_native()
-    with native_errors(native):
-        return dict(native.kernels())
+    """Return the kernels' instruction set, what it multiplies fastest, and all that run here."""
+    return dict(load_native().kernels())
 
 
 def for_native(settings: EngineSettings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ whether the device supports that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from ggft.llama.library import library_info
 from ggft.settings.commands import DoctorConfig
 from ggft.settings.training import BenchConfig
 from ggft.setup.open import lora_to_train, make_shape, plan_rows, usual_factor
-from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError
+from ggft.system.errors import EXIT_OK, EXIT_RESOURCE, GgftError, ResourceError
 from ggft.system.machine import available_bytes, memory_bytes, physical_cores
 from ggft.system.text import format_bytes, printable
 
@@ -171,7 +172,13 @@ def graph_rows(model: str, device: str) -> list[dict[str, Any]]:
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print the findings; return 3 if something must be fixed before training, else 0."""
+    """Print the findings; return 3 if something must be fixed before training, else 0.
+
+    Raises:
+        InputError: GGFT_ISA names no instruction set that this machine runs.
+    """
+    with contextlib.suppress(ResourceError):  # a finding
+        load_native()
     found = examine()
     if config.device != "auto" and not _is_by_rules(config.device):
         found.check("device", lambda: find_device(config.device))
@@ -222,5 +229,5 @@ def _lines(found: Findings) -> list[str]:
         lines.append(f"node        {row['op']}, {row['types']}: {row['count']} times, {verdict}")
     lines += [f"warning     {text}" for text in found.warnings]
     lines += [f"problem     {text}" for text in found.problems]
-    lines.append("Ready to train." if not found.problems else "Mend the problems first.")
+    lines.append("Ready to train." if not found.problems else "Fix the problems first.")
     return [printable(line) for line in lines]

@@ -14,8 +14,10 @@ from ggft.engine.memory import BUFFERS, MAX_TOKENS, Limits, Shape, make_plan, pr
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.read import check_decoder, read_gguf
 from ggft.system.errors import ResourceError
-from tests.support.engines import make_batch
+from tests.support.engines import EACH_ISA, make_batch
 from tests.support.models import Spec, Tensor, model_metadata, spec_for, write_gguf, write_model
+
+pytestmark = EACH_ISA  # panels, and so memory, differ
 
 GB = 10**9
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.engines import make_batch, open_engine, set_random_lora
+from tests.support.engines import EACH_ISA, make_batch, open_engine, set_random_lora
 from tests.support.models import Spec, Tiny, write_model
 from tests.support.reference import Array
 
@@ -16,6 +16,8 @@ MODELS = {
     "odd widths": Spec(vocab="spm", n_embd=96, n_head=3, n_head_kv=1, n_ff=160),
     "biases": Spec(arch="qwen2", qkv_bias=True),
 }
+pytestmark = EACH_ISA
+
 ALL, SOME = 64 << 20, 100_000
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ggft.engine.engine import load_native
+from ggft.engine.engine import kernel_set, load_native
 from ggft.recipes import doctor as module
 from ggft.recipes.doctor import doctor, examine
 from ggft.settings.commands import DoctorConfig
@@ -25,12 +25,14 @@ def test_this_machine_is_described() -> None:
     assert "CPU" in [device["name"] for device in facts["devices"]]
     assert 0 < facts["memory_free_bytes"] <= facts["memory_bytes"]
     assert facts["cores"] >= 1
+    assert facts["kernels"]["isa"] in facts["kernels"]["runnable"]
 
 
 def test_people_and_programs_can_read_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(DoctorConfig()) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1] == "Ready to train."
+    assert f"kernels     {kernel_set()['isa']}: " in text
     assert doctor(DoctorConfig(json=True)) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["problems"] == []
@@ -47,7 +49,7 @@ def test_a_broken_engine_is_a_problem_with_a_remedy(
     assert doctor(DoctorConfig()) == 3
     text = capsys.readouterr().out
     assert "native: built for another ggml\n  → make setup" in text
-    assert text.splitlines()[-1] == "Mend the problems first."
+    assert text.splitlines()[-1] == "Fix the problems first."
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from ggft.engine.engine import Engine, EngineSettings, kernel_set
 from tests.support.models import Tiny
@@ -18,6 +19,12 @@ T = 24
 
 ISAS: list[str] = kernel_set()["runnable"]
 """The instruction sets that this machine runs, best first, emulated number formats among them."""
+
+EACH_ISA = [
+    pytest.mark.parametrize("isa", ISAS, indirect=True),
+    pytest.mark.usefixtures("isa"),
+]
+"""A module's `pytestmark`, whose tests then run with each of them forced."""
 
 
 def _paths() -> dict[str, dict[str, Any]]:

@@ -101,23 +101,21 @@ std::vector<std::string> runnable_isas() {
 const KernelSet & find_kernels() {
     const char * given = std::getenv("GGFT_ISA");
     const std::string wanted = given ? given : "";
-    const KernelSet * unsupported = nullptr;
+    bool known = false;
     for (const KernelSet & k : all_kernels()) {
         if (!wanted.empty() && wanted != k.name)
             continue;
         if (runs(k))
             return k;
-        unsupported = &k;
+        known = true;
     }
     std::string names;
     for (const std::string & name : runnable_isas())
         names += (names.empty() ? "" : ", ") + name;
-    if (unsupported)
-        fail(ErrorKind::resource, "GGFT_ISA is " + wanted +
-                                      ", instructions that this processor lacks; it runs " + names);
-    fail(ErrorKind::input, "GGFT_ISA is '" + wanted +
-                               "', which is no instruction set of ggft; this machine runs " +
-                               names);
+    fail(ErrorKind::input, "GGFT_ISA is '" + wanted + "', " +
+                               (known ? "instructions that this processor lacks"
+                                      : "which is no instruction set of ggft") +
+                               ": unset it, or name one that this machine runs: " + names);
 }
 
 } // namespace ggft
