@@ -184,7 +184,7 @@ def test_prepacked_weights_take_no_more_than_all_else(
 
 def test_large_output_matrices_are_not_prepacked(tmp_path: Path) -> None:
     taken = []
-    for n_vocab in (1000, 100_000, 200_000):
+    for n_vocab in (1000, 50_000, 200_000):
         spec = replace(LARGE, tied=True)
         path = write_model(tmp_path / "m.gguf", spec).path
         tensors = [
@@ -200,7 +200,7 @@ def test_large_output_matrices_are_not_prepacked(tmp_path: Path) -> None:
         )
         taken.append(Forecast(settings).prepackable_bytes)
     small, large, larger = taken
-    assert large > small + 100_000 * 512 * 2
+    assert large > small + 50_000 * 512 * 2
     assert larger < large
 
 
