@@ -158,7 +158,8 @@ def page(folder: Path) -> str:
 
 def _kind(reason: str) -> str:
     text = re.sub(r"^the (?:chat )?template('s)? |: .*", "", reason)
-    return re.sub(r"message \d+", "a message", text)
+    text = re.sub(r"message \d+", "a message", " ".join(text.split()))
+    return re.sub(r"(refuses this conversation).*", r"\1", text)
 
 
 if __name__ == "__main__":
