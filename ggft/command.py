@@ -70,6 +70,8 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGoneError from None
+        except KeyboardInterrupt:  # click would print an empty line
+            raise Interrupted("interrupted", signal_number=signal.SIGINT) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order in which they were declared."""

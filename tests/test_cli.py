@@ -327,3 +327,14 @@ def test_signals(number: int, code: int, tiny: Path) -> None:
         assert process.wait(timeout=20) == code
         assert process.stderr is not None
         assert process.stderr.read().splitlines()[-1] == "ggft: interrupted"
+
+
+def test_ctrl_c_in_a_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    group = CommandGroup()
+
+    @group.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    assert run(group, ["wait"]) == 130
+    assert capsys.readouterr().err == "ggft: interrupted\n"
