@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
-    MicroBatch = Batch | Mapping[str, IntArray]
+    MicroBatch = Batch | Mapping[str, npt.NDArray[Any]]
 
 
 class Cancelled(Exception):  # noqa: N818
@@ -177,6 +177,7 @@ class Engine:
         """Add the gradient of the summed loss of a micro-batch.
 
         `seed` draws the dropout masks, 0 is no dropout. Returns (summed nats, trained tokens).
+        Where the batch has `weights`, float32 of any sign, each target's loss counts by its own.
 
         Raises:
             NumericError: NaN or infinity, with the tensor's name.
@@ -184,7 +185,7 @@ class Engine:
         """
         arrays = self._check(batch)
         with self._naming_the_tensor():
-            nats, count = self._engine.forward_backward(*arrays, seed)
+            nats, count = self._engine.forward_backward(*arrays, seed, batch.get("weights"))
             if not math.isfinite(nats):
                 raise NumericError("the loss is not finite", found=nats)
         return float(nats), int(count)
@@ -209,7 +210,7 @@ class Engine:
     def evaluate(self, batch: MicroBatch) -> tuple[float, int]:
         """Return what `forward_backward` does, without dropout and gradient; raise its errors."""
         with self._naming_the_tensor():
-            nats, count = self._engine.evaluate(*self._check(batch))
+            nats, count = self._engine.evaluate(*self._check(batch), batch.get("weights"))
         return float(nats), int(count)
 
     def token_nats(self, batch: MicroBatch) -> FloatArray:

@@ -37,7 +37,7 @@ SMALL_TOKENS, MORE_PER_DOUBLING = 512, 0.01
 PASSES_KEPT, PASSES_RECOMPUTED = 2.0, 2.6
 # Shares of the weights that are prepacked. These take no more than this, and than all else does.
 PREPACKED_SHARES, PREPACKED_LIMIT = (0.0, 0.25, 0.5, 0.75, 1.0), 768 * 2**20
-# Beside its file a run on llama.cpp's own graph takes no more than this for their sake.
+# Beside its file a run on llama.cpp's own graph takes no more than this for speed alone.
 TRACED_LIMIT = 400 * 10**6
 # The engine takes memory for them in pages of this size.
 LARGE_PAGE = 2 * 2**20
@@ -290,11 +290,11 @@ def make_plan(
             predict(shape, rows, tokens, keep=keeps, prepacked=share), shape,
         )
         for rows, tokens in sizes
-        for keeps in _may_keep(shape, keep)
+        for keeps in ((True, False) if keep is None else (keep,))
         for share in PREPACKED_SHARES
         if not share or 0 < shape.prepacked_limit(share) <= PREPACKED_LIMIT
     ]  # fmt: skip
-    plans = [plan for plan in plans if _may_prepack(plan)]
+    plans = [plan for plan in plans if is_modest(plan, keep_is_given=keep is not None)]
     fitting = [plan for plan in plans if limits.hold(plan.parts)]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -306,19 +306,13 @@ def make_plan(
     return min(fast, key=lambda plan: (plan.total_bytes, -plan.n_rows * plan.n_tokens))
 
 
-def _may_prepack(plan: Plan) -> bool:
-    """Return whether a plan's prepacked weights are within bounds."""
+def is_modest(plan: Plan, *, keep_is_given: bool = False) -> bool:
+    """Return whether what a plan takes for the sake of speed is within bounds."""
     beside = plan.total_bytes - plan.parts[WEIGHTS]
-    if plan.prepacked and plan.shape.settings.traced and beside > TRACED_LIMIT:
+    for_speed = plan.prepacked or (plan.keep and not keep_is_given)
+    if for_speed and plan.shape.settings.traced and beside > TRACED_LIMIT:
         return False
     return plan.prepacked_bytes <= plan.total_bytes / 2
-
-
-def _may_keep(shape: Shape, keep: bool | None) -> tuple[bool, ...]:
-    """Return whether internals may be kept; a traced engine always recomputes them."""
-    if shape.settings.traced:
-        return (False,)
-    return (True, False) if keep is None else (keep,)
 
 
 def _sizes(n_tokens: int, step_tokens: int, joined: bool) -> list[tuple[int, int]]:

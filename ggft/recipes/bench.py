@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ggft.engine.engine import Engine
 from ggft.engine.memory import Plan
 from ggft.engine.peak import measure_peak
-from ggft.gguf.read import DecoderInfo, check_decoder, read_gguf
+from ggft.gguf.read import DecoderInfo, ModelInfo, check_model, read_gguf
 from ggft.hub.download import find_model
 from ggft.settings.training import BenchConfig
 from ggft.setup.open import lora_to_train, make_shape, open_engine, plan_rows, usual_factor
@@ -50,7 +50,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     n_rows, n_tokens = parse_shape(config.shape)
     file = read_gguf(find_model(config.model))
-    info = check_decoder(file, "ggft bench")
+    info = check_model(file)
+    by_hand = isinstance(info, DecoderInfo)  # else nodes cannot be timed one by one
     lora = lora_to_train(config, info, config.rank, usual_factor())
     shape = make_shape(config, lora, file, info)
     plan = plan_rows(config, shape, n_tokens=n_tokens, max_rows=n_rows)
@@ -59,10 +60,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         engine.init_lora(seed=1)
         result |= time_steps(engine, plan, n_rows, info.n_vocab, config.steps)
         result["engine"] = engine.info()
-        if config.profile:
+        if config.profile and by_hand:
             result["profile_s"] = profile_step(engine, plan, n_rows, info.n_vocab)
     result["plan"] = plan.record()
-    if config.peak:
+    if config.peak and isinstance(info, DecoderInfo):
         threads = result["engine"]["threads"]
         result["gemm_flops"] = measure_peak(block_matrices(info), plan.n_rows * n_tokens, threads)
     result |= utilisation(result, info, plan)
@@ -162,10 +163,10 @@ def block_matrices(info: DecoderInfo) -> dict[tuple[int, int], int]:
     return {shape: shapes.count(shape) for shape in shapes}
 
 
-def utilisation(result: dict[str, Any], info: DecoderInfo, plan: Plan) -> dict[str, Any]:
+def utilisation(result: dict[str, Any], info: ModelInfo, plan: Plan) -> dict[str, Any]:
     """Return N, the FLOP rate, and the two utilisations where the peak was measured."""
-    block = sum(rows * columns * n for (rows, columns), n in block_matrices(info).items())
-    n_params = info.n_layer * block + info.n_vocab * info.n_embd
+    n_params = int(result["engine"]["n_params_matmul"])
+    block = (n_params - info.n_vocab * info.n_embd) / info.n_layer
     per_token = 4.0 * n_params
     again = 0.0 if plan.keep else 2.0 * block * (info.n_layer - plan.settings.layer_first)
     rate = float(result["tokens_per_s"])

@@ -6,6 +6,9 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
 
 namespace ggft {
 
@@ -35,6 +38,15 @@ inline MicroBatch batch_of(const IntArray & tokens, const IntArray & positions,
             segments.data(),
             targets,
             seed};
+}
+
+// Factors on the targets' losses, which live as long as `weights`.
+inline void set_weights(MicroBatch & b, const std::optional<FloatMatrix> & weights) {
+    if (weights) {
+        require((int64_t)weights->shape(0) == b.B && (int64_t)weights->shape(1) == b.T,
+                ErrorKind::input, "targets and weights differ in shape");
+        b.weights = weights->data();
+    }
 }
 
 inline void check_targets(const IntArray & tokens, const IntArray & targets) {

@@ -27,9 +27,10 @@ static nb::tuple as_tuple(const LossSum & sum) {
 
 template <class E>
 nb::tuple forward_backward(E & e, IntArray tokens, IntArray positions, IntArray segments,
-                           IntArray targets, uint64_t seed) {
+                           IntArray targets, uint64_t seed, std::optional<FloatMatrix> weights) {
     check_targets(tokens, targets);
-    const MicroBatch b = batch_of(tokens, positions, segments, targets.data(), seed);
+    MicroBatch b = batch_of(tokens, positions, segments, targets.data(), seed);
+    set_weights(b, weights);
     LossSum sum;
     {
         nb::gil_scoped_release release;
@@ -39,10 +40,11 @@ nb::tuple forward_backward(E & e, IntArray tokens, IntArray positions, IntArray 
 }
 
 template <class E>
-nb::tuple evaluate(E & e, IntArray tokens, IntArray positions, IntArray segments,
-                   IntArray targets) {
+nb::tuple evaluate(E & e, IntArray tokens, IntArray positions, IntArray segments, IntArray targets,
+                   std::optional<FloatMatrix> weights) {
     check_targets(tokens, targets);
-    const MicroBatch b = batch_of(tokens, positions, segments, targets.data(), 0);
+    MicroBatch b = batch_of(tokens, positions, segments, targets.data(), 0);
+    set_weights(b, weights);
     LossSum sum;
     {
         nb::gil_scoped_release release;
@@ -218,8 +220,9 @@ template <class E> nb::class_<E> bind_shared(nb::module_ & m, const char * name)
     return nb::class_<E>(m, name)
         .def(nb::new_(&open_engine<E>), "settings"_a)
         .def("forward_backward", &forward_backward<E>, "tokens"_a, "positions"_a, "segments"_a,
-             "targets"_a, "seed"_a)
-        .def("evaluate", &evaluate<E>, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
+             "targets"_a, "seed"_a, "weights"_a = nb::none())
+        .def("evaluate", &evaluate<E>, "tokens"_a, "positions"_a, "segments"_a, "targets"_a,
+             "weights"_a = nb::none())
         .def("token_nats", &token_nats<E>, "tokens"_a, "positions"_a, "segments"_a, "targets"_a)
         .def("logits", &logits<E>, "tokens"_a, "positions"_a, "segments"_a)
         .def("optimizer_step", &E::optimizer_step, "lr"_a, "n_targets"_a,

@@ -132,6 +132,11 @@ Tensor Decoder::head(Graph & g, Tensor x, int64_t first, int64_t n, Tensor dx) c
         ops_.loss(g, {model_.output, nullptr}, norm, part(in_.labels), at, dx != nullptr);
     if (dx != nullptr) {
         Tensor d = ops_.rms_norm_back(g, xr, model_.output_norm, h.norm_eps, loss.dn, nullptr);
+        if (in_.weighted) {
+            d = ggml_mul(g.ctx(), d,
+                         ggml_view_2d(g.ctx(), in_.weights, 1, n, in_.weights->nb[1],
+                                      (size_t)first * in_.weights->nb[1]));
+        }
         g.expand(ggml_set_rows(g.ctx(), dx, d, rows));
     }
     return loss.nats;

@@ -194,9 +194,10 @@ std::vector<double> Engine::read_nats(int64_t n) {
 }
 
 double Engine::sum_nats(int64_t n) {
+    const std::vector<double> nats = read_nats(n);
     double sum = 0;
-    for (double x : read_nats(n)) {
-        sum += x;
+    for (size_t i = 0; i < nats.size(); i++) {
+        sum += weights_.empty() ? nats[i] : (double)weights_[i] * nats[i];
     }
     require(std::isfinite(sum), ErrorKind::numeric, "the loss is not finite");
     return sum;

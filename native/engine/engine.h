@@ -38,6 +38,7 @@ struct MicroBatch {
     const int32_t * segments; // -1: padding
     const int32_t * targets;  // -1: not trained; null: none
     uint64_t seed = 0;
+    const float * weights = nullptr; // factor on each target's loss, of any sign; null: 1
 };
 
 // Bytes that a micro-batch moves between host and device.
@@ -142,7 +143,7 @@ private:
     void run_profiled(Graph & g);
     void check_cancelled() const;
     void require_training() const;
-    double sum_nats(int64_t n);
+    double sum_nats(int64_t n); // weighted
     std::vector<double> read_nats(int64_t n);
     int64_t chunk_of(int64_t n) const;
 
@@ -190,6 +191,7 @@ private:
     };
     std::vector<Tensor> kept_; // per adapted block one flat tensor that holds its Activations
     std::vector<std::vector<KeptField>> kept_fields_; // where, as the last forward pass left them
+    std::vector<float> weights_; // of the targets of the micro-batch; empty for 1
     Tensor dx_ = nullptr, nats_ = nullptr;
     int64_t n_targets_ = 0, chunk_ = 0;
     Traffic traffic_;

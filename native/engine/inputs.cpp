@@ -3,6 +3,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 
 namespace ggft {
@@ -22,6 +23,7 @@ void Engine::allocate_inputs() {
     in_.positions = i32(N, "positions");
     in_.rows = i32(N, "rows");
     in_.labels = i32(N, "labels");
+    in_.weights = inputs_->add(GGML_TYPE_F32, {1, N}, "weights");
     if (fused_) {
         in_.fused.starts = i32(N, "starts");
         in_.fused.rope_cos = inputs_->add(GGML_TYPE_F32, {h.rope.n_dims / 2, N}, "rope cos");
@@ -89,6 +91,8 @@ static void check_batch(const MicroBatch & b, int64_t n_vocab) {
         if (b.targets != nullptr && (b.targets[i] < -1 || b.targets[i] >= n_vocab)) {
             bad("target", i, b.targets[i]);
         }
+        require(b.weights == nullptr || std::isfinite(b.weights[i]), ErrorKind::input,
+                "a target's weight is not finite");
     }
 }
 
@@ -107,6 +111,7 @@ void Engine::set_inputs(const MicroBatch & b) {
 
     const int64_t N = b.B * b.T;
     std::vector<int32_t> starts((size_t)N), rows, labels;
+    weights_.clear();
     for (int64_t i = 0; i < N; i++) {
         const bool continues =
             i % b.T != 0 && b.segments[i] >= 0 && b.segments[i] == b.segments[i - 1];
@@ -114,6 +119,9 @@ void Engine::set_inputs(const MicroBatch & b) {
         if (b.targets != nullptr && b.targets[i] >= 0) {
             rows.push_back((int32_t)i);
             labels.push_back(b.targets[i]);
+            if (b.weights != nullptr) {
+                weights_.push_back(b.weights[i]);
+            }
         }
     }
     n_targets_ = (int64_t)rows.size();
@@ -128,6 +136,8 @@ void Engine::set_inputs(const MicroBatch & b) {
     set(in_.fused.starts, starts.data(), (size_t)N);
     set(in_.rows, rows.data(), rows.size());
     set(in_.labels, labels.data(), labels.size());
+    in_.weighted = !weights_.empty();
+    put(in_.weights, weights_.data(), weights_.size() * sizeof(float));
     if (fused_) {
         fill_rope_cache();
     } else {

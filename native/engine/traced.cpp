@@ -60,11 +60,24 @@ static float scale_of(const Tape & tape, int weight) {
     return value;
 }
 
+// Lets a refusal say whose graph it is about.
+template <class F> void TracedEngine::named(F f) const {
+    try {
+        f();
+    } catch (const Error & e) {
+        fail(e.kind, "ggft cannot train " + architecture() + " models: " + e.what());
+    }
+}
+
 // The matrices of the adapted blocks that are targets and that llama.cpp applies an adapter to.
 void TracedEngine::choose_sites() {
-    Tape tape = recorder_.record({{0, 0}, {0, 1}, {0, 0}}, 2);
-    require_causal(tape, bypass_caches(tape, 2));
-    const std::map<std::string, int> applied = adapter_sites(*model_, recorder_, tape);
+    Tape tape;
+    std::map<std::string, int> applied;
+    named([&] {
+        tape = recorder_.record({{0, 0}, {0, 1}, {0, 0}}, 2);
+        require_causal(tape, bypass_caches(tape, 2));
+        applied = adapter_sites(*model_, recorder_, tape);
+    });
     std::vector<LoraSite> sites;
     for (int i : tape.order) {
         if (!is_linear(tape, i)) {
@@ -91,28 +104,12 @@ void TracedEngine::choose_sites() {
             "llama.cpp loads an adapter for " + (ignored_.empty() ? "" : ignored_[0]) + " of " +
                 architecture() + " models and never applies it: nothing to train");
     drop_dead(tape);
-    cut(tape, sites_, n_vocab());
+    named([&] { cut(tape, sites_, n_vocab()); });
     each_product(tape, [this](Tensor w, bool forward) {
         ops_->prepack(w, forward);
         prepackable_bytes_ += ops_->prepacked_bytes_of(w, forward);
     });
     lora_ = std::make_unique<Lora>(sites, config_.lora, device_, memory_);
-}
-
-size_t TracedEngine::base_bytes() const {
-    return (size_t)llama_model_size(model_->get());
-}
-
-Buffers TracedEngine::buffer_bytes() const {
-    const bool measured = memory_ == Memory::measured;
-    return {
-        {"weights", base_bytes()},
-        {"lora", lora_->bytes()},
-        {"inputs", prepared_.input_bytes()},
-        {"saved", prepared_.arena().bytes() - prepared_.input_bytes()},
-        {"prepacked", ops_->prepacked_bytes()},
-        {"compute", measured ? compute_bytes_ : ggml_gallocr_get_buffer_size(alloc_.get(), 0)},
-    };
 }
 
 // The products of a step by a frozen matrix in their order: forward, then backward.
@@ -129,66 +126,6 @@ template <class F> void TracedEngine::each_product(const Tape & tape, F f) const
     }
 }
 
-void TracedEngine::reserve(Graph g) {
-    if (memory_ == Memory::measured) {
-        size_t bytes = 0;
-        ggml_gallocr_reserve_n_size(alloc_.get(), g.graph(), nullptr, nullptr, &bytes);
-        compute_bytes_ = std::max(compute_bytes_, bytes);
-        return;
-    }
-    require(ggml_gallocr_reserve(alloc_.get(), g.graph()), ErrorKind::resource,
-            "out of memory for the compute buffer");
-}
-
-void TracedEngine::reserve() {
-    const auto n = (size_t)(config_.n_rows * config_.n_tokens);
-    Sequences batch{std::vector<int32_t>(n, 0), std::vector<int32_t>(n), std::vector<int32_t>(n)};
-    OutputRows outputs{std::vector<int32_t>(n), std::vector<int32_t>(n, 0)};
-    for (size_t i = 0; i < n; i++) {
-        batch.positions[i] = outputs.rows[i] = (int32_t)i;
-    }
-    const bool training = config_.lora.train;
-    prepared_.prepare(*model_, recorder_, batch, std::move(outputs),
-                      training ? sites_ : std::set<std::string>());
-    Passes passes(prepared_, *lora_, *ops_, config_.lora.dropout > 0 ? 1 : 0,
-                  config_.mode == Mode::f32);
-    const size_t n_blocks = prepared_.segments().blocks.size();
-    for (size_t b = 0; b < n_blocks; b++) {
-        reserve(passes.forward(b));
-    }
-    reserve(passes.head(0, std::min(chunk_of((int64_t)n), (int64_t)n), training));
-    for (size_t b = n_blocks; training && b-- > prepared_.first_trained();) {
-        reserve(passes.backward(b));
-    }
-}
-
-// ---- without taking any ----
-
-TracedForecast::TracedForecast(const EngineConfig & config)
-    : config_(config), model_(TracedModel::open(config.paths)) {
-    config_.n_rows = 1;
-    config_.n_tokens = 2;
-    config_.prepacked_bytes = 0;
-    TracedEngine engine(config_, model_, Memory::measured);
-    kernels_ = engine.kernels();
-    ignored_ = engine.ignored();
-    prepackable_bytes_ = engine.prepackable_bytes();
-    for (const Parameter & p : engine.lora().parameters()) {
-        n_parameters_ += p.ne0 * p.ne1;
-    }
-}
-
-Buffers TracedForecast::buffers(int64_t n_rows, int64_t n_tokens, bool,
-                                size_t prepacked_bytes) const {
-    EngineConfig config = config_;
-    config.n_rows = n_rows;
-    config.n_tokens = n_tokens;
-    config.prepacked_bytes = prepacked_bytes;
-    TracedEngine engine(config, model_, Memory::measured);
-    engine.reserve();
-    return engine.buffer_bytes();
-}
-
 // ---- running ----
 
 void TracedEngine::compute(Graph & g) {
@@ -201,6 +138,22 @@ void TracedEngine::compute(Graph & g) {
     require(ggml_gallocr_alloc_graph(alloc_.get(), g.graph()), ErrorKind::resource,
             "out of memory for the compute buffer");
     g.compute(backend_.get());
+}
+
+// One half of a segment's graph, which is allocated.
+void TracedEngine::compute(KeptSegment & s, bool back) {
+    if (cancelled_) {
+        fail(ErrorKind::cancelled, "cancelled");
+    }
+    const int first = back ? s.n_forward : 0,
+              last = back ? ggml_graph_n_nodes(s.graph.graph()) : s.n_forward;
+    Graph half((size_t)std::max(last - first, 1));
+    for (int i = first; i < last; i++) {
+        ggml_graph_add_node(half.graph(), ggml_graph_node(s.graph.graph(), i));
+    }
+    if (first < last) {
+        s.graph.compute(backend_.get(), half.graph());
+    }
 }
 
 void TracedEngine::forward(Passes & passes) {
@@ -258,6 +211,11 @@ OutputRows TracedEngine::trained_rows(const Group & group, const MicroBatch & ba
         if (target >= 0) {
             outputs.rows.push_back((int32_t)i);
             outputs.labels.push_back(target);
+            if (batch.weights != nullptr) {
+                const float weight = batch.weights[group.at[i]];
+                require(std::isfinite(weight), ErrorKind::input, "a target's weight is not finite");
+                outputs.weights.push_back(weight);
+            }
         }
     }
     return outputs;
@@ -278,7 +236,18 @@ LossSum TracedEngine::run(const MicroBatch & batch, bool training, float * nats)
                           training ? sites_ : std::set<std::string>());
         Passes passes(prepared_, *lora_, *ops_, seed, config_.mode == Mode::f32);
         seed += seed != 0; // another mask for each group
-        forward(passes);
+        const size_t n_blocks = prepared_.segments().blocks.size();
+        std::vector<KeptSegment> kept;
+        if (training && config_.keep) {
+            kept = plan_kept(passes);
+        }
+        for (size_t b = 0; b < n_blocks - kept.size(); b++) {
+            Graph g = passes.forward(b);
+            compute(g);
+        }
+        for (auto s = kept.rbegin(); s != kept.rend(); ++s) {
+            compute(*s, false);
+        }
         head(passes, training);
         const OutputRows & rows = prepared_.outputs();
         std::vector<double> losses((size_t)rows.n());
@@ -286,14 +255,16 @@ LossSum TracedEngine::run(const MicroBatch & batch, bool training, float * nats)
         traffic_.to_device += prepared_.input_bytes();
         traffic_.from_device += losses.size() * sizeof(double);
         for (size_t i = 0; i < losses.size(); i++) {
-            sum.nats += losses[i];
+            sum.nats += rows.weights.empty() ? losses[i] : (double)rows.weights[i] * losses[i];
             if (nats != nullptr && rows.labels[i] >= 0) {
                 nats[group.at[(size_t)rows.rows[i]]] = (float)losses[i];
             }
         }
         require(std::isfinite(sum.nats), ErrorKind::numeric, "the loss is not finite");
-        for (size_t b = prepared_.segments().blocks.size();
-             training && b-- > prepared_.first_trained();) {
+        for (KeptSegment & s : kept) {
+            compute(s, true);
+        }
+        for (size_t b = n_blocks; training && !config_.keep && b-- > prepared_.first_trained();) {
             Graph g = passes.backward(b);
             compute(g);
         }

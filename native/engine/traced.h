@@ -56,11 +56,20 @@ private:
     std::vector<Group> groups(const MicroBatch & batch) const;
     OutputRows trained_rows(const Group & group, const MicroBatch & batch) const;
     LossSum run(const MicroBatch & batch, bool training, float * nats);
+    // A segment whose internals live from its forward half to its way back.
+    struct KeptSegment {
+        Graph graph;
+        int n_forward;
+    };
+
     void forward(Passes & passes);
+    std::vector<KeptSegment> plan_kept(Passes & passes);
+    void compute(KeptSegment & s, bool back);
     void head(Passes & passes, bool training);
     int64_t chunk_of(int64_t n) const;
     void compute(Graph & g);
     void reserve(Graph g);
+    template <class F> void named(F f) const;
     template <class F> void each_product(const Tape & tape, F f) const;
 
     EngineConfig config_;
@@ -77,6 +86,8 @@ private:
     size_t compute_bytes_ = 0, prepackable_bytes_ = 0;
     PreparedBatch prepared_;
     ggml_gallocr_ptr alloc_;
+    std::vector<ggml_gallocr_ptr> kept_alloc_; // of the segments from the last to the first
+    size_t kept_bytes_ = 0;
     Traffic traffic_;
     std::atomic<bool> cancelled_{false};
 };
@@ -86,7 +97,6 @@ class TracedForecast {
 public:
     explicit TracedForecast(const EngineConfig & config);
 
-    // `keep` is of no matter.
     Buffers buffers(int64_t n_rows, int64_t n_tokens, bool keep, size_t prepacked_bytes) const;
 
     const char * kernels() const { return kernels_; }

@@ -24,10 +24,12 @@ enum class Mode { fast, f32 };
 // What a micro-batch puts on the device: written once, read by every graph.
 struct Inputs {
     int64_t B = 0, T = 0;
-    Tensor tokens = nullptr;       // I32 [N]
-    Tensor positions = nullptr;    // I32 [N], restart at each example
-    Tensor rows = nullptr;         // I32 [N], indices of the trained positions, then padding
-    Tensor labels = nullptr;       // I32 [N], their targets
+    Tensor tokens = nullptr;    // I32 [N]
+    Tensor positions = nullptr; // I32 [N], restart at each example
+    Tensor rows = nullptr;      // I32 [N], indices of the trained positions, then padding
+    Tensor labels = nullptr;    // I32 [N], their targets
+    Tensor weights = nullptr;   // F32 [1, N], factors on their losses, where weighted
+    bool weighted = false;
     struct {                       // what GgmlOps reads besides
         Tensor mask = nullptr;     // F16 [T, T, 1, B], 0 where attended, -60000 elsewhere
         Tensor spans = nullptr;    // F32 [1, N, 2], first and last attended position within the row

@@ -44,9 +44,11 @@ void PreparedBatch::record(const TracedModel & model, Recorder & recorder,
     for (int32_t i = 0; i < (int32_t)n; i++) {
         const auto row = std::find(outputs_.rows.begin(), outputs_.rows.end(), i);
         all.rows.push_back(i);
-        all.labels.push_back(row == outputs_.rows.end()
-                                 ? -1
-                                 : outputs_.labels[(size_t)(row - outputs_.rows.begin())]);
+        const auto at = (size_t)(row - outputs_.rows.begin());
+        all.labels.push_back(row == outputs_.rows.end() ? -1 : outputs_.labels[at]);
+        if (!outputs_.weights.empty()) {
+            all.weights.push_back(row == outputs_.rows.end() ? 0 : outputs_.weights[at]);
+        }
     }
     outputs_ = std::move(all);
 }
@@ -100,6 +102,9 @@ void PreparedBatch::add_inputs() {
             arena_.add(GGML_TYPE_I32, {spans.spans.T, 1, 1, 1}, "starts", 0, INT_MAX);
     }
     labels = arena_.add(GGML_TYPE_I32, {outputs_.n(), 1, 1, 1}, "labels", 0, INT_MAX);
+    weights = outputs_.weights.empty()
+                  ? nullptr
+                  : arena_.add(GGML_TYPE_F32, {1, outputs_.n(), 1, 1}, "weights", 0, INT_MAX);
     nats = arena_.add(GGML_TYPE_F64, {outputs_.n(), 1, 1, 1}, "nats", 0, INT_MAX);
 }
 
@@ -161,6 +166,9 @@ void PreparedBatch::fill_inputs(const Sequences & batch) {
         }
     }
     put(labels, outputs_.labels.data());
+    if (weights != nullptr) {
+        put(weights, outputs_.weights.data());
+    }
 }
 
 // The columns of the cache's rows that this micro-batch writes; and, if each query sees all keys

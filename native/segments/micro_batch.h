@@ -12,9 +12,11 @@
 
 namespace ggft {
 
-// Rows whose logits are wanted, in the tokens' order, and what they should predict (-1: nothing).
+// Rows whose logits are wanted, in the tokens' order, what they should predict (-1: nothing), and
+// the factors on their losses, none for 1.
 struct OutputRows {
     std::vector<int32_t> rows, labels;
+    std::vector<float> weights;
 
     int64_t n() const { return (int64_t)rows.size(); }
 };
@@ -41,6 +43,7 @@ public:
     std::map<int, Tensor> kept;      // roots that cross a border
     std::map<int, Tensor> gradients; // of those that a gradient reaches
     Tensor labels = nullptr;         // I32 [M]
+    Tensor weights = nullptr;        // F32 [1, M], null for 1
     Tensor nats = nullptr;           // F64 [M]
 
 private:

@@ -27,6 +27,11 @@ Graph Passes::forward(size_t b) {
     const Segment & s = batch_.segments().blocks[b];
     Graph g(n_nodes((size_t)s.first, (size_t)s.last));
     Builder builder(g, context_);
+    add_forward(g, builder, s);
+    return g;
+}
+
+void Passes::add_forward(Graph & g, Builder & builder, const Segment & s) const {
     bind(builder, s);
     for (int at = s.first; at < s.last; at++) {
         builder.add(batch_.tape().order[(size_t)at]);
@@ -34,7 +39,6 @@ Graph Passes::forward(size_t b) {
     for (int root : s.out) {
         g.expand(ggml_cpy(g.ctx(), builder.get(root), batch_.kept.at(root)));
     }
-    return g;
 }
 
 Graph Passes::backward(size_t b) {
@@ -45,6 +49,23 @@ Graph Passes::backward(size_t b) {
     for (int at = s.first; at < s.last; at++) {
         builder.add(batch_.tape().order[(size_t)at]);
     }
+    go_back(g, builder, b);
+    return g;
+}
+
+Graph Passes::forward_and_back(size_t b, int & n_forward) {
+    const Segment & s = batch_.segments().blocks[b];
+    Graph g(n_nodes((size_t)s.first, (size_t)s.last));
+    Builder builder(g, context_);
+    add_forward(g, builder, s);
+    n_forward = ggml_graph_n_nodes(g.graph());
+    valid_.insert(batch_.tape()[head_input()].root); // as it will be when the head has run
+    go_back(g, builder, b);
+    return g;
+}
+
+void Passes::go_back(Graph & g, Builder & builder, size_t b) {
+    const Segment & s = batch_.segments().blocks[b];
     for (const std::vector<int> * roots : {&s.in, &s.out}) {
         for (int root : *roots) {
             if (valid_.count(root) != 0) {
@@ -62,7 +83,6 @@ Graph Passes::backward(size_t b) {
             valid_.insert(root);
         }
     }
-    return g;
 }
 
 int Passes::head_input() const {
@@ -121,7 +141,12 @@ Graph Passes::head(int64_t first, int64_t n, bool training) {
     builder.back.set(z, dz);
     builder.backward();
     Tensor dx = batch_.arena().part(g, batch_.gradients.at(root), 1, first, n);
-    g.expand(ggml_cpy(g.ctx(), builder.back.gradient(x), dx));
+    Tensor gradient = builder.back.gradient(x);
+    if (batch_.weights != nullptr) {
+        Tensor weights = batch_.arena().part(g, batch_.weights, 1, first, n);
+        gradient = ggml_mul(g.ctx(), gradient, weights);
+    }
+    g.expand(ggml_cpy(g.ctx(), gradient, dx));
     valid_.insert(root);
     return g;
 }

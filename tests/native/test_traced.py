@@ -25,7 +25,7 @@ from ggft.engine.memory import (
     TRACED_LIMIT,
     Limits,
     Shape,
-    _may_prepack,
+    is_modest,
     make_plan,
 )
 from ggft.gguf.read import check_model, read_gguf
@@ -234,17 +234,21 @@ def test_a_model_is_mapped_once_for_plan_and_run_and_not_afterwards(make: Make) 
     assert forecast.buffers(1, 16, False, 0)["weights"] > 0
 
 
-def test_prepacked_weights_do_not_swell_a_traced_run(make: Make) -> None:
-    """Beside the file no more than TRACED_LIMIT for their sake, however much is free."""
+def test_speed_does_not_swell_a_traced_run(make: Make) -> None:
+    """Beside the file no more than TRACED_LIMIT for its sake, however much is free."""
     path, _ = make("phi3")
     with open_traced(path, "phi3") as engine:
         shape = Shape(model=check_model(read_gguf(path)), settings=engine.settings)
     large = Limits(budget_bytes=2**40, free_bytes=2**40, total_bytes=2**40)
     plan = make_plan(shape, large, n_tokens=64, max_rows=1)
     assert plan.prepacked_bytes > 0
+    assert plan.keep
     parts = {**plan.parts, PROGRAM: TRACED_LIMIT}
-    assert not _may_prepack(replace(plan, parts=parts))
-    assert _may_prepack(replace(plan, parts={**parts, PREPACKED: 0}, prepacked=0.0))
+    assert not is_modest(replace(plan, parts=parts))
+    slow = replace(plan, parts={**parts, PREPACKED: 0}, prepacked=0.0)
+    assert not is_modest(slow)
+    assert is_modest(slow, keep_is_given=True)
+    assert is_modest(replace(slow, keep=False))
 
 
 def flat(arrays: dict[str, Array]) -> Array:

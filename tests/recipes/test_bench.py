@@ -20,6 +20,7 @@ from ggft.gguf.read import check_decoder, read_gguf
 from ggft.recipes.bench import bench, block_matrices, parse_shape
 from ggft.settings.training import BenchConfig
 from ggft.system.errors import InputError
+from tests.support.architectures import Tiny, write_tiny
 from tests.support.blocks import SCALES, dequantize, random_blocks
 from tests.support.models import Spec, write_model
 
@@ -142,3 +143,13 @@ def test_chart_is_well_formed() -> None:
     assert widths[2:] == [62.5, 250.0]
     texts = [e.text for e in root.iter(f"{space}text")]
     assert {"200", "50", "500", "2000", "ours <1>"} <= set(texts)
+
+
+def test_bench_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On llama.cpp's own graph; its nodes cannot be timed one by one."""
+    path = write_tiny(tmp_path / "m.gguf", Tiny("phi3"))
+    config = BenchConfig(model=str(path), shape="1x16", steps=1, threads=1, json=True)
+    bench(config)
+    result = json.loads(capsys.readouterr().out)
+    assert result["n_params_matmul"] == result["engine"]["n_params_matmul"] > 0
+    assert not {"gemm_flops", "profile_s"} & set(result)

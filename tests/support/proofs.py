@@ -34,6 +34,7 @@ BARS = {
     "gradient": 1e-4,
     "slopes": 1e-2,
     "packed": 1e-4,
+    "kept": 0.0,
     "saved": 5e-3,
     "fell": 0.9,
 }
@@ -47,6 +48,8 @@ class Proof:
         forward: NMSE of the logits against llama.cpp's, the adapter applied in both.
         gradient: Largest distance of an adapter's matrix's gradient from the reference's, relative.
         slopes: The same of the gradient along a direction from the slope of llama.cpp's own loss.
+        kept: Largest difference between the gradient when internals are kept and when they are
+            recomputed.
         packed: Distance of two packed examples' gradient from the sum of each alone, relative.
         saved: Difference between the engine's loss and llama.cpp's with the saved adapter.
         fell: Loss after twenty steps, of what it was.
@@ -55,6 +58,7 @@ class Proof:
     forward: float
     gradient: float
     slopes: float
+    kept: float
     packed: float
     saved: float
     fell: float
@@ -137,6 +141,7 @@ def prove(tiny: Tiny, folder: Path, *, brief: bool = False) -> Proof:
             slopes=_against_own(
                 own, folder / "moved.gguf", tape, batch, values, gradient, 1 if brief else 4
             ),
+            kept=_kept(path, batch, values, gradient),
             packed=_packed(engine, n_vocab),
             saved=abs(loss - own_loss) / own_loss,
             fell=_twenty_steps(engine, batch),
@@ -207,6 +212,16 @@ def _against_own(
             error = min(error, abs(got[0] / bent - 1))
         worst = max(worst, error)
     return worst
+
+
+def _kept(
+    path: Path, batch: dict[str, Array], values: dict[str, Array], gradient: dict[str, Array]
+) -> float:
+    """Return how far the gradient is from that of an engine that keeps internals: not at all."""
+    with open_traced(path, keep=True) as engine:
+        engine.set_all("value", values)
+        engine.forward_backward(batch, 0)
+        return max(float(np.abs(engine.get(n, "grad") - g).max()) for n, g in gradient.items())
 
 
 def _packed(engine: Engine, n_vocab: int) -> float:
