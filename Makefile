@@ -39,7 +39,7 @@ IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test test-gpu test-neon fuzz fuzz-asan check format stub docs bench recipes bench-setup clean help
+.PHONY: setup dev model finetune chat test test-gpu test-neon fuzz fuzz-asan check format stub docs architectures bench recipes bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -137,6 +137,9 @@ stub: dev ## write the stub of the native module anew
 
 docs: dev ## write the generated parts of the READMEs anew
 	@$(BIN)/python -m tests.test_docs
+
+architectures: dev ## prove every architecture on tiny models, write docs/architectures.md (ARGS="gemma3 phi3")
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.architecture_table $(ARGS)
 
 bench: setup model bench-setup ## measure ggft beside PEFT on this machine (ARGS="--runs 5")
 	@$(BIN)/python bench/bench.py $(ARGS)

@@ -34,8 +34,7 @@ class Cancelled(Exception):  # noqa: N818
 class EngineSettings:
     """What the engine is opened with.
 
-    `traced` takes llama.cpp's graph of the model, whatever its architecture, for the decoder that
-    is written by hand.
+    `traced` takes llama.cpp's graph of the model for the decoder that is written by hand.
     `train=False` is for evaluation: no gradients, no moments, no backward pass, and the adapter in
     16 bits with precision fast. `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps
     the internals of blocks instead of recomputing them. `prepacked_bytes` bounds the weights that
@@ -183,9 +182,9 @@ class Engine:
             NumericError: NaN or infinity, with the tensor's name.
             Cancelled: `cancel` was called.
         """
-        arrays = self._check(batch)
+        given = *self._check(batch), seed, batch.get("weights")
         with self._naming_the_tensor():
-            nats, count = self._engine.forward_backward(*arrays, seed, batch.get("weights"))
+            nats, count = self._engine.forward_backward(*given)
             if not math.isfinite(nats):
                 raise NumericError("the loss is not finite", found=nats)
         return float(nats), int(count)
