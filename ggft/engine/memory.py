@@ -27,7 +27,7 @@ MAX_TOKENS = 4096
 # memory; measured by bench/memory.py.
 RUNTIME_BYTES = 100 * 2**20
 # The model in llama.cpp, which builds its graph: context and graph, and its vocabulary (measured).
-TRACE_BYTES, TRACE_BYTES_PER_TOKEN = 16 * 2**20, 400
+TRACE_BYTES, TRACE_BYTES_PER_TOKEN = 16 * 2**20, 250
 # Measured on two cores of a Zen 3: what a micro-batch costs besides its tokens (dequantizing each
 # matrix, mostly), in tokens, and with prepacked weights; and how much more tokens cost, as they
 # leave the caches, in micro-batches twice as large. On two of a Zen 4: passes over the block,
