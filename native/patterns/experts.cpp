@@ -8,7 +8,6 @@ namespace ggft {
 namespace {
 
 constexpr int64_t ROWS = 16; // of a matrix that are dequantized at once
-constexpr int LANES = 16;    // sums side by side, which compilers make vectors of
 
 struct Chosen {
     int64_t used, token;
@@ -46,24 +45,6 @@ void dequantize(Tensor w, int64_t expert, int64_t first, int64_t n, std::vector<
     }
 }
 
-float dot(const float * a, const float * b, int64_t n) {
-    float sums[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int l = 0; l < LANES; l++) {
-            sums[l] += a[i + l] * b[i + l];
-        }
-    }
-    float sum = 0;
-    for (float s : sums) {
-        sum += s;
-    }
-    for (; i < n; i++) {
-        sum += a[i] * b[i];
-    }
-    return sum;
-}
-
 // Calls f(expert, first row, rows) for the pieces that are thread ith's.
 template <class F> void each_piece(Tensor w, int64_t rows_at_once, int ith, int nth, F f) {
     int64_t piece = 0;
@@ -78,8 +59,8 @@ template <class F> void each_piece(Tensor w, int64_t rows_at_once, int ith, int 
 
 } // namespace
 
-Tensor expert_products(Graph & g, Tensor w, Tensor x, Tensor ids) {
-    auto kernel = [=](Tensor y, int ith, int nth) {
+Tensor expert_products(Graph & g, const RowwiseKernels & k, Tensor w, Tensor x, Tensor ids) {
+    auto kernel = [=, &k](Tensor y, int ith, int nth) {
         const auto chosen = by_expert(ids, w->ne[2]);
         std::vector<float> rows;
         each_piece(w, ROWS, ith, nth, [&](int64_t e, int64_t first, int64_t n) {
@@ -90,7 +71,7 @@ Tensor expert_products(Graph & g, Tensor w, Tensor x, Tensor ids) {
             for (const Chosen c : chosen[(size_t)e]) {
                 for (int64_t r = 0; r < n; r++) {
                     const float * row = rows.data() + r * w->ne[0];
-                    column(y, c)[first + r] = dot(row, column(x, c), w->ne[0]);
+                    column(y, c)[first + r] = k.dot(row, column(x, c), w->ne[0]);
                 }
             }
         });
@@ -100,8 +81,8 @@ Tensor expert_products(Graph & g, Tensor w, Tensor x, Tensor ids) {
 }
 
 // A column of dx is one expert's alone, so that threads share the experts.
-Tensor expert_products_back(Graph & g, Tensor w, Tensor dy, Tensor ids) {
-    auto kernel = [=](Tensor dx, int ith, int nth) {
+Tensor expert_products_back(Graph & g, const RowwiseKernels & k, Tensor w, Tensor dy, Tensor ids) {
+    auto kernel = [=, &k](Tensor dx, int ith, int nth) {
         const auto chosen = by_expert(ids, w->ne[2]);
         std::vector<float> rows;
         each_piece(w, w->ne[1], ith, nth, [&](int64_t e, int64_t, int64_t) {
@@ -116,9 +97,7 @@ Tensor expert_products_back(Graph & g, Tensor w, Tensor dy, Tensor ids) {
                     for (int64_t r = 0; r < n; r++) {
                         const float factor = column(dy, c)[first + r];
                         const float * row = rows.data() + r * w->ne[0];
-                        for (int64_t i = 0; i < w->ne[0]; i++) {
-                            to[i] += factor * row[i];
-                        }
+                        k.add_scaled(factor, row, w->ne[0], to);
                     }
                 }
             }

@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "kernels/attention/attention.h"
+#include "kernels/isa/dispatch.h"
 #include "patterns/experts.h"
 
 namespace ggft {
@@ -119,13 +120,16 @@ void Builder::add_linear(int node) {
 void Builder::add_experts(int node) {
     const TapeTensor & t = c_.tape[node];
     Tensor w = get(t.src[0]), x = get(t.src[1]), ids = get(t.src[2]);
-    Tensor y = c_.exact ? expert_products(g_, w, x, ids) : clone_.add(node);
+    const RowwiseKernels & k = c_.ops.kernel_set()->rowwise; // traced engines have fused kernels
+    Tensor y = c_.exact ? expert_products(g_, k, w, x, ids) : clone_.add(node);
     clone_.bind(node, y);
     if (!back.needs(x)) {
         return;
     }
     back.need(y);
-    note(y, [=](Tensor dy) { back.add(x, fold(back, expert_products_back(g_, w, dy, ids), x)); });
+    note(y, [=, &k](Tensor dy) {
+        back.add(x, fold(back, expert_products_back(g_, k, w, dy, ids), x));
+    });
 }
 
 // ---- GELU as its formula, not ggml's table of 16-bit values, which no derivative can follow ----

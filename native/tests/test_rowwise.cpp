@@ -146,9 +146,24 @@ void test_loss(int64_t vocab, int nth) {
     expect_same("BF16 logit gradient", worst <= 1e-30, true);
 }
 
+void test_dot(int64_t n) {
+    const std::vector<float> a = random_floats(n), b = random_floats(n), y0 = random_floats(n);
+    std::vector<float> y = y0;
+    std::vector<double> sum(1), want_y = doubles(y0);
+    for (int64_t i = 0; i < n; i++) {
+        sum[0] += (double)a[i] * b[i];
+        want_y[i] += 0.3f * (double)a[i];
+    }
+    expect_close("dot", {kernels().rowwise.dot(a.data(), b.data(), n)}, sum, 1e-5);
+    kernels().rowwise.add_scaled(0.3f, a.data(), n, y.data());
+    expect_close("add_scaled", y, want_y, 1e-6);
+}
+
 } // namespace
 
 void test_rowwise() {
+    test_dot(1003);
+    test_dot(576);
     for (int nth = 1; nth <= 3; nth++) {
         test_rms_norm(576, 7, nth);
         test_rms_norm(45, 4, nth);

@@ -175,9 +175,24 @@ void rope(const float * x, int64_t x_stride, const float * cos, const float * si
     }
 }
 
+float dot(const float * a, const float * b, int64_t n) {
+    V sums = {};
+    for_lanes(0, n,
+              [&](int64_t i, int m) { sums = fma(load_n(a + i, m), load_n(b + i, m), sums); });
+    return sum_lanes(sums);
+}
+
+void add_scaled(float factor, const float * x, int64_t n, float * y) {
+    const V f = splat(factor);
+    for_lanes(0, n, [&](int64_t i, int m) {
+        store_n(y + i, fma(f, load_n(x + i, m), load_n(y + i, m)), m);
+    });
+}
+
 } // namespace
 
 extern const RowwiseKernels rowwise_kernels;
-const RowwiseKernels rowwise_kernels = {rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope};
+const RowwiseKernels rowwise_kernels = {rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope,
+                                        dot,      add_scaled};
 
 } // namespace ggft::GGFT_ISA_NAMESPACE

@@ -38,6 +38,12 @@ struct RowwiseKernels {
     void (*rope)(const float * x, int64_t x_stride, const float * cos, const float * sin,
                  RopeMode mode, int n_rot, int head_size, int n_head, int64_t n_tokens,
                  bool backward, float * y, int64_t y_stride, int ith, int nth);
+
+    /// The sum of a * b over n elements. One thread's.
+    float (*dot)(const float * a, const float * b, int64_t n);
+
+    /// y += factor * x, n elements. One thread's.
+    void (*add_scaled)(float factor, const float * x, int64_t n, float * y);
 };
 
 } // namespace ggft
