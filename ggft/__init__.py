@@ -11,6 +11,10 @@
 
 These are the functions that the commands call. Each is imported when it is first asked for, so that
 `import ggft` takes no time.
+
+Commands run native code in a child process; here it runs in yours. What is known to stop llama.cpp
+is refused with an InputError, but a damaged model that passes these checks may end your program.
+Give a file that you do not trust to a command first: `ggft generate hi -m FILE --max-tokens 1`.
 """
 
 from __future__ import annotations
