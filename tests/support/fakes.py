@@ -68,7 +68,9 @@ class FakeEngine:
         segments: np.ndarray,
         targets: np.ndarray,
         seed: int,
+        weights: np.ndarray | None = None,
     ) -> tuple[float, int]:
+        assert weights is None  # this engine does not weigh
         if self.step == self.nan_at_step:
             raise Error("numeric", "blk.0.attn_q.weight.lora_a: the gradient is not finite")
         nats, count = 0.0, 0
@@ -95,8 +97,14 @@ class FakeEngine:
         return nats, count
 
     def evaluate(
-        self, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray, targets: np.ndarray
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        segments: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None = None,
     ) -> tuple[float, int]:
+        assert weights is None  # this engine does not weigh
         self._cancel.clear()
         nats = float(self.token_nats(tokens, positions, segments, targets).sum(dtype=np.float64))
         _check_finite(nats)
