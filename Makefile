@@ -17,6 +17,7 @@ PYTEST_ARGS =
 MUTANTS = 100000
 SANITIZED = build/sanitized
 NEON := build/neon
+TEMPLATES := build/templates
 
 SHELL := /bin/bash
 VENV := .venv
@@ -39,7 +40,7 @@ IN_PLACE := --no-build-isolation -C build-dir="build/$(VENV)"
 given = $(if $(findstring command,$(origin $(1))), $(1)="$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: setup dev model finetune chat test test-gpu test-neon fuzz fuzz-asan check format stub docs architectures bench recipes bench-setup clean help
+.PHONY: setup dev model finetune chat test templates test-gpu test-neon fuzz fuzz-asan check format stub docs architectures bench recipes bench-setup clean help
 .NOTPARALLEL:
 
 help: ## show this list
@@ -66,8 +67,15 @@ chat: setup ## talk to MODEL with the adapter in OUT
 model: setup ## download MODEL
 	@$(GGFT) download "$(MODEL)"
 
-test: dev model ## run the tests (set-up and the default model included)
+test: dev model templates ## run the tests (set-up, the default model and others' templates included)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What cannot be had is left out, and so are its tests.
+templates: $(TEMPLATES)/.fetched ## download the chat templates that the tests try
+
+$(TEMPLATES)/.fetched: tests/support/template_files.py | $(VENV)/.dev
+	@$(BIN)/python -m tests.support.template_files $(TEMPLATES)
+	@touch "$@"
 
 fuzz: dev ## give damaged model files to all readers: make fuzz MUTANTS=100000
 	@GGFT_MUTANTS=$(MUTANTS) GGFT_SEMANTIC_MUTANTS=0 $(BIN)/python -m pytest -s tests/gguf/test_mutants.py $(PYTEST_ARGS)

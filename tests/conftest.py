@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import given
+
 if TYPE_CHECKING:
     from tests.support.runs import Case
 
@@ -27,6 +29,7 @@ _ISOLATED = {
     # Tiny products: NumPy's threads would only wait for one another on a busy machine.
     "OPENBLAS_NUM_THREADS": "1",
 }
+assert given.ENVIRONMENT.get("HOME") != _HOME.name  # it was read before this
 os.environ.update(_ISOLATED)
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "GGFT_MODELS"):
     os.environ.pop(_name, None)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.given import ENVIRONMENT
 from tests.support.models import CHATML, Spec, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def done(*command: str | Path, folder: Path) -> str:
-    """Run a command in `folder`, without what this environment sets for Python."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    """Run a command in `folder` with pip's index and cache, which tests do not have."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("PYTHON")}
     run = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True,
         timeout=3600, check=False,

