@@ -16,7 +16,7 @@ from ggft.cli import cli
 from ggft.command import run
 from ggft.data.corpus import Corpus, CorpusOptions, Fate, load_corpus
 from ggft.data.examples import RowReader
-from ggft.data.rows.survey import personal_data
+from ggft.data.rows.survey import SCANNED, personal_data
 from ggft.llama.model import LlamaTokenizer
 from ggft.prompts.template import Template, make_template
 from tests.support.models import CHATML, Spec, model_metadata, write_gguf, write_model
@@ -336,6 +336,12 @@ def test_personal_data_is_counted_and_never_shown(kind: str) -> None:
 )  # fmt: skip
 def test_numbers_and_words_that_are_not_personal(text: str) -> None:
     assert list(personal_data(text)) == []
+
+
+@pytest.mark.parametrize("run", ["a", "a.", "a-", "+1 ", "eyJ-", "1 "])
+def test_personal_data_are_looked_for_in_linear_time(run: str) -> None:
+    """A search that began anew at every character would take hours."""
+    assert "e-mail addresses" not in set(personal_data(run * (SCANNED // len(run)) + "@"))
 
 
 def test_prepare_warns_of_what_should_be_looked_at(
