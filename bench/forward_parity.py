@@ -54,7 +54,8 @@ def engine_nats(
     model: Path, ids: list[int], n_tokens: int, threads: int, precision: str, kernels: str
 ) -> float:
     """Return the mean nats from ggft's engine over the same rows."""
-    from ggft.engine.engine import Engine, EngineSettings, mean_nats
+    from ggft.engine.engine import Engine, mean_nats
+    from ggft.engine.settings import EngineSettings
 
     n_rows = (len(ids) - 1) // n_tokens
     batches = whole_rows(ids, n_rows, 1, n_tokens)

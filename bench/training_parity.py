@@ -18,7 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import SMOLLM2, Arrays, packed_rows, run_peer
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.linears import TARGETS
 
 BARS = {"f32": 2e-3, "fast": 1e-2}

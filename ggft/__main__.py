@@ -5,8 +5,9 @@ Importing the command line takes a tenth of a second in which Ctrl-C would end i
 
 from __future__ import annotations
 
+# What `signal` stands on, without the enums whose making takes as long as all else here.
+import _signal as signal  # type: ignore[import-not-found]
 import os
-import signal
 import sys
 
 # The commands that run native code, if only NumPy's, which may crash: they run in a child.

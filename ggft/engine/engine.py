@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ggft.engine.settings import EngineSettings
 from ggft.system.errors import GgftError, InputError, NumericError, ResourceError
 
 if TYPE_CHECKING:
@@ -28,41 +28,6 @@ if TYPE_CHECKING:
 
 class Cancelled(Exception):  # noqa: N818
     """A call was stopped by `cancel`; gradients are incomplete, everything else is untouched."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """What the engine is opened with.
-
-    `traced` takes llama.cpp's graph of the model for the decoder that is written by hand.
-    `train=False` is for evaluation: no gradients, no moments, no backward pass, and the adapter in
-    16 bits with precision fast. `layer_first` is inclusive, `layer_last` exclusive. `keep` keeps
-    the internals of blocks instead of recomputing them. `prepacked_bytes` bounds the weights that
-    the CPU's kernels keep as their products read them. `n_rows` and `n_tokens` bound a micro-batch.
-    """
-
-    paths: list[str]
-    traced: bool = False
-    targets: list[str]
-    layer_first: int
-    layer_last: int
-    rank: int
-    alpha: float
-    train: bool = True
-    dropout: float = 0.0
-    precision: str = "fast"
-    device: str = "auto"
-    kernels: str = "auto"
-    threads: int = 1
-    keep: bool = False
-    prepacked_bytes: int = 0
-    n_rows: int = 1
-    n_tokens: int = 512
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
 
 
 def load_native() -> Any:
@@ -138,13 +103,6 @@ def kernel_set() -> dict[str, Any]:
     return dict(load_native().kernels())
 
 
-def for_native(settings: EngineSettings) -> dict[str, Any]:
-    """Return the settings as the native module takes them."""
-    values = asdict(settings)
-    del values["traced"]
-    return values
-
-
 class Engine:
     """Forward, backward and optimizer over one model. Shapes are (B, T); ids are int32."""
 
@@ -153,7 +111,7 @@ class Engine:
         self._native = load_native()
         native = self._native.TracedEngine if settings.traced else self._native.Engine
         with native_errors(self._native):
-            self._engine: Any = native(for_native(settings))
+            self._engine: Any = native(settings.for_native())
         self._parameters: dict[str, tuple[int, int]] = {
             name: (int(shape[0]), int(shape[1])) for name, shape in self._engine.parameters()
         }

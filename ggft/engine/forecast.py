@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ggft.engine.engine import EngineSettings, for_native, load_native, native_errors
+from ggft.engine.engine import load_native, native_errors
+from ggft.engine.settings import EngineSettings
 
 
 class Forecast:
@@ -34,7 +35,7 @@ class Forecast:
             traced = self._settings.traced
             native = self._native.TracedForecast if traced else self._native.Forecast
             with native_errors(self._native):
-                self._forecast = native(for_native(self._settings))
+                self._forecast = native(self._settings.for_native())
         return self._forecast
 
     def close(self) -> None:

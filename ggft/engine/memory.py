@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ggft.engine.engine import EngineSettings
 from ggft.engine.forecast import Forecast
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.read import ModelInfo
 from ggft.system.errors import ResourceError
 from ggft.system.machine import available_bytes

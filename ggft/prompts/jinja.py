@@ -64,32 +64,10 @@ def compile_template(
         **(arguments or {}),
     }
 
-    def render(template: Any, messages: Sequence[Any], prompt: bool, **extra: object) -> str:
-        first = messages[0] if messages else {}
-        of_row = {key: first[key] for key in _OF_ROW if key in first}
-        if of_row:
-            plain = {k: v for k, v in first.items() if k not in _OF_ROW}
-            messages = [plain, *messages[1:]]
-        room = MAX_CHARS + 4 * _n_chars(messages) + 16 * _n_chars(of_row)
-        out: list[str] = []
-        variables = {**extra, **given, **of_row.pop(VARIABLES, {}), **of_row}
-        if "tools" in of_row:
-            # As the templates of SmolLM3 and Firefunction call them.
-            variables["xml_tools"] = of_row["tools"]
-            variables["functions"] = _tojson(of_row["tools"], indent=2)
-        for chunk in template.generate(
-            messages=messages, add_generation_prompt=prompt, **variables
-        ):
-            out.append(chunk)
-            room -= len(chunk)
-            if room < 0:
-                raise _error("the chat template writes far more than it is given", None)
-        return "".join(out)
-
     def checked(messages: Sequence[Any], prompt: bool) -> str:
         nonlocal lenient
         try:
-            return render(strict, messages, prompt, tools=None)
+            return _render(strict, {"tools": None, **given}, messages, prompt)
         except (InputError, _RefusalError) as e:
             raise e if isinstance(e, InputError) else _failure(e) from None
         except Exception as e:  # whatever a foreign program can raise
@@ -98,11 +76,35 @@ def compile_template(
                 raise failure from None
         try:
             lenient = lenient or _compiled(source, lenient=True)
-            return render(lenient, messages, prompt)
+            return _render(lenient, given, messages, prompt)
         except Exception:
             raise failure from None
 
     return checked
+
+
+def _render(
+    template: Any, variables: Mapping[str, Any], messages: Sequence[Any], prompt: bool
+) -> str:
+    """Return what a compiled template writes; what belongs to the row is with its first message."""
+    first = messages[0] if messages else {}
+    of_row = {key: first[key] for key in _OF_ROW if key in first}
+    if of_row:
+        plain = {k: v for k, v in first.items() if k not in _OF_ROW}
+        messages = [plain, *messages[1:]]
+    room = MAX_CHARS + 4 * _n_chars(messages) + 16 * _n_chars(of_row)
+    variables = {**variables, **of_row.pop(VARIABLES, {}), **of_row}
+    if "tools" in of_row:
+        # As the templates of SmolLM3 and Firefunction call them.
+        variables["xml_tools"] = of_row["tools"]
+        variables["functions"] = _tojson(of_row["tools"], indent=2)
+    out: list[str] = []
+    for chunk in template.generate(messages=messages, add_generation_prompt=prompt, **variables):
+        out.append(chunk)
+        room -= len(chunk)
+        if room < 0:
+            raise _error("the chat template writes far more than it is given", None)
+    return "".join(out)
 
 
 def _compiled(source: str, *, lenient: bool = False) -> Any:

@@ -11,7 +11,8 @@ from ggft.adapters.calibrate import Calibration, Fitted
 from ggft.data.batches import Batch, Batches
 from ggft.data.sources.find import is_here
 from ggft.data.store import StoreView, Subset
-from ggft.engine.engine import Cancelled, Engine, EngineSettings
+from ggft.engine.engine import Cancelled, Engine
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.types import GGMLType
 from ggft.settings.option import make

@@ -16,9 +16,10 @@ from typing import Protocol
 from ggft.adapters.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from ggft.data.advice import MIX_SHARE, Suggestion, n_general, recipes, suggest
 from ggft.data.batches import Steps, steps_per_epoch
-from ggft.engine.engine import Cancelled, Engine, EngineSettings, find_device
+from ggft.engine.engine import Cancelled, Engine, find_device
 from ggft.engine.forecast import Forecast
 from ggft.engine.memory import Limits, Plan, Shape, make_plan
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.architectures import SUPPORTED_ARCHITECTURES
 from ggft.gguf.linears import block_of, parse_layers, parse_targets
 from ggft.gguf.read import DecoderInfo, GGUFFile, ModelInfo

@@ -200,7 +200,7 @@ def test_hubs_that_fail(hub: Hub, fault: str, says: str) -> None:
         bring("hf:me/rows")
 
 
-@pytest.mark.parametrize("folder", ["../", "/tmp/", "a//"])
+@pytest.mark.parametrize("folder", ["../", "/elsewhere/", "a//"])
 def test_files_that_lead_elsewhere_are_not_brought(hub: Hub, folder: str) -> None:
     hub.folders["train-00000.jsonl"] = folder
     assert [path.name for path in bring("hf:me/rows")] == ["train-00001.jsonl"]

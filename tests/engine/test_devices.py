@@ -77,7 +77,8 @@ def test_little_crosses_to_the_device(tiny: Tiny, dropout: float) -> None:
 
 ANONYMOUS = """
 import sys
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 
 def anonymous_bytes():
     for line in open("/proc/self/smaps_rollup"):

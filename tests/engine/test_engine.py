@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ggft.engine.engine import EngineSettings, for_native, load_native
+from ggft.engine.engine import load_native
+from ggft.engine.settings import EngineSettings
 from ggft.system.errors import InputError, ResourceError
 from tests.support.engines import make_batch, open_engine, set_random_lora
 from tests.support.models import Spec, Tiny, write_model
@@ -16,12 +17,11 @@ from tests.support.models import Spec, Tiny, write_model
 
 def given(folder: Path) -> dict[str, Any]:
     path = write_model(folder / "m.gguf", Spec()).path
-    return for_native(
-        EngineSettings(
-            paths=[str(path)], targets=["attn_q"], layer_first=0, layer_last=1, rank=2, alpha=4.0,
-            n_tokens=32, device="cpu",
-        )
+    settings = EngineSettings(
+        paths=[str(path)], targets=["attn_q"], layer_first=0, layer_last=1, rank=2, alpha=4.0,
+        n_tokens=32, device="cpu",
     )  # fmt: skip
+    return settings.for_native()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,8 @@ def test_a_kernel_without_memory_is_an_error(tiny: Tiny) -> None:
 LIMITED = """
 import resource, sys
 from dataclasses import replace
-from ggft.engine.engine import Engine, EngineSettings, load_native
+from ggft.engine.engine import Engine, load_native
+from ggft.engine.settings import EngineSettings
 from ggft.system.errors import ResourceError
 load_native().devices()
 settings = EngineSettings(

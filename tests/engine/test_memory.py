@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ggft.engine import memory as planner
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
 from ggft.engine.forecast import Forecast
 from ggft.engine.memory import BUFFERS, MAX_TOKENS, Limits, Shape, make_plan, predict
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.linears import TARGETS
 from ggft.gguf.read import check_decoder, read_gguf
 from ggft.system.errors import ResourceError

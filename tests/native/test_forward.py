@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.system.errors import InputError
 from tests.support.blocks import TYPES
 from tests.support.engines import as_batch, make_batch, open_engine, relative, set_random_lora

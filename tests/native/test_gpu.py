@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.recipes.finetune import finetune
 from ggft.settings.option import make as make_config
 from ggft.settings.training import FinetuneConfig

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ggft.adapters.adapter import AdapterMeta, write_adapter
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
 from ggft.engine.forecast import Forecast
 from ggft.engine.memory import (
     PREPACKED,
@@ -28,6 +28,7 @@ from ggft.engine.memory import (
     is_modest,
     make_plan,
 )
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.read import check_model, read_gguf
 from ggft.llama.model import LlamaModel
 from ggft.system.errors import InputError

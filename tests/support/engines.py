@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from ggft.engine.engine import Engine, EngineSettings, kernel_set
+from ggft.engine.engine import Engine, kernel_set
+from ggft.engine.settings import EngineSettings
 from tests.support.models import Tiny
 from tests.support.reference import LINEARS, Array, Batch, Lora
 

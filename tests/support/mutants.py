@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ggft.adapters.adapter import AdapterMeta, read_adapter, write_adapter
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.finite import check_values
 from ggft.gguf.read import check_model, read_gguf
 from ggft.legacy.convert import convert_model

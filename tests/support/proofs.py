@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.gguf.linears import matrices_of_blocks
 from ggft.gguf.read import read_gguf
 from tests.support.architectures import Tiny, metadata, write_tiny

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ggft.adapters.adapter import AdapterMeta, read_adapter
-from ggft.engine.engine import Engine, EngineSettings
+from ggft.engine.engine import Engine
+from ggft.engine.settings import EngineSettings
 from ggft.gguf import write as gguf_write
 from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import run_lock
