@@ -71,7 +71,7 @@ def find_device(name: str) -> dict[str, Any]:
     raise ResourceError(
         "there is no such device", found=repr(name),
         expected=", ".join(["auto", *(device["name"] for device in devices)]),
-        hint="see `ggft doctor`",
+        hint="name one of these with --device",
     )  # fmt: skip
 
 

@@ -174,7 +174,7 @@ def read_config_file(config_class: type, path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
-    if require_regular_file(Path(path), hint="check the path") > _MAX_FILE_BYTES:
+    if require_regular_file(Path(path)) > _MAX_FILE_BYTES:
         raise InputError("a config file is not that large", path=path, expected="a page of YAML")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -329,14 +329,13 @@ def choose_mix_share(config: FinetuneConfig, advice: Suggestion) -> float:
     """Return the share of general rows in an epoch: a file that is given is mixed in in any case.
 
     Raises:
-        InputError: `--mix none` together with a share.
+        InputError: `--mix none` together with a share, or with what is done to general rows.
     """
     if config.mix == "none":
-        if config.mix_share:
+        flags = {"--mix-share": config.mix_share, "--mix-as-base": config.mix_as_base}
+        if given := [flag for flag, value in flags.items() if value]:
             raise InputError(
-                "--mix none and --mix-share contradict each other",
-                found=f"--mix-share {config.mix_share:g}",
-                hint="leave one of them out",
+                f"--mix none and {given[0]} contradict each other", hint="leave one of them out"
             )
         return 0.0
     if config.mix_share is not None:

@@ -24,9 +24,7 @@ _log.addHandler(logging.NullHandler())
 _HINT_PEFT = "an adapter becomes GGUF with ggft convert FOLDER NEW.gguf --base MODEL.gguf"
 
 
-def require_regular_file(
-    path: Path, *, hint: str = "check the path; `ggft models` lists the names"
-) -> int:
+def require_regular_file(path: Path, *, hint: str = "check the path") -> int:
     """Return the size of a regular file in bytes; `hint` is what to do if there is none.
 
     Raises:

@@ -50,6 +50,7 @@ def test_a_file_of_the_users(case: Case) -> None:
     assert "nowhere.json" in message
     assert "auto, none" in message
     assert "contradict" in case.fails(InputError, "third", mix="none", mix_share=0.2)
+    assert "--mix-as-base" in case.fails(InputError, "fourth", mix="none", mix_as_base=True)
 
 
 def test_large_data_is_not_mixed_unless_a_file_is_given(case: Case) -> None:
