@@ -92,6 +92,23 @@ def test_callbacks_are_told_in_order(model: ggft.BaseModel, rows: Path, tmp_path
     assert ggft.evaluate(model, data, result.adapter.path).tokens > 0
 
 
+def test_a_run_is_resumed_with_its_own_settings(
+    model: ggft.BaseModel, rows: Path, tmp_path: Path
+) -> None:
+    data = ggft.load_data(model, rows, val_split=0)
+    given: dict[str, Any] = {"output": tmp_path / "run", "show": "quiet"}
+    chosen: dict[str, Any] = {"max_steps": 2, "epochs": 1, "samples": 0, "ask": 0, "mix": "none"}
+    first = ggft.train(model, data, **given, **chosen, rank=3, lr=2e-3)
+    begun: dict[str, Any] = {**given, "output": tmp_path / "b", **chosen, "lr": 2e-3}
+    ggft.train(model, data, **begun, init_adapter=str(first.adapter.path))
+    again = ggft.train(
+        model, data, **{**given, "output": tmp_path / "b"}, resume=True,
+        init_adapter=str(first.adapter.path),
+    )  # fmt: skip
+    assert again.adapter.meta.rank == 3
+    assert again.outcome.settings["lr"] == 2e-3
+
+
 def test_a_temporary_run_goes_with_its_adapter(model: ggft.BaseModel, rows: Path) -> None:
     data = ggft.load_data(model, rows, val_split=0)
     adapter = ggft.train(model, data, max_steps=1, samples=0, mix="none", show="quiet").adapter
@@ -107,6 +124,11 @@ def test_a_temporary_run_goes_with_its_adapter(model: ggft.BaseModel, rows: Path
         ({"rnk": 4}, ["unknown setting `rnk`", "rank"]),
         ({"rank": -1}, ["--rank is out of range"]),
         ({"max_length": 64}, ["`max_length` is not a setting of training", "load_data"]),
+        ({"columns": ["a=input"]}, ["`columns` is not a setting of training", "load_data"]),
+        ({"ignore_columns": ["a"]}, ["`ignore_columns` is not a setting", "load_data"]),
+        ({"template_arg": ["a=1"]}, ["`template_arg` is not a setting", "open_model"]),
+        ({"thinking": "drop"}, ["`thinking` is not a setting", "open_model"]),
+        ({"report_to": "wandb"}, ["`report_to` is not a setting", "`callbacks`"]),
     ],
 )
 def test_settings_are_checked(

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ggft.adapters.adapter import Adapter, AdapterMeta, write_adapter
+from ggft.adapters.adapter import Adapter, AdapterMeta, read_adapter, write_adapter
 from ggft.engine.engine import Engine
 from ggft.setup.initial import put_initial
 from ggft.system.files import atomic_output, sha256_of
@@ -23,20 +23,34 @@ class KeptAdapter:
         engine: Holds the matrices.
         meta: What the adapter says about itself.
         seed: What new matrices begin with.
-        initial: The adapter that the run began with, if it began with one.
+        has_initial: Whether the run began with an adapter; `run.initial` is its copy.
     """
 
     run: RunDirectory
     engine: Engine
     meta: AdapterMeta
     seed: int
-    initial: Adapter | None = None
+    has_initial: bool = False
 
-    def begin(self) -> None:
-        """Fill the engine with what a run begins with."""
+    def start(self, initial: Adapter | None) -> None:
+        """Fill the engine for a new run, and replace the older one in its folder.
+
+        Raises:
+            InputError: The adapter changes more than the run trains; nothing is replaced.
+            ResourceError: The copy of it cannot be written.
+        """
+        self.begin(initial)
+        if initial is not None or not self.has_initial:
+            self.run.begin_with(None if initial is None else initial.path)
+        self.run.clear()
+
+    def begin(self, initial: Adapter | None = None) -> None:
+        """Fill the engine with what the run begins with: `initial`, or what it began with once."""
         self.engine.init_lora(self.seed)
-        if self.initial is not None:
-            put_initial(self.engine, self.initial)
+        if initial is None and self.has_initial and self.run.initial.exists():
+            initial = read_adapter(self.run.initial)
+        if initial is not None:
+            put_initial(self.engine, initial)
 
     def write(self) -> str:
         """Write the engine's matrices, and return the file's SHA-256.

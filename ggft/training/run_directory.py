@@ -1,8 +1,8 @@
 """The directory of a run: who may write it, what it holds, and its log of metrics.
 
-`adapter.gguf` is the best adapter so far, `checkpoints/` what a run continues from, `config.yaml`
-the settings, `metrics.jsonl` a line per step and evaluation, `report.html` and `report.json` the
-outcome.
+`adapter.gguf` is the best adapter so far, `initial.gguf` a copy of the one that the run began with,
+if it began with one, `checkpoints/` what it continues from, `config.yaml` the settings,
+`metrics.jsonl` a line per step and evaluation, `report.html` and `report.json` the outcome.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ggft.system.errors import InputError, ResourceError
 from ggft.system.files import (
     LOCK,
     atomic_output,
+    copy_file,
     make_folder,
     remove_empty,
     require_space,
@@ -31,12 +32,13 @@ from ggft.training.checkpoint import say_how_to_continue, sweep
 
 ADAPTER = "adapter.gguf"
 BEST = "adapter-best-validation.gguf"
+INITIAL = "initial.gguf"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 REPORT_HTML = "report.html"
 REPORT_JSON = "report.json"
-_OURS = (ADAPTER, BEST, CHECKPOINTS, CONFIG, METRICS, REPORT_HTML, REPORT_JSON)
+_OURS = (ADAPTER, BEST, INITIAL, CHECKPOINTS, CONFIG, METRICS, REPORT_HTML, REPORT_JSON)
 # Left free beside what the run is expected to write.
 _SPARE_BYTES = 64 * 2**20
 
@@ -48,6 +50,7 @@ class RunDirectory:
         self.path = path
         self.adapter = path / ADAPTER
         self.best = path / BEST
+        self.initial = path / INITIAL
         self.checkpoints = path / CHECKPOINTS
         self.config = path / CONFIG
         self.report_html = path / REPORT_HTML
@@ -68,15 +71,25 @@ class RunDirectory:
         return any(self.checkpoints.glob("step-*"))
 
     def clear(self) -> None:
-        """Remove an older run, all but its adapter, which the new one replaces when it has one."""
+        """Remove an older run, all but the adapters that it has and began with.
+
+        The new run replaces these by its own.
+        """
         for name in _OURS:
             path = self.path / name
-            if name == ADAPTER:
+            if name in (ADAPTER, INITIAL):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def begin_with(self, adapter: Path | None) -> None:
+        """Keep a copy of the adapter that the run begins with, for when it is resumed."""
+        if adapter is None:
+            self.initial.unlink(missing_ok=True)
+        elif adapter.resolve() != self.initial.resolve():
+            copy_file(adapter, self.initial)
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a file whole or not at all."""

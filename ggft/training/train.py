@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ from ggft.settings.option import make
 from ggft.settings.training import FinetuneConfig
 from ggft.setup.course import draw_general, with_course
 from ggft.setup.initial import with_initial
-from ggft.setup.inputs import BaseModel, Data
+from ggft.setup.inputs import BaseModel, Data, load_data
 from ggft.setup.open import (
     choose_settings,
     factor_of,
@@ -33,16 +34,22 @@ from ggft.training.callbacks import Callback, Callbacks, Display, RunLog
 from ggft.training.evaluation import measure_kept
 from ggft.training.outcome import Outcome
 from ggft.training.page import write_report
-from ggft.training.run_directory import RunDirectory, check_free, check_output, open_run
+from ggft.training.run_directory import (
+    RunDirectory,
+    check_free,
+    check_output,
+    open_run,
+    settings_to_resume,
+)
 from ggft.training.samples import ask
 from ggft.training.trainer import Trainer
 from ggft.training.verdict import Losses, Verdict
 
-# Settings that were made use of when the model was opened and the data read.
-_OF_INPUTS = (
-    "model", "template", "data", "format", "max_length", "val_split", "train_on_prompt",
-    "keep_duplicates", "dry_run", "json", "output", "resume", "overwrite",
-)  # fmt: skip
+# Settings that were made use of when the model was opened and the data read; the seed serves both.
+_OF_INPUTS = {
+    *inspect.signature(load_data).parameters, "template", "template_arg", "thinking",
+} - {"seed"}  # fmt: skip
+_OF_COMMAND = {"dry_run", "json", "report_to"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def train(
         data: From `load_data`.
         output: The run's directory; without, it is a temporary one that goes with the adapter.
         callbacks: Told what happens.
-        resume: Whether to continue the run in `output`.
+        resume: Whether to continue the run in `output`, whose settings then are the defaults.
         overwrite: Whether to replace it.
         show: What is printed: auto, bar, lines, json or quiet.
         settings: Those of `ggft finetune` by their long flags, such as rank=8 or lr=1e-3; what is
@@ -92,15 +99,18 @@ def train(
         GgftError: Anything that a user can cause or meet; a run that was begun can be resumed.
     """
     for name in settings:
-        if name in _OF_INPUTS:
+        if name in _OF_INPUTS | _OF_COMMAND:
             raise InputError(
                 f"`{name}` is not a setting of training",
-                hint="give it to open_model, load_data or train itself",
+                hint="give it to open_model or load_data"
+                if name in _OF_INPUTS
+                else "it is one of the command; here there are `show` and `callbacks`",
             )
     folder = Path(tempfile.mkdtemp(prefix="ggft-run-")) if output is None else Path(output)
     try:
         given = {"model": str(model.file.path), "output": str(folder), **settings}
-        config = make(FinetuneConfig, {**given, "resume": resume, "overwrite": overwrite})
+        given |= {"resume": resume, "overwrite": overwrite}
+        config = make(FinetuneConfig, given, settings_to_resume(given))
         check_output(folder)
         with StopSignals() as stop:
             outcome = run_training(config, model, data, stop, Progress(show), callbacks)
@@ -149,10 +159,8 @@ def run_training(
                 progress.note("asking the base model what it would say to general rows")
                 put_adapter(engine, None, 1.0)
                 steps.examples = draw_general(engine, data.course, settled.epochs, stop.check)
-            trainer = Trainer(
-                settled, model, data, steps, plan, run, engine, progress, stop, tell, initial
-            )
-            trainer.begin(saved)
+            trainer = Trainer(settled, model, data, steps, plan, run, engine, progress, stop, tell)
+            trainer.begin(saved, initial)
             trainer.loop()
             outcome = trainer.outcome()
             if settled.ask and run.adapter.exists():

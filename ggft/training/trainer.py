@@ -54,7 +54,6 @@ class Trainer:
     progress: Progress
     stop: StopSignals
     tell: Callback
-    initial: Adapter | None = None
     state: State = field(default_factory=State)
     saved_step: int = -1
 
@@ -72,7 +71,8 @@ class Trainer:
             **base_record(self.base.file),
             **self.base.template.record(),
         )
-        self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed, self.initial)
+        began_with_one = config.init_adapter is not None
+        self.kept = KeptAdapter(self.run, self.engine, self.meta, config.seed, began_with_one)
         self.chance = math.log(self.base.info.n_vocab)
         self.watch = Watch(self.steps.per_epoch, self.n_steps, self.chance)
 
@@ -91,16 +91,15 @@ class Trainer:
         )
         return record
 
-    def begin(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Initialize the adapter, or restore a checkpoint.
+    def begin(self, saved: checkpoint.Checkpoint | None, initial: Adapter | None = None) -> None:
+        """Initialize the adapter, from `initial` if that is given, or restore a checkpoint.
 
         Raises:
             InputError: the checkpoint is of a run under other circumstances.
         """
         self._circumstances = self.circumstances()
         if saved is None:
-            self.kept.begin()
-            self.run.clear()
+            self.kept.start(initial)
         else:
             self.state = State(**saved.state["progress"])
             then, now = saved.state["circumstances"], self._circumstances

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from ggft.adapters.adapter import read_adapter
 from ggft.cli import cli
 from ggft.command import run as run_command
 from ggft.recipes.finetune import finetune
-from ggft.system.errors import NumericError, ResourceError
+from ggft.system.errors import Interrupted, NumericError, ResourceError
+from ggft.system.progress import Progress
 from ggft.training.checkpoint import load_newest
 from ggft.training.kept import KeptAdapter
 from tests.support.fakes import FakeEngine
-from tests.support.runs import Case, metrics, snapshot, use_engine
+from tests.support.runs import Case, metrics, resumed, snapshot, use_engine
 
 
 def test_nan_stops_with_step_and_tensor(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +81,45 @@ def test_a_diverged_run_stops_and_keeps_the_best(case: Case, given: dict[str, An
     case.train(**given, resume=True)
     assert snapshot(run)["adapter.gguf"] == before["adapter.gguf"]
     assert snapshot(run)["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, None])
+def test_a_run_that_diverged_has_the_adapter_that_it_began_with(
+    case: Case, stop_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was interrupted or not, and whatever became of the file that was given."""
+    first = case.train("first", epochs=1, rank=3, lr=1e-2) / "adapter.gguf"
+    given: dict[str, Any] = {"epochs": 10, "lr": 1.0, "init_adapter": str(first)}
+    whole = (case.train("whole", **given) / "adapter.gguf").read_bytes()
+    began = read_adapter(first).arrays()
+
+    def forward_backward(self: FakeEngine, *args: Any) -> tuple[float, int]:
+        if self.step == stop_at and first.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return FakeEngine.forward_backward(self, *args)
+
+    use_engine(monkeypatch, forward_backward=forward_backward)
+    run = case.folder / "run"
+    if stop_at is None:
+        (case.train(**given) / "adapter.gguf").unlink()
+    else:
+        case.fails(Interrupted, **given)
+    first.unlink()
+    finetune(resumed(output=str(run)), Progress("quiet"))
+    assert json.loads((run / "report.json").read_text())["state"]["best_step"] == 0
+    assert (run / "adapter.gguf").read_bytes() == whole
+    kept = read_adapter(run / "adapter.gguf").arrays()
+    assert all(np.allclose(kept[name], array, atol=1e-6) for name, array in began.items())
+
+
+def test_an_overwritten_run_leaves_no_adapter_to_begin_with(case: Case) -> None:
+    first = case.train("first", epochs=1) / "adapter.gguf"
+    run = case.train(epochs=1, init_adapter=str(first))
+    assert (run / "initial.gguf").read_bytes() == first.read_bytes()
+    case.train(epochs=1, init_adapter=str(run / "initial.gguf"), overwrite=True)
+    assert (run / "initial.gguf").read_bytes() == first.read_bytes()
+    case.train(epochs=1, overwrite=True)
+    assert not (run / "initial.gguf").exists()
 
 
 def test_what_was_learned_before_the_loss_rose_is_kept(
